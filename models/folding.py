@@ -1,0 +1,87 @@
+"""Batch-normalisation folding and RepConv merging: what a deployed network computes, in fewer layers.
+
+Folding a convolution W with normalisation (x - mean) / sqrt(var + eps) * gamma + beta gives, per output channel,
+W' = W * g and b' = beta - mean * g, with g = gamma / sqrt(var + eps). A 1x1 convolution beside a 3x3 one is a 3x3 kernel that is zero
+except at its centre, so both add up to one kernel. The sums are done in float64 whatever the weights' type.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from models.blocks import ConvBlock, ConvNorm, RepConvBlock
+from models.yolov9 import Detector
+
+
+def fold_detector(detector: Detector) -> Detector:
+    """Return a folded copy in evaluation mode; the detector itself is not changed.
+
+    In the copy each `ConvBlock` is conv (with bias) + activation (its `bn` is an `nn.Identity`), and each
+    `RepConvBlock` is one 3x3 `ConvBlock` under the same name. The output is equal up to rounding.
+    """
+    folded = copy.deepcopy(detector).eval()
+    fold_network(folded.network)
+    folded.folded = True
+    return folded
+
+
+def fold_network(network: nn.Module) -> None:
+    """Fold and merge every block of `network` in place. Blocks that are folded already stay as they are."""
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, RepConvBlock):
+                setattr(parent, name, _merge(child))
+    for module in network.modules():
+        if isinstance(module, ConvNorm) and isinstance(module.bn, nn.BatchNorm2d):
+            weight, bias = _folded_weight(module)
+            module.conv = _with_bias(module.conv, weight, bias)
+            module.bn = nn.Identity()
+
+
+def _folded_weight(block: ConvNorm) -> tuple[Tensor, Tensor]:
+    """Kernel and bias of a block, in float64. The block may be folded already."""
+    weight = block.conv.weight.detach().double()
+    bias = weight.new_zeros(weight.shape[0]) if block.conv.bias is None else block.conv.bias.detach().double()
+    norm = block.bn
+    if isinstance(norm, nn.Identity):
+        return weight, bias
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    gain = norm.weight.detach().double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    shifted = norm.bias.detach().double() + (bias - norm.running_mean.double()) * gain
+    return weight * gain.reshape(-1, 1, 1, 1), shifted
+
+
+def _with_bias(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
+    """A copy of `conv` that has this kernel and bias, in the type, on the device and in the mode of the original."""
+    result = nn.utils.skip_init(
+        nn.Conv2d,
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        groups=conv.groups,
+        bias=True,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
+    with torch.no_grad():
+        result.weight.copy_(weight)
+        result.bias.copy_(bias)
+    return result.train(conv.training)
+
+
+def _merge(block: RepConvBlock) -> ConvBlock:
+    """One 3x3 `ConvBlock`, already folded, that computes what the two branches compute together."""
+    dense_weight, dense_bias = _folded_weight(block.dense)
+    point_weight, point_bias = _folded_weight(block.pointwise)
+    weight = dense_weight + nn.functional.pad(point_weight, (1, 1, 1, 1))
+    conv = block.dense.conv
+    merged = ConvBlock(conv.in_channels, conv.out_channels, 3)
+    merged.conv = _with_bias(conv, weight, dense_bias + point_bias)
+    merged.bn = nn.Identity()
+    merged.act = block.act
+    return merged.train(block.training)

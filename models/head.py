@@ -1,0 +1,83 @@
+"""The detection head: per level one box branch (DFL logits) and one class branch (logits), nothing decoded.
+
+Decoding lives in `models.boxes.Decode`, apart from the network, because it stays in float while the network is quantized.
+
+Shapes: B batch, K classes, R bins of a box side's distribution, h and w cells of a level.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from models.blocks import ConvBlock
+
+Raw = tuple[tuple[Tensor, Tensor], ...]
+
+REG_MAX = 16
+BOX_GROUPS = 4
+INITIAL_BOX_BIAS = 1.0
+INITIAL_OBJECTS_PER_IMAGE = 5.0
+INITIAL_IMAGE_SIZE = 640.0
+
+
+class HeadBranch(nn.Module):
+    """Two 3x3 convolutions and a final 1x1 convolution with bias and no activation. [B, C, h, w] -> [B, out, h, w]."""
+
+    OFFICIAL_NAMES: ClassVar[dict[str, str]] = {"0": "conv1", "1": "conv2", "2": "output"}
+
+    def __init__(self, in_channels: int, hidden: int, out_channels: int, groups: int, activation: str) -> None:
+        super().__init__()
+        self.conv1 = ConvBlock(in_channels, hidden, 3, activation=activation)
+        self.conv2 = ConvBlock(hidden, hidden, 3, groups=groups, activation=activation)
+        self.output = nn.Conv2d(hidden, out_channels, 1, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.conv2(self.conv1(x)))
+
+
+class DetectionHead(nn.Module):
+    """Raw maps per level: tuple, fine to coarse, of (box [B, 4R, h, w], cls [B, K, h, w]), both logits.
+
+    Args:
+        in_channels: Channels of each level's feature map, fine to coarse.
+        num_classes: K, at least 1.
+        strides: Input pixels per cell, one per level; used for the initial class bias only.
+        activation: `silu` or `relu`.
+    """
+
+    OFFICIAL_NAMES: ClassVar[dict[str, str]] = {"cv2": "box", "cv3": "cls"}
+
+    def __init__(self, in_channels: Sequence[int], num_classes: int, strides: Sequence[int], activation: str) -> None:
+        super().__init__()
+        finest = in_channels[0]
+        box_hidden = math.ceil(max(16, finest // 4, REG_MAX * 4) / BOX_GROUPS) * BOX_GROUPS
+        cls_hidden = max(finest, min(2 * num_classes, 128))
+        self.box = nn.ModuleList(
+            HeadBranch(channels, box_hidden, 4 * REG_MAX, BOX_GROUPS, activation) for channels in in_channels
+        )
+        self.cls = nn.ModuleList(HeadBranch(channels, cls_hidden, num_classes, 1, activation) for channels in in_channels)
+        self.initialise_biases(num_classes, strides)
+
+    def initialise_biases(self, num_classes: int, strides: Sequence[int]) -> None:
+        """Start from rare objects: without it the class loss of the many empty cells swamps the first steps.
+
+        The class bias is the log-odds (approximately the log) of about five objects in a 640 x 640 image spread over the
+        level's cells and the classes: stride 8, K = 3 gives log(5 / 3 / 80^2) = -8.25.
+        """
+        for branch in self.box:
+            nn.init.constant_(_output_bias(branch), INITIAL_BOX_BIAS)
+        for branch, stride in zip(self.cls, strides, strict=True):
+            cells = (INITIAL_IMAGE_SIZE / stride) ** 2
+            nn.init.constant_(_output_bias(branch), math.log(INITIAL_OBJECTS_PER_IMAGE / num_classes / cells))
+
+    def forward(self, features: Sequence[Tensor]) -> Raw:
+        return tuple((self.box[i](features[i]), self.cls[i](features[i])) for i in range(len(self.box)))
+
+
+def _output_bias(branch: nn.Module) -> Tensor:
+    output = branch.get_submodule("output")
+    assert isinstance(output, nn.Conv2d)
+    assert output.bias is not None
+    return output.bias
