@@ -1,0 +1,147 @@
+"""The door of the command-line entries: argv in, typed configuration through, an exit code out.
+
+    @hydra_entry(errors={DataError: 3})
+    def main(config: Config) -> float: ...
+
+    if __name__ == "__main__":
+        main()
+
+Hydra runs underneath, so `-m` sweeps, `--cfg job`, `--help` and shell completion work. What differs from a
+plain `hydra.main`: mistakes end in one message and exit code 2 (HYDRA_FULL_ERROR=1 shows the traceback), and
+the function receives a dataclass instead of a DictConfig.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from configs.compose import CONFIG_DIR, HYDRA_VERSION_BASE, SCHEMAS, explain, load, register_configs
+from configs.errors import ConfigError
+from configs.overrides import check_overrides
+from configs.schema import Config
+
+EXIT_CONFIG = 2
+EXIT_INTERRUPTED = 130
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+
+Function = Callable[[Any], float | None]
+
+
+def hydra_entry(
+    config_name: str = "config", errors: Mapping[type[Exception], int] | None = None
+) -> Callable[[Function], Callable[[], None]]:
+    """Make a command-line entry of a function that takes a typed configuration.
+
+    Args:
+        config_name: "config" (the function takes `Config`) or "export" (`ExportConfig`).
+        errors: Further exceptions that users should see as a message, each with its exit code.
+
+    Returns:
+        A decorator. The decorated function takes no arguments, reads `sys.argv`, and ends the process with an
+        exit code where something went wrong: 2 for a configuration error, `errors[...]` for the named ones,
+        130 for Ctrl-C. Any other exception passes through with its traceback. In a sweep a job that fails in
+        one of these ways does not stop the others; the process then ends with the highest of their codes.
+    """
+    codes: dict[type[Exception], int] = {**(errors or {}), ConfigError: EXIT_CONFIG}
+
+    def decorate(function: Function) -> Callable[[], None]:
+        @functools.wraps(function)
+        def entry() -> None:
+            full_error = os.environ.get(_FULL_ERROR, "0") == "1"
+            try:
+                _run(function, config_name, codes, full_error)
+            except (ConfigError, HydraException, OmegaConfBaseException, YAMLError) as error:
+                if full_error:
+                    raise
+                text = str(error) if isinstance(error, ConfigError) else explain(error, SCHEMAS[config_name])
+                _stop(text, EXIT_CONFIG)
+            except tuple(codes) as error:
+                if full_error:
+                    raise
+                _stop(str(error), _exit_code(error, codes))
+            except KeyboardInterrupt:
+                _stop("Interrupted.", EXIT_INTERRUPTED)
+
+        return entry
+
+    return decorate
+
+
+def _run(
+    function: Function, config_name: str, codes: Mapping[type[Exception], int], full_error: bool
+) -> None:
+    """Check argv, then let Hydra compose and call `function` once, or once per job of a sweep."""
+    arguments, unknown = get_args_parser().parse_known_args()
+    if unknown:
+        raise ConfigError(
+            f"Unknown argument '{unknown[0]}': settings are written KEY=VALUE, flags are listed by --help."
+        )
+    schema = SCHEMAS[config_name]
+    extra_dirs = [Path(arguments.config_dir)] if arguments.config_dir else []
+    check_overrides(arguments.overrides, schema, [CONFIG_DIR, *extra_dirs])
+    register_configs()
+    failures: list[int] = []
+
+    def job(cfg: DictConfig) -> float | None:
+        sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+        try:
+            config = load(cfg, schema)
+            return function(_in_sweep(config) if sweeping and isinstance(config, Config) else config)
+        except tuple(codes) as error:
+            if full_error:
+                raise
+            if not sweeping:  # Hydra lets SystemExit through without a word of its own
+                _stop(str(error), _exit_code(error, codes))
+            print(f"error: {error}", file=sys.stderr)
+            failures.append(_exit_code(error, codes))  # the other jobs of the sweep still run
+            return None
+
+    previous = os.environ.get(_FULL_ERROR)
+    os.environ[_FULL_ERROR] = "1"  # Hydra then raises instead of printing and leaving by itself
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*hydra.searchpath.*", category=UserWarning)
+            hydra.main(version_base=HYDRA_VERSION_BASE, config_path=str(CONFIG_DIR), config_name=config_name)(
+                job
+            )()
+    finally:
+        if previous is None:
+            del os.environ[_FULL_ERROR]
+        else:
+            os.environ[_FULL_ERROR] = previous
+    if failures:
+        _stop(f"{len(failures)} job(s) of the sweep failed.", max(failures))
+
+
+def _in_sweep(config: Config) -> Config:
+    """Give a job of a sweep its own run directory: the one Hydra made for it."""
+    if config.run_dir is not None:
+        raise ConfigError(
+            f"run_dir={config.run_dir} in a sweep: every job would write there; use hydra.sweep.dir=PATH."
+        )
+    config.run_dir = HydraConfig.get().runtime.output_dir
+    return config
+
+
+def _exit_code(error: Exception, codes: Mapping[type[Exception], int]) -> int:
+    return next(code for kind, code in codes.items() if isinstance(error, kind))
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,346 @@
+"""Every setting of Octet, typed, with its meaning, unit and limits beside it.
+
+The dataclasses are what Hydra checks the YAML files and the command line against (registered by
+`register_configs`) and what the pipeline receives. The limits written here are enforced by
+`configs.validation`, and a test holds `docs/configuration.md` against them, so a setting is described once.
+
+Values that stay within plain types: str, int, float, bool, list and dict. `None` means "decide by itself"
+or "no limit", as the description says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+ARCHITECTURES = ("auto", "yolov9t", "yolov9s", "yolov9m", "yolov9c", "yolov9e", "custom")
+ACTIVATIONS = ("silu", "relu")
+STAGES = ("train", "float", "calibrate", "sensitivity", "finetune", "export", "engine", "report")
+TARGETS = ("openvino", "onnxruntime", "trt10", "trt11")
+RUNTIMES = ("openvino", "onnxruntime", "tensorrt")
+PRECISIONS = ("f32", "f16", "bf16")
+OBSERVERS = ("minmax", "percentile", "mse", "entropy")
+
+
+def setting(
+    default: Any,
+    description: str,
+    *,
+    unit: str = "",
+    choices: Sequence[str] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    multiple: int | None = None,
+) -> Any:
+    """Declare one field: its default, what it means, and the limits that `configs.validation` enforces.
+
+    Args:
+        default: The value without any YAML or command line; a list or dict is copied per instance.
+        description: What the setting does, for the documentation.
+        unit: Physical unit or scale, for the documentation ("pixels", "seconds", "images").
+        choices: Allowed strings; for a list setting, allowed items.
+        minimum: Smallest allowed number (inclusive).
+        maximum: Largest allowed number (inclusive).
+        above: The number must be greater than this.
+        multiple: The number must be divisible by this.
+    """
+    metadata = {
+        "description": description,
+        "unit": unit,
+        "choices": tuple(choices),
+        "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+        "multiple": multiple,
+    }
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    """The detector."""
+
+    name: str = setting(
+        "auto", "Architecture; auto recognises it from the checkpoint's keys", choices=ARCHITECTURES
+    )
+    activation: str | None = setting(
+        None, "Activation of every conv; none takes what the checkpoint says, else silu", choices=ACTIVATIONS
+    )
+    num_classes: int | None = setting(
+        None, "Class count; none takes it from the weights or the data", minimum=1
+    )
+    factory: str | None = setting(None, "For model=custom: package.module:function that returns the detector")
+
+
+@dataclass
+class SyntheticConfig:
+    """The built-in detection set, drawn rather than downloaded."""
+
+    train: int = setting(256, "Training images to draw", unit="images", minimum=1)
+    val: int = setting(64, "Validation images to draw", unit="images", minimum=1)
+    size: int = setting(192, "Side of the square images", unit="pixels", minimum=32)
+    seed: int = setting(0, "Seed of the drawing; the same seed gives the same files", minimum=0)
+
+
+@dataclass
+class DataConfig:
+    """Where the images come from and how they are fed."""
+
+    kind: str = setting(
+        "folder", "folder reads data.root; synthetic draws its own", choices=("folder", "synthetic")
+    )
+    root: str | None = setting(
+        None, "Folder of the dataset: a YOLO data.yaml tree or COCO JSON; for synthetic, a cache"
+    )
+    format: str = setting("auto", "Layout of the folder; auto looks", choices=("auto", "yolo", "coco"))
+    factory: str | None = setting(
+        None, "package.module:function that returns the dataset, instead of a folder"
+    )
+    image_size: int = setting(
+        640, "Side of the square network input after letterboxing", unit="pixels", minimum=32, multiple=32
+    )
+    workers: int = setting(2, "Loader processes; 0 loads in the main process", unit="processes", minimum=0)
+    train_split: str = setting("train", "Split used for training and calibration")
+    val_split: str = setting("val", "Split used for every reported figure")
+    merge_classes: dict[str, list[Any]] = setting(
+        {}, "New class -> old class names or indices; others are dropped. Empty keeps the classes as they are"
+    )
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    limit_train: int | None = setting(None, "Use only the first N training images", unit="images", minimum=1)
+    limit_val: int | None = setting(None, "Use only the first N validation images", unit="images", minimum=1)
+
+
+@dataclass
+class AugmentConfig:
+    """Training augmentation (heavy); calibration and validation only letterbox."""
+
+    mosaic: float = setting(1.0, "Probability of a four-image mosaic", unit="0..1", minimum=0, maximum=1)
+    degrees: float = setting(0.0, "Rotation range, plus or minus", unit="degrees", minimum=0, maximum=180)
+    translate: float = setting(
+        0.1, "Shift range, plus or minus", unit="fraction of the side", minimum=0, maximum=1
+    )
+    scale: float = setting(0.5, "Zoom range, 1 plus or minus", unit="factor", minimum=0, maximum=0.95)
+    shear: float = setting(0.0, "Shear range, plus or minus", unit="degrees", minimum=0, maximum=45)
+    flip: float = setting(0.5, "Probability of a left-right flip", unit="0..1", minimum=0, maximum=1)
+    hsv_h: float = setting(0.015, "Hue jitter", unit="fraction of the circle", minimum=0, maximum=1)
+    hsv_s: float = setting(0.7, "Saturation jitter", unit="fraction", minimum=0, maximum=1)
+    hsv_v: float = setting(0.4, "Brightness jitter", unit="fraction", minimum=0, maximum=1)
+
+
+@dataclass
+class TrainConfig:
+    """Float training (stage train), from scratch or from weights."""
+
+    epochs: int = setting(100, "Passes over the training split", unit="epochs", minimum=1)
+    batch_size: int = setting(16, "Images per step", unit="images", minimum=1)
+    learning_rate: float = setting(1e-3, "Peak learning rate (AdamW, cosine)", above=0)
+    weight_decay: float = setting(0.05, "AdamW weight decay on conv weights", minimum=0)
+    warmup_fraction: float = setting(
+        0.05, "Part of all steps spent warming up", unit="0..1", minimum=0, maximum=1
+    )
+    ema_decay: float = setting(
+        0.999, "Decay of the weight average that is evaluated", unit="0..1", minimum=0, maximum=1
+    )
+    clip_norm: float = setting(10.0, "Largest gradient norm", above=0)
+    amp: bool = setting(True, "Autocast on a GPU; without effect on a CPU")
+    close_mosaic: int = setting(0, "Epochs at the end without mosaic", unit="epochs", minimum=0)
+
+
+@dataclass
+class WeightQuantConfig:
+    """Quantization of conv and linear weights: per output channel, symmetric."""
+
+    bits: int = setting(8, "Bits; below 8 in simulation only", unit="bits", minimum=2, maximum=8)
+
+
+@dataclass
+class ActivationQuantConfig:
+    """Quantization of activations: per tensor, symmetric."""
+
+    bits: int = setting(8, "Bits; below 8 in simulation only", unit="bits", minimum=2, maximum=8)
+
+
+@dataclass
+class PolicyRule:
+    """One rule about the quantizers whose name matches; the last matching rule wins."""
+
+    match: str = setting(MISSING, "Name pattern with * and ?, e.g. head.cls.*")
+    keep_float: bool = setting(False, "Leave the matching units unquantized")
+    bits: int | None = setting(None, "Bits of the matching quantizers", unit="bits", minimum=2, maximum=16)
+    scale: float | None = setting(None, "Fixed scale, e.g. 1/255 for an 8-bit camera image", above=0)
+    observer: str | None = setting(None, "Calibration method of the matching quantizers", choices=OBSERVERS)
+    share: bool | None = setting(None, "true forces, false forbids one shared scale over a concat")
+
+
+@dataclass
+class QuantConfig:
+    """Placement and calibration of the fake quantizers."""
+
+    observer: str = setting("mse", "How a scale is chosen from observed values", choices=OBSERVERS)
+    percentile: float = setting(99.99, "For observer=percentile", unit="percent", above=50, maximum=100)
+    calibration_images: int = setting(256, "Training images observed, letterboxed", unit="images", minimum=1)
+    calibration_batch_size: int = setting(8, "Images per calibration step", unit="images", minimum=1)
+    share_concat_scales: str = setting(
+        "all",
+        "One scale per concat: always, where it costs no accuracy, or never",
+        choices=("all", "measured", "none"),
+    )
+    weights: WeightQuantConfig = field(default_factory=WeightQuantConfig)
+    activations: ActivationQuantConfig = field(default_factory=ActivationQuantConfig)
+    float_patterns: list[str] = setting(
+        [], "Name patterns of units to leave float; each must match something"
+    )
+    policy: list[PolicyRule] = setting([], "Rules in order; see docs/configuration.md")
+    plan: str | None = setting(None, "Path of a saved and edited placement to use instead of a new one")
+    max_ap_drop: float | None = setting(
+        None,
+        "Accuracy budget: search the smallest set of float units that keeps AP within it",
+        unit="AP",
+        minimum=0,
+        maximum=1,
+    )
+
+
+@dataclass
+class QatConfig:
+    """Quantization-aware fine-tuning (stage finetune)."""
+
+    epochs: int = setting(10, "Passes over the training split", unit="epochs", minimum=1)
+    batch_size: int = setting(16, "Images per step", unit="images", minimum=1)
+    learning_rate: float = setting(1e-4, "Peak learning rate of the weights (AdamW, cosine)", above=0)
+    scale_learning_rate: float = setting(1e-4, "Peak learning rate of the quantizer scales", above=0)
+    weight_decay: float = setting(1e-4, "AdamW weight decay on conv weights", minimum=0)
+    warmup_fraction: float = setting(
+        0.1, "Part of all steps spent warming up", unit="0..1", minimum=0, maximum=1
+    )
+    ema_decay: float = setting(
+        0.99, "Decay of the weight average that is evaluated", unit="0..1", minimum=0, maximum=1
+    )
+    clip_norm: float = setting(10.0, "Largest gradient norm", above=0)
+    task_weight: float = setting(1.0, "Weight of the detection loss", minimum=0)
+    distill_output: float = setting(1.0, "Weight of output distillation from the float copy", minimum=0)
+    distill_feature: float = setting(0.0, "Weight of feature distillation from the float copy", minimum=0)
+    amp: bool = setting(True, "Autocast on a GPU; without effect on a CPU")
+    learn_scales: bool = setting(True, "Learn the activation scales (LSQ, arXiv:1902.08153)")
+    augment: str = setting(
+        "light",
+        "light: flip and small affine; heavy: the augment section; none: letterbox",
+        choices=("none", "light", "heavy"),
+    )
+    validate_images: int | None = setting(
+        None,
+        "Validation images per epoch; none takes all. The end is always measured on all",
+        unit="images",
+        minimum=1,
+    )
+
+
+@dataclass
+class SensitivityConfig:
+    """Which units lose accuracy when quantized (stage sensitivity)."""
+
+    method: str = setting(
+        "fisher",
+        "fisher: one backward pass (arXiv:2210.08502); sqnr: output error; map: AP of each unit",
+        choices=("none", "fisher", "sqnr", "map"),
+    )
+    images: int = setting(64, "Images used by the method", unit="images", minimum=1)
+
+
+@dataclass
+class DeployConfig:
+    """ONNX export, engines and timing."""
+
+    target: str = setting("openvino", "Which engine the ONNX graph is written for", choices=TARGETS)
+    runtimes: list[str] = setting(["openvino"], "Engines to build, evaluate and time", choices=RUNTIMES)
+    float_precisions: list[str] = setting(
+        ["f32"],
+        "Precisions of the float engines that INT8 is compared with, where the machine has them",
+        choices=PRECISIONS,
+    )
+    opset: int | None = setting(None, "ONNX opset; none takes the target's own", minimum=13, maximum=25)
+    batch: int = setting(1, "Batch of the timed engine", unit="images", minimum=1)
+    dynamic_batch: bool = setting(True, "Leave the batch dimension open in the ONNX graph")
+    threads: int = setting(0, "CPU threads of an engine; 0 takes all cores", unit="threads", minimum=0)
+    benchmark_seconds: float = setting(5.0, "Timed duration per engine", unit="seconds", above=0)
+    benchmark_warmup: float = setting(1.0, "Untimed duration before it", unit="seconds", minimum=0)
+
+
+@dataclass
+class EvaluateConfig:
+    """Detection and COCO metrics, the same for torch and for every engine."""
+
+    confidence: float = setting(0.001, "Lowest class score kept", unit="0..1", minimum=0, maximum=1)
+    iou: float = setting(0.7, "Class-wise NMS threshold", unit="IoU, 0..1", above=0, maximum=1)
+    max_detections: int = setting(300, "Boxes kept per image", unit="boxes", minimum=1)
+    batch_size: int = setting(8, "Images per evaluation step", unit="images", minimum=1)
+    engine: str = setting(
+        "hotcoco", "Metric implementation: fast, or the reference", choices=("hotcoco", "pycocotools")
+    )
+
+
+@dataclass
+class MetricConfig:
+    """Your own measure instead of COCO AP."""
+
+    factory: str | None = setting(None, "package.module:function that returns the metric")
+
+
+@dataclass
+class Config:
+    """One run of train_qat.py."""
+
+    experiment: str = setting(MISSING, "Name of the run; set by +experiment=NAME")
+    weights: str | None = setting(None, "Checkpoint of the float detector; none trains or starts at random")
+    run_dir: str | None = setting(None, "Run directory; none makes runs/<experiment>/<time>")
+    resume: bool = setting(False, "Go on where the run in run_dir (or the latest one) stopped")
+    seed: int = setting(0, "Seed of every random choice", minimum=0)
+    device: str = setting("auto", "cpu, cuda, cuda:N, or auto (a GPU where there is one)")
+    threads: int = setting(0, "CPU threads of torch; 0 takes all cores", unit="threads", minimum=0)
+    stages: list[str] = setting(
+        ["float", "calibrate", "finetune", "export", "engine", "report"],
+        "Stages to run, in this order",
+        choices=STAGES,
+    )
+    min_ap: float | None = setting(
+        None, "Gate: the INT8 result must reach this AP, else exit code 4", unit="AP", minimum=0, maximum=1
+    )
+    max_ap_drop: float | None = setting(
+        None,
+        "Gate: the INT8 result may lose this much AP against float, else exit code 4",
+        unit="AP",
+        minimum=0,
+        maximum=1,
+    )
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    qat: QatConfig = field(default_factory=QatConfig)
+    sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
+    deploy: DeployConfig = field(default_factory=DeployConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    metric: MetricConfig = field(default_factory=MetricConfig)
+
+
+@dataclass
+class ExportConfig:
+    """One run of export.py."""
+
+    run: str = setting(MISSING, "Run directory of train_qat.py, e.g. runs/demo/latest")
+    target: str = setting("openvino", "Which engine the ONNX graph is written for", choices=TARGETS)
+    output: str | None = setting(None, "Path of the ONNX file; none writes into the run directory")
+    opset: int | None = setting(None, "ONNX opset; none takes the target's own", minimum=13, maximum=25)
+    batch: int = setting(1, "Batch of the graph where dynamic_batch is false", unit="images", minimum=1)
+    dynamic_batch: bool = setting(True, "Leave the batch dimension open in the ONNX graph")
+    build: bool = setting(False, "Also build the engine, where its runtime is installed")
+    device: str = setting("cpu", "Device that exports; the file is the same")

@@ -1,0 +1,103 @@
+"""Limits of single settings and of their combinations, checked before anything is loaded.
+
+Hydra and OmegaConf check names and types. What they cannot know (a size must be divisible by the coarsest
+stride, a stage list needs a known order) is checked here, on the typed dataclass, and reported all at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from configs.errors import ConfigError, closest
+from configs.schema import STAGES, Config
+
+
+def validate(config: Any) -> None:
+    """Raise ConfigError with one line per problem of a `Config` or `ExportConfig` instance."""
+    problems = _field_problems(config, "")
+    if isinstance(config, Config):
+        problems += _combination_problems(config)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _field_problems(node: Any, prefix: str) -> list[str]:
+    """Check every field of a dataclass instance against its metadata, depth first."""
+    problems: list[str] = []
+    for field in dataclasses.fields(node):
+        value, name = getattr(node, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            problems += _field_problems(value, f"{name}.")
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                if dataclasses.is_dataclass(item):
+                    problems += _field_problems(item, f"{name}[{index}].")
+                else:
+                    problems += _value_problems(item, name, field.metadata)
+        elif value is not None:
+            problems += _value_problems(value, name, field.metadata)
+    return problems
+
+
+def _value_problems(value: Any, name: str, limits: Any) -> list[str]:
+    """Check one value; an empty list means that it is fine."""
+    choices = limits.get("choices", ())
+    if choices and value not in choices:
+        near = closest(str(value), choices)
+        hint = f" (closest: {near})" if near else ""
+        return [f"{name}={value}: expected one of {', '.join(choices)}{hint}."]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return []
+    minimum, maximum, above = (limits.get(key) for key in ("minimum", "maximum", "above"))
+    unit = f" {limits['unit']}" if limits.get("unit") else ""
+    if value != value or (minimum is not None and value < minimum):
+        return [f"{name}={value}: expected at least {minimum}{unit}; set {name}={minimum} or more."]
+    if above is not None and value <= above:
+        return [f"{name}={value}: expected more than {above}{unit}; choose a larger value."]
+    if maximum is not None and value > maximum:
+        return [f"{name}={value}: expected at most {maximum}{unit}; set {name}={maximum} or less."]
+    multiple = limits.get("multiple")
+    if multiple and value % multiple:
+        below, beyond = value // multiple * multiple, (value // multiple + 1) * multiple
+        remedy = f"{name}={below} or {name}={beyond}" if below else f"{name}={beyond}"
+        return [
+            f"{name}={value}: expected a multiple of {multiple}{unit} (the coarsest stride); use {remedy}."
+        ]
+    return []
+
+
+def _combination_problems(config: Config) -> list[str]:
+    """Check what only several settings together can get wrong."""
+    problems: list[str] = []
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
+        problems.append(f"device={config.device}: expected auto, cpu, cuda or cuda:N; use device=auto.")
+    if not config.stages:
+        problems.append(f"stages=[]: expected at least one stage; choose from {', '.join(STAGES)}.")
+    repeated = sorted({stage for stage in config.stages if config.stages.count(stage) > 1})
+    if repeated:
+        problems.append(f"stages names {', '.join(repeated)} more than once; name each stage once.")
+    order = [stage for stage in STAGES if stage in config.stages]
+    if not repeated and set(config.stages) <= set(STAGES) and config.stages != order:
+        problems.append(
+            f"stages={config.stages}: expected the order of the job; use stages=[{','.join(order)}]."
+        )
+    if config.data.kind == "folder" and config.data.root is None and config.data.factory is None:
+        problems.append(
+            "data.root is not set: expected the folder of a dataset; add data.root=PATH or data=synthetic."
+        )
+    if config.model.name == "custom" and config.model.factory is None:
+        problems.append("model=custom without a factory; add model.factory=package.module:function.")
+    for name, factory in (
+        ("model.factory", config.model.factory),
+        ("data.factory", config.data.factory),
+        ("metric.factory", config.metric.factory),
+    ):
+        if factory is not None and not re.fullmatch(r"[\w.]+:\w+", factory):
+            problems.append(f"{name}={factory}: expected package.module:function.")
+    if config.model.name == "auto" and config.weights is None:
+        problems.append(
+            "model.name=auto without weights: nothing to recognise; add weights=FILE or model=yolov9t."
+        )
+    return problems
