@@ -1,0 +1,47 @@
+"""Quantization room: placement, insertion, calibration and fine-tuning of any fx-traceable network."""
+
+from quant.calibration import CalibrationError, CalibrationResult, calibrate
+from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
+from quant.finetuning import DivergenceError, TrainingOptions, TrainingState, train_epochs
+from quant.graph import TraceError, trace
+from quant.insertion import (
+    InsertionError,
+    activation_quantizers,
+    insert,
+    placement_of,
+    quantized_layers,
+    set_mode,
+)
+from quant.placement import Group, Placement, PlacementOptions, TensorSite, WeightSite, place
+from quant.policy import Policy, PolicyError, Rule, parse_rules
+
+__all__ = [
+    "CalibrationError",
+    "CalibrationResult",
+    "DivergenceError",
+    "FakeQuantize",
+    "Group",
+    "InsertionError",
+    "Mode",
+    "Placement",
+    "PlacementOptions",
+    "Policy",
+    "PolicyError",
+    "Rule",
+    "TensorSite",
+    "TraceError",
+    "TrainingOptions",
+    "TrainingState",
+    "WeightFakeQuantize",
+    "WeightSite",
+    "activation_quantizers",
+    "calibrate",
+    "insert",
+    "parse_rules",
+    "place",
+    "placement_of",
+    "quantized_layers",
+    "set_mode",
+    "trace",
+    "train_epochs",
+]

@@ -1,0 +1,153 @@
+"""Calibration: one pass of float inference shows every group its values; then each scale is chosen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, fx
+
+from quant.fake_quantize import Mode
+from quant.insertion import activation_quantizers, placement_of, quantized_layers, quantizers, set_mode
+from quant.observers import METHODS, Histogram, choose_scale, choose_weight_scale
+
+log = logging.getLogger(__name__)
+
+
+class CalibrationError(ValueError):
+    """Calibration cannot give usable scales."""
+
+
+@dataclass(frozen=True)
+class GroupCalibration:
+    """What calibration found for one group: all in the tensor's own units; `clipped` is a share of the values."""
+
+    name: str
+    method: str
+    maximum: float
+    amax: float
+    scale: float
+    clipped: float
+    num_values: int
+    num_ignored: int
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """Result of `calibrate`: one entry per group, and the number of images seen."""
+
+    groups: tuple[GroupCalibration, ...]
+    num_images: int
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain data for a JSON file."""
+        return {"num_images": self.num_images, "groups": [asdict(group) for group in self.groups]}
+
+
+def calibrate(
+    model: fx.GraphModule,
+    batches: Iterable[Tensor],
+    method: str = "mse",
+    weight_method: str = "mse",
+    percentile: float = 99.99,
+) -> CalibrationResult:
+    """Set every scale of an inserted model and leave all quantizers switched on.
+
+    Weight scales depend on the weights alone. Activation scales come from one pass of float inference over the
+    batches; a group with a fixed scale keeps it, one with an observer of its own uses that.
+
+    Args:
+        model: result of `insert`.
+        batches: float images [B, C, H, W], prepared as for inference (letterboxed, never mosaics).
+        method: default method for activations: `minmax`, `percentile`, `mse` or `entropy`.
+        weight_method: `minmax` or `mse`.
+        percentile: for the percentile method, in percent.
+
+    Raises:
+        CalibrationError: no batch, an unknown method, or a group that saw NaN or infinite values only.
+    """
+    for name in (method, weight_method):
+        if name not in METHODS:
+            raise CalibrationError(f"unknown calibration method {name!r}: choose one of {', '.join(METHODS)}")
+    calibrate_weights(model, weight_method)
+    histograms, num_images = collect_histograms(model, batches)
+    result = apply_histograms(model, histograms, method, percentile, num_images)
+    set_mode(model, Mode.QUANTIZE)
+    return result
+
+
+def calibrate_weights(model: fx.GraphModule, method: str = "mse") -> None:
+    """Choose one scale per output channel of every quantized layer."""
+    for layer in quantized_layers(model).values():
+        quantizer = layer.weight_quantizer
+        scale = choose_weight_scale(layer.weight, quantizer.axis, method, quantizer.bits)
+        quantizer.set_scale(scale.to(layer.weight.device), layer.weight)
+
+
+def collect_histograms(model: fx.GraphModule, batches: Iterable[Tensor]) -> tuple[dict[str, Histogram], int]:
+    """Run float inference and count the magnitudes in every group; returns the histograms and the image count.
+
+    The network's training flag and the quantizers' modes are restored afterwards.
+    """
+    groups = activation_quantizers(model)
+    histograms = {name: Histogram() for name in groups}
+    modes = [(quantizer, quantizer.mode) for quantizer in quantizers(model)]
+    training = model.training
+    num_images = 0
+    model.eval()
+    set_mode(model, Mode.OFF)
+    for name, observed in groups.items():
+        observed.observer, observed.mode = histograms[name], Mode.OBSERVE
+    try:
+        with torch.no_grad():
+            for images in batches:
+                model(images)
+                num_images += len(images)
+    finally:
+        for observed in groups.values():
+            observed.observer = None
+        for quantizer, mode in modes:
+            quantizer.mode = mode
+        model.train(training)
+    if num_images == 0:
+        raise CalibrationError("calibration got no image: raise the number of calibration images above 0")
+    return histograms, num_images
+
+
+def apply_histograms(
+    model: fx.GraphModule, histograms: dict[str, Histogram], method: str, percentile: float, num_images: int
+) -> CalibrationResult:
+    """Set each group's scale from its histogram."""
+    quantizer_of = activation_quantizers(model)
+    found = []
+    for group in placement_of(model).groups:
+        histogram, quantizer = histograms[group.name], quantizer_of[group.name]
+        if histogram.num_values == 0:
+            raise CalibrationError(
+                f"group {group.name!r} saw {histogram.num_ignored} values, none of them finite: the float network "
+                "overflows on these images; check the weights and the preprocessing"
+            )
+        if histogram.num_ignored:
+            log.warning("group %s: %d NaN or infinite values left out", group.name, histogram.num_ignored)
+        chosen_by = group.observer or method
+        choice = choose_scale(histogram, chosen_by, quantizer.bits, percentile)
+        scale = choice.scale
+        if group.scale is None:
+            quantizer.set_scale(scale)
+        else:
+            chosen_by, scale = "fixed", group.scale
+        found.append(
+            GroupCalibration(
+                name=group.name,
+                method=chosen_by,
+                maximum=histogram.maximum,
+                amax=scale * quantizer.high,
+                scale=scale,
+                clipped=choice.clipped,
+                num_values=histogram.num_values,
+                num_ignored=histogram.num_ignored,
+            )
+        )
+    return CalibrationResult(tuple(found), num_images)

@@ -1,0 +1,233 @@
+"""Fake quantization: the integer grid, its gradient, and the two quantizers that a network carries.
+
+Why it is our own: torch's fused `fake_quantize_*` kernels give the forward pass and the in-range mask in one
+sweep over memory, but their gradient for the scale is slow. With the scale learned in the log domain the
+gradient needs no further sweep of its own. For x quantized to y = s * clamp(round(x / s), lo, hi), with m = 1
+where round(x / s) stays inside [lo, hi], LSQ (arXiv:1902.08153, equation 3) says
+
+    dy/ds = round(x/s) - x/s   where m = 1,    lo or hi   elsewhere,
+
+so s * dy/ds = y - m * x everywhere, and for a loss L with g = dL/dy
+
+    dL/dx     = m * g                                (straight-through, clipped)
+    dL/dlog s = sum(g * (y - m * x)) = <g, y> - <dL/dx, x>
+
+that is: two dot products of tensors which exist anyway. The log domain also keeps every scale positive by
+construction and lets one learning rate serve scales that differ by orders of magnitude.
+
+Ranges: activations [-2^(b-1), 2^(b-1) - 1], weights symmetric without the lowest code, zero point always 0.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MIN_SCALE = 1e-10
+MAX_SCALE = 1e30
+
+
+class Mode(enum.Enum):
+    """What a quantizer does with the tensor that passes through it."""
+
+    OFF = "off"  # hands the tensor on, bit for bit
+    OBSERVE = "observe"  # hands it on and shows it to the observer
+    QUANTIZE = "quantize"  # rounds it to the grid
+
+
+class _FakeQuantizeTensor(torch.autograd.Function):
+    """Per-tensor fake quantization with gradients for the input and the logarithm of the scale."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log_scale: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+        zero_point = torch.zeros(1, dtype=torch.int32, device=x.device)
+        enabled = torch.ones(1, dtype=torch.int64, device=x.device)
+        y, mask = torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
+            x, scale.reshape(1), zero_point, enabled, low, high
+        )
+        ctx.save_for_backward(x, y, mask)
+        ctx.gradient_scale = 1.0 / math.sqrt(max(x.numel(), 1) * high)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, mask = ctx.saved_tensors
+        g = gradients[0].contiguous()
+        grad_x = g * mask
+        grad_log_scale = None
+        if ctx.needs_input_grad[1]:
+            along_y = torch.dot(g.reshape(-1), y.contiguous().reshape(-1))
+            along_x = torch.dot(grad_x.reshape(-1), x.contiguous().reshape(-1))
+            grad_log_scale = (along_y - along_x) * ctx.gradient_scale
+        return grad_x, grad_log_scale, None, None, None
+
+
+class _FakeQuantizeChannel(torch.autograd.Function):
+    """Per-channel fake quantization with gradients for the input and the logarithm of each scale."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, log_scale: Tensor, scale: Tensor, axis: int, low: int, high: int
+    ) -> Tensor:
+        zero_point = torch.zeros(scale.shape, dtype=torch.int32, device=x.device)
+        y, mask = torch.ops.aten.fake_quantize_per_channel_affine_cachemask(
+            x, scale, zero_point, axis, low, high
+        )
+        ctx.save_for_backward(x, y, mask)
+        ctx.axis = axis
+        ctx.gradient_scale = 1.0 / math.sqrt(max(x.numel() // max(scale.numel(), 1), 1) * high)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, mask = ctx.saved_tensors
+        g = gradients[0]
+        grad_x = g * mask
+        grad_log_scale = None
+        if ctx.needs_input_grad[1]:
+            others = [d for d in range(x.ndim) if d != ctx.axis]
+            grad_log_scale = (g * y - grad_x * x).sum(others) * ctx.gradient_scale
+        return grad_x, grad_log_scale, None, None, None, None
+
+
+class FakeQuantize(nn.Module):
+    """Rounds activations to a signed grid with one scale for the whole tensor.
+
+    One module serves every tensor of a placement group, so the members share the scale by being the same object.
+
+    Args:
+        bits: Width of the grid, 2 to 8; the codes are [-2^(bits-1), 2^(bits-1) - 1].
+        learned: Whether fine-tuning may move the scale.
+    """
+
+    def __init__(self, bits: int = 8, learned: bool = True) -> None:
+        super().__init__()
+        _check_bits(bits)
+        self.bits = bits
+        self.low = -(2 ** (bits - 1))
+        self.high = 2 ** (bits - 1) - 1
+        self.mode = Mode.OFF
+        self.observer: Any = None
+        self.log_scale = nn.Parameter(torch.zeros(()), requires_grad=learned)
+
+    @property
+    def scale(self) -> Tensor:
+        """The positive step between two codes, a scalar tensor without gradient."""
+        return self.log_scale.detach().exp()
+
+    def set_scale(self, scale: Tensor | float) -> None:
+        """Set the step; raises ValueError unless it is positive and finite."""
+        with torch.no_grad():
+            self.log_scale.copy_(_log_of(torch.as_tensor(scale, dtype=torch.float64)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x (off, observe) or x rounded to the grid (quantize); any shape."""
+        if self.mode is Mode.OFF:
+            return x
+        if self.mode is Mode.OBSERVE:
+            if self.observer is not None:
+                self.observer.update(x.detach())
+            return x
+        if torch.onnx.is_in_onnx_export():
+            return torch.fake_quantize_per_tensor_affine(x, float(self.scale), 0, self.low, self.high)
+        y = x.float()
+        if torch.is_grad_enabled() and (x.requires_grad or self.log_scale.requires_grad):
+            y = _FakeQuantizeTensor.apply(y, self.log_scale, self.scale, self.low, self.high)
+        else:
+            y = torch.fake_quantize_per_tensor_affine(y, float(self.scale), 0, self.low, self.high)
+        return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """One line for `print(model)`."""
+        return f"bits={self.bits}, scale={float(self.scale):.6g}, mode={self.mode.value}"
+
+
+class WeightFakeQuantize(nn.Module):
+    """Rounds a weight tensor to a symmetric grid with one scale per output channel.
+
+    Args:
+        channels: Number of output channels.
+        axis: Axis of the output channels in the weight (0 for convolutions and linear layers, 1 for transposed).
+        bits: Width of the grid, 2 to 8; the codes are [-(2^(bits-1) - 1), 2^(bits-1) - 1].
+        learned: Whether fine-tuning may move the scales. Otherwise they follow the weights: each channel's
+            scale keeps its calibrated proportion to the channel's largest weight.
+    """
+
+    proportion: Tensor
+
+    def __init__(self, channels: int, axis: int = 0, bits: int = 8, learned: bool = True) -> None:
+        super().__init__()
+        _check_bits(bits)
+        self.axis = axis
+        self.bits = bits
+        self.high = 2 ** (bits - 1) - 1
+        self.low = -self.high
+        self.learned = learned
+        self.mode = Mode.OFF
+        self.log_scale = nn.Parameter(torch.zeros(channels), requires_grad=learned)
+        self.register_buffer("proportion", torch.ones(channels))
+
+    @property
+    def scale(self) -> Tensor:
+        """Positive steps, shape [channels], without gradient."""
+        return self.log_scale.detach().exp()
+
+    def set_scale(self, scale: Tensor, weight: Tensor) -> None:
+        """Set the steps, shape [channels], and remember their proportion to the weight's amax."""
+        with torch.no_grad():
+            self.log_scale.copy_(_log_of(scale.double()))
+            self.proportion.copy_(scale / self.amax_scale(weight))
+
+    def amax_scale(self, weight: Tensor) -> Tensor:
+        """Steps that put each channel's largest magnitude on the highest code, shape [channels]."""
+        others = [d for d in range(weight.ndim) if d != self.axis]
+        return (weight.detach().abs().amax(others) / self.high).clamp(MIN_SCALE, MAX_SCALE)
+
+    def follow(self, weight: Tensor) -> None:
+        """Move scales that are not learned to where the weights have gone."""
+        with torch.no_grad():
+            self.log_scale.copy_(_log_of((self.amax_scale(weight) * self.proportion).double()))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight itself unless the mode is quantize."""
+        if self.mode is not Mode.QUANTIZE:
+            return weight
+        if torch.onnx.is_in_onnx_export():
+            # The exporter knows the full signed range only; with symmetric scales no code falls on the lowest.
+            zero_point = torch.zeros(self.log_scale.shape, dtype=torch.int32, device=weight.device)
+            clipped = weight.clamp(*self._limits(weight))
+            return torch.fake_quantize_per_channel_affine(
+                clipped, self.scale, zero_point, self.axis, self.low - 1, self.high
+            )
+        if self.training and not self.learned:
+            self.follow(weight)
+        w = weight.float()
+        y = _FakeQuantizeChannel.apply(w, self.log_scale, self.scale, self.axis, self.low, self.high)
+        return y.to(weight.dtype)
+
+    def _limits(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        shape = [1] * weight.ndim
+        shape[self.axis] = -1
+        limit = (self.scale * self.high).reshape(shape)
+        return -limit, limit
+
+    def extra_repr(self) -> str:
+        """One line for `print(model)`."""
+        return f"channels={self.log_scale.numel()}, bits={self.bits}, mode={self.mode.value}"
+
+
+def _check_bits(bits: int) -> None:
+    if not 2 <= bits <= 8:
+        raise ValueError(f"{bits} bits are not a supported width: choose 2 to 8, or keep the layer in float")
+
+
+def _log_of(scale: Tensor) -> Tensor:
+    if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
+        raise ValueError(
+            f"scale {scale.flatten()[:4].tolist()} is not positive and finite: calibrate again on real images"
+        )
+    return scale.clamp(MIN_SCALE, MAX_SCALE).log()

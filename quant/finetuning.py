@@ -1,0 +1,303 @@
+"""The training loop: quantization-aware fine-tuning, and float training with the same code.
+
+The student learns from two teachers at once. The task loss (given as a function, so that this room needs to know no
+detector) keeps it on the labels; distillation keeps every output map on the float copy's:
+
+    loss = task_weight * sum(task terms) + distill_weight * mean over maps of  |s - t|^2 / |t - mean(t)|^2
+
+Each distillation term is divided by the teacher map's own variance, so that a term of 0.01 means one per cent of
+unexplained variance for every map of every network, and no map or network size can drown the others.
+
+Scales are learned in the log domain (see fake_quantize.py) with a learning rate of their own: a step of 0.001 is
+a relative change of 0.1 per cent for every scale.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.fake_quantize import FakeQuantize, WeightFakeQuantize
+
+log = logging.getLogger(__name__)
+
+TaskLoss = Callable[[Any, Tensor, tuple[int, int]], dict[str, Tensor]]
+TrainingBatch = tuple[Tensor, Tensor]  # images [B, C, H, W] float, targets in the task loss's own form
+
+
+class DivergenceError(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train.
+
+    Attributes:
+        epochs: passes over the data.
+        learning_rate: peak rate of weights and biases.
+        scale_learning_rate: peak rate of the logarithms of scales.
+        weight_decay: decoupled decay of weights with two or more axes.
+        warmup_fraction: share of all steps over which the rate rises from 0, before it falls along a cosine.
+        final_fraction: the last rate as a share of the peak.
+        ema_decay: decay of the exponential moving average; 0 switches it off.
+        ema_warmup: steps over which the decay grows towards its value (decay * (1 - exp(-step / warmup))).
+        clip_norm: largest gradient norm of the weights; 0 switches clipping off.
+        task_weight: weight of the task loss.
+        distill_weight: weight of output distillation (needs a teacher).
+        amp: whether the forward pass runs under autocast to bfloat16 (CUDA only).
+    """
+
+    epochs: int
+    learning_rate: float = 1e-4
+    scale_learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    warmup_fraction: float = 0.05
+    final_fraction: float = 0.01
+    ema_decay: float = 0.999
+    ema_warmup: float = 100.0
+    clip_norm: float = 10.0
+    task_weight: float = 1.0
+    distill_weight: float = 1.0
+    amp: bool = False
+
+
+@dataclass
+class StepRecord:
+    """What one step did: the losses by name, the learning rate, and the gradient norm before clipping."""
+
+    step: int
+    epoch: int
+    learning_rate: float
+    losses: dict[str, float]
+    gradient_norm: float
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for a JSON line."""
+        record = asdict(self)
+        losses = record.pop("losses")
+        return {**record, **losses}
+
+
+@dataclass
+class TrainingState:
+    """Everything a stopped training needs to go on exactly where it was (with its model's and average's weights)."""
+
+    optimizer: torch.optim.Optimizer
+    average: ModelAverage | None
+    step: int = 0
+    epoch: int = 0
+    records: list[StepRecord] = field(default_factory=list)
+
+
+class ModelAverage:
+    """Exponential moving average of a model's parameters and floating buffers (Polyak averaging).
+
+    Attributes:
+        model: the averaged copy, in evaluation mode.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, warmup: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.warmup = warmup
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the model."""
+        self.updates += 1
+        decay = self.decay * (1.0 - math.exp(-self.updates / self.warmup))
+        current = model.state_dict()
+        averaged, fresh = [], []
+        for name, value in self.model.state_dict().items():
+            if value.is_floating_point():
+                averaged.append(value)
+                fresh.append(current[name].detach())
+            else:
+                value.copy_(current[name])
+        torch._foreach_lerp_(averaged, fresh, 1.0 - decay)
+
+
+def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[str, Any]]:
+    """Split trainable parameters into decayed weights, the rest (biases, norms), and logarithms of scales."""
+    scales = {
+        id(module.log_scale)
+        for module in model.modules()
+        if isinstance(module, (FakeQuantize, WeightFakeQuantize))
+    }
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    weights = [p for p in trainable if id(p) not in scales and p.ndim >= 2]
+    rest = [p for p in trainable if id(p) not in scales and p.ndim < 2]
+    groups = [
+        {"name": "weights", "params": weights, "peak": options.learning_rate, "decay": options.weight_decay},
+        {"name": "biases", "params": rest, "peak": options.learning_rate, "decay": 0.0},
+        {
+            "name": "scales",
+            "params": [p for p in trainable if id(p) in scales],
+            "peak": options.scale_learning_rate,
+            "decay": 0.0,
+        },
+    ]
+    return [{**g, "weight_decay": g["decay"]} for g in groups if g["params"]]
+
+
+def rate_factor(step: int, total: int, warmup_fraction: float, final_fraction: float) -> float:
+    """Share of the peak rate at a step: linear warm-up, then a cosine down to `final_fraction`.
+
+    For total 100, warm-up 0.1, final 0: step 0 -> 0.1, step 9 -> 1.0, step 55 -> about 0.5, step 100 -> 0.
+    """
+    warmup = max(1, round(total * warmup_fraction))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def flatten_maps(raw: Any) -> list[Tensor]:
+    """Tensors of a nested tuple, list or dict of outputs, in order."""
+    if isinstance(raw, Tensor):
+        return [raw]
+    values: Iterable[Any] = raw.values() if isinstance(raw, dict) else raw
+    return [tensor for value in values for tensor in flatten_maps(value)]
+
+
+def distillation_loss(student: Any, teacher: Any) -> Tensor:
+    """Unexplained variance of the teacher's maps, averaged over maps; a scalar, 0 where they agree.
+
+    For each map: mean((s - t)^2) / var(t). A student that answers the teacher's mean everywhere gets 1.
+    """
+    terms = []
+    for s, t in zip(flatten_maps(student), flatten_maps(teacher), strict=True):
+        target = t.detach().float()
+        terms.append((s.float() - target).square().mean() / target.var().clamp(min=1e-8))
+    return torch.stack(terms).mean()
+
+
+def new_state(model: nn.Module, options: TrainingOptions) -> TrainingState:
+    """Optimizer and average for a model at step 0."""
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, options), lr=options.learning_rate, betas=(0.9, 0.999)
+    )
+    average = ModelAverage(model, options.ema_decay, options.ema_warmup) if options.ema_decay > 0 else None
+    return TrainingState(optimizer, average)
+
+
+def train_epochs(
+    model: nn.Module,
+    epoch_batches: Callable[[int], Sequence[TrainingBatch] | Iterable[TrainingBatch]],
+    steps_per_epoch: int,
+    task_loss: TaskLoss,
+    options: TrainingOptions,
+    teacher: nn.Module | None = None,
+    state: TrainingState | None = None,
+) -> Iterator[TrainingState]:
+    """Train a model in place; yields the state after every epoch so that the caller can validate, save or stop.
+
+    Args:
+        model: network whose forward returns raw maps; with quantizers switched on this is quantization-aware
+            fine-tuning, without any it is float training.
+        epoch_batches: epoch number -> batches (images float [B, C, H, W], targets).
+        steps_per_epoch: number of batches in an epoch.
+        task_loss: (raw maps, targets, (height, width)) -> named, already weighted scalar terms.
+        options: how to train.
+        teacher: float network to distil from, or None.
+        state: state of a stopped training to go on from.
+
+    Raises:
+        DivergenceError: a loss that is not finite; the message names the terms and the remedy.
+    """
+    state = state or new_state(model, options)
+    total = options.epochs * steps_per_epoch
+    if teacher is not None:
+        teacher.eval().requires_grad_(False)
+    while state.epoch < options.epochs:
+        model.train()
+        for images, targets in epoch_batches(state.epoch):
+            _train_step(model, images, targets, task_loss, options, teacher, state, total)
+        state.epoch += 1
+        model.eval()
+        yield state
+
+
+def _train_step(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    task_loss: TaskLoss,
+    options: TrainingOptions,
+    teacher: nn.Module | None,
+    state: TrainingState,
+    total: int,
+) -> None:
+    started = time.perf_counter()
+    factor = rate_factor(state.step, total, options.warmup_fraction, options.final_fraction)
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=options.amp and images.is_cuda):
+        raw = model(images)
+        terms = _loss_terms(raw, images, targets, task_loss, options, teacher)
+    loss = torch.stack(list(terms.values())).sum()
+    values = {name: float(term.detach()) for name, term in terms.items()}
+    if not math.isfinite(float(loss.detach())):
+        raise DivergenceError(
+            f"loss is not finite at step {state.step} ({values}): lower the learning rate (now "
+            f"{options.learning_rate:g}) or the scale learning rate (now {options.scale_learning_rate:g})"
+        )
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = _clip(state.optimizer, options.clip_norm)
+    state.optimizer.step()
+    if state.average is not None:
+        state.average.update(model)
+    state.records.append(
+        StepRecord(
+            step=state.step,
+            epoch=state.epoch,
+            learning_rate=options.learning_rate * factor,
+            losses={**values, "total": float(loss.detach())},
+            gradient_norm=norm,
+            seconds=time.perf_counter() - started,
+        )
+    )
+    state.step += 1
+
+
+def _loss_terms(
+    raw: Any,
+    images: Tensor,
+    targets: Tensor,
+    task_loss: TaskLoss,
+    options: TrainingOptions,
+    teacher: nn.Module | None,
+) -> dict[str, Tensor]:
+    terms: dict[str, Tensor] = {}
+    if options.task_weight > 0:
+        height, width = int(images.shape[-2]), int(images.shape[-1])
+        for name, term in task_loss(raw, targets, (height, width)).items():
+            terms[name] = options.task_weight * term
+    if teacher is not None and options.distill_weight > 0:
+        with torch.no_grad():
+            reference = teacher(images)
+        terms["distillation"] = options.distill_weight * distillation_loss(raw, reference)
+    if not terms:
+        raise ValueError("task weight and distillation weight are both 0: nothing to learn from")
+    return terms
+
+
+def _clip(optimizer: torch.optim.Optimizer, clip_norm: float) -> float:
+    """Clip weights and scales separately (their gradients live on different sizes); returns the weights' norm."""
+    norms = {}
+    for group in optimizer.param_groups:
+        limit = clip_norm if clip_norm > 0 else math.inf
+        norms[group["name"]] = float(nn.utils.clip_grad_norm_(group["params"], limit))
+    return norms.get("weights", 0.0)

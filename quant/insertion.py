@@ -1,0 +1,110 @@
+"""Insertion: turns a network and a placement into the one quantized model that every stage works on."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterator
+
+from torch import fx, nn
+
+from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
+from quant.graph import trace
+from quant.layers import QuantizedLayer, quantize_layer
+from quant.placement import Group, Placement
+
+ACTIVATION_QUANTIZERS = "activation_quantizers"
+
+
+class InsertionError(ValueError):
+    """A placement does not fit the network."""
+
+
+def insert(network: nn.Module, placement: Placement, learn_scales: bool = True) -> fx.GraphModule:
+    """Return a copy of the network with fake quantizers at the places of the placement.
+
+    Module and parameter names stay as they are; a quantized layer gains `.weight_quantizer`, and each group's one
+    quantizer stands under `activation_quantizers.<number>`. All quantizers start switched off: the copy then
+    computes bit for bit what the network computes.
+
+    Args:
+        network: the module that `place` read.
+        placement: its plan.
+        learn_scales: whether fine-tuning may move the scales (fixed ones never move).
+
+    Raises:
+        InsertionError: the placement names a tensor or layer that the network does not have.
+    """
+    model = trace(copy.deepcopy(network))
+    nodes = {node.name: node for node in model.graph.nodes}
+    model.add_module(ACTIVATION_QUANTIZERS, nn.ModuleDict())
+    for index, group in enumerate(placement.groups):
+        _insert_group(model, nodes, index, group, learn_scales)
+    for site in placement.weights:
+        try:
+            layer = model.get_submodule(site.layer)
+        except AttributeError as error:
+            raise InsertionError(
+                _unknown("layer", site.layer, [n for n, _ in model.named_modules()])
+            ) from error
+        quantize_layer(layer, site.axis, site.bits, learn_scales)
+    model.graph.lint()
+    model.recompile()
+    model.meta["placement"] = placement
+    return model
+
+
+def _insert_group(
+    model: fx.GraphModule, nodes: dict[str, fx.Node], index: int, group: Group, learn_scales: bool
+) -> None:
+    quantizer = FakeQuantize(group.bits, learned=learn_scales and group.scale is None)
+    if group.scale is not None:
+        quantizer.set_scale(group.scale)
+    target = f"{ACTIVATION_QUANTIZERS}.{index}"
+    model.add_submodule(target, quantizer)
+    for site in group.tensors:
+        for name in (site.node, *site.users):
+            if name not in nodes:
+                raise InsertionError(_unknown("node", name, list(nodes)))
+        producer = nodes[site.node]
+        with model.graph.inserting_after(producer):
+            quantized = model.graph.call_module(target, (producer,))
+        for user in site.users:
+            nodes[user].replace_input_with(producer, quantized)
+
+
+def _unknown(what: str, name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"the placement names {what} {name!r}, which the network does not have; closest: {close[0]!r}"
+
+
+def placement_of(model: fx.GraphModule) -> Placement:
+    """The plan that `insert` worked from."""
+    placement = model.meta["placement"]
+    assert isinstance(placement, Placement)
+    return placement
+
+
+def activation_quantizers(model: fx.GraphModule) -> dict[str, FakeQuantize]:
+    """Group name -> its quantizer, in graph order."""
+    modules = model.get_submodule(ACTIVATION_QUANTIZERS)
+    quantizers = [module for module in modules.children() if isinstance(module, FakeQuantize)]
+    return dict(zip((group.name for group in placement_of(model).groups), quantizers, strict=True))
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Layer name -> layer with quantized weights."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+
+
+def quantizers(model: nn.Module) -> Iterator[FakeQuantize | WeightFakeQuantize]:
+    """Every quantizer of activations and weights, each once."""
+    for module in model.modules():
+        if isinstance(module, (FakeQuantize, WeightFakeQuantize)):
+            yield module
+
+
+def set_mode(model: nn.Module, mode: Mode) -> None:
+    """Switch every quantizer of the model."""
+    for quantizer in quantizers(model):
+        quantizer.mode = mode

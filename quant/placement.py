@@ -1,0 +1,320 @@
+"""Placement: which tensors of a network get a quantizer, and which of them share one scale.
+
+A weighted layer (convolution, linear) demands INT8 data. Each demand is walked back through the operations
+that quantize-dequantize commutes with (concat, split, max-pool, nearest upsampling, reshapes) to the tensors that
+were really computed: an activation's output, a residual sum, an average, the image. These get one fake
+quantizer each, right behind their producer. Tensors that meet in one concat, and demands that meet in one tensor,
+share one scale (union-find), so that an engine moves INT8 data from producer to consumer without a single
+requantization. Sources of the rules: NVIDIA's tensorflow-quantization guide (custom Q/DQ cases) and modelopt.
+
+Residual sums: the skip operand reads the quantized tensor, the other operand stays unquantized so that the
+engine can fuse convolution, activation and sum into one kernel.
+
+    x --Q--+--> conv -> act -> conv -> act --+--> add --Q--> ...
+           +---------------------------------+
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+from quant.graph import WEIGHTED_MODULES, Kind, inputs_of, kind_of, path_of, trace
+from quant.policy import Policy, Rule
+
+
+@dataclass(frozen=True)
+class TensorSite:
+    """One quantized tensor: its readable name, its producer in the graph, and the nodes that read it quantized."""
+
+    name: str
+    node: str
+    users: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors with one common scale.
+
+    Attributes:
+        name: name of the first tensor.
+        tensors: the members, in graph order.
+        layers: weighted layers that read the group.
+        bits: width of the grid.
+        observer: calibration method, None for the run's default.
+        scale: fixed scale, None to calibrate.
+    """
+
+    name: str
+    tensors: tuple[TensorSite, ...]
+    layers: tuple[str, ...]
+    bits: int = 8
+    observer: str | None = None
+    scale: float | None = None
+
+
+@dataclass(frozen=True)
+class WeightSite:
+    """One layer with quantized weights: `axis` counts output channels, `group` feeds it."""
+
+    layer: str
+    axis: int
+    bits: int
+    group: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The whole plan; plain data.
+
+    Attributes:
+        groups: activation groups in graph order.
+        weights: layers with quantized weights in graph order.
+        kept_float: weighted layers left in float, with the reason.
+        concats: every concat that quantized data passes, and whether its inputs share one scale.
+    """
+
+    groups: tuple[Group, ...]
+    weights: tuple[WeightSite, ...]
+    kept_float: dict[str, str] = field(default_factory=dict)
+    concats: dict[str, bool] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """The plan as a tree: one line per group, its tensors and layers below."""
+        lines = []
+        for group in self.groups:
+            scale = f", scale {group.scale:g}" if group.scale is not None else ""
+            lines.append(f"{group.name}  ({group.bits} bits{scale}, {len(group.tensors)} tensors)")
+            lines += [f"  tensor {tensor.name} -> {', '.join(tensor.users)}" for tensor in group.tensors]
+            lines += [f"  layer  {layer}" for layer in group.layers]
+        lines += [f"float: {name} ({reason})" for name, reason in self.kept_float.items()]
+        lines += [f"concat {name}: own scale" for name, shared in self.concats.items() if not shared]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class PlacementOptions:
+    """Defaults that policy rules refine.
+
+    Attributes:
+        weight_bits: width of weight grids, 2 to 8.
+        activation_bits: width of activation grids, 2 to 8.
+        share_concat_scales: whether concats share one scale over their inputs.
+        quantize_outputs: whether layers whose result leaves the network are quantized, too (they carry the
+            network's answer and are the most sensitive ones).
+        quantize_narrow: whether layers too narrow for a good INT8 kernel are quantized, too.
+    """
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    share_concat_scales: bool = True
+    quantize_outputs: bool = False
+    quantize_narrow: bool = False
+
+
+def place(
+    network: nn.Module, options: PlacementOptions | None = None, rules: tuple[Rule, ...] = ()
+) -> Placement:
+    """Decide where fake quantizers go in a network.
+
+    Args:
+        network: any fx-traceable module, BN folded; it is only read.
+        options: defaults for every layer and tensor.
+        rules: policy rules; the last match wins.
+
+    Raises:
+        TraceError: the network cannot be traced.
+        PolicyError: a rule matches nothing.
+    """
+    return _Planner(trace(network), options or PlacementOptions(), Policy(rules)).plan()
+
+
+class _Planner:
+    """State of one placement: demands still to walk, edges found so far, and the union-find over producers."""
+
+    def __init__(self, network: fx.GraphModule, options: PlacementOptions, policy: Policy) -> None:
+        self.options = options
+        self.policy = policy
+        self.nodes = list(network.graph.nodes)
+        self.order = {node: index for index, node in enumerate(self.nodes)}
+        self.modules = dict(network.named_modules())
+        self.kinds = {node: kind_of(node, self.modules) for node in self.nodes}
+        self.paths = {node: path_of(node) for node in self.nodes}
+        self.kept_float: dict[str, str] = {}
+        self.concats: dict[str, bool] = {}
+        self.edges: dict[fx.Node, set[fx.Node]] = {}  # producer -> readers of the quantized tensor
+        self.parent: dict[fx.Node, fx.Node] = {}
+
+    def plan(self) -> Placement:
+        weighted = [node for node in self.nodes if self.kinds[node] is Kind.WEIGHTED]
+        quantized = [node for node in weighted if self._wants_int8(node)]
+        pending: list[tuple[fx.Node, fx.Node]] = [(node, inputs_of(node)[0]) for node in quantized]
+        expanded: set[fx.Node] = set()
+        while pending:
+            reader, tensor = pending.pop(0)
+            sources = list(dict.fromkeys(self._walk(reader, tensor)))
+            for source in sources:
+                self._union(sources[0], source)
+                if source not in expanded:
+                    expanded.add(source)
+                    pending += [(source, operand) for operand in self._arithmetic_demands(source)]
+        self.policy.check_used([*self.paths.values()])
+        groups = self._groups(quantized)
+        owner = {layer: group.name for group in groups for layer in group.layers}
+        weights = tuple(self._weight_site(node, owner[self.paths[node]]) for node in quantized)
+        return Placement(tuple(groups), weights, self.kept_float, self.concats)
+
+    # -- which layers
+
+    def _wants_int8(self, node: fx.Node) -> bool:
+        path = self.paths[node]
+        tensors = [self.paths[source] for source in self._peek(inputs_of(node)[0])]
+        said = self.policy.lookup("keep_float", [path, *tensors])
+        reason = None
+        if said is True:
+            reason = "policy rule"
+        elif said is None and not self.options.quantize_outputs and self._is_output(node):
+            reason = "its result leaves the network"
+        elif said is None and not self.options.quantize_narrow:
+            reason = self._narrow(node)
+        if reason:
+            self.kept_float[path] = reason
+        return reason is None
+
+    def _is_output(self, node: fx.Node) -> bool:
+        """Whether the result reaches the output through nothing that computes with weights."""
+        frontier = list(node.users)
+        while frontier:
+            user = frontier.pop()
+            if user.op == "output":
+                return True
+            if self.kinds[user] in {Kind.TRANSPARENT, Kind.CONCAT} or user.op == "call_function":
+                frontier += list(user.users)
+        return False
+
+    def _narrow(self, node: fx.Node) -> str | None:
+        """Why a convolution has no good INT8 kernel, by the channel rules modelopt publishes."""
+        layer = self.modules[str(node.target)]
+        if not isinstance(layer, nn.Conv2d):
+            return None
+        inputs, outputs = layer.in_channels, layer.out_channels
+        if layer.groups == 1:
+            reads_image = inputs_of(node)[0].op == "placeholder"
+            fits = (outputs % 8 == 0 or inputs % 8 == 0) and (reads_image or max(inputs, outputs) >= 16)
+        else:
+            fits = outputs % 8 == 0 and min(layer.kernel_size) >= 3
+        if fits:
+            return None
+        return f"narrow: {inputs} -> {outputs} channels in {layer.groups} groups has no good INT8 kernel"
+
+    # -- which tensors
+
+    def _peek(self, tensor: fx.Node) -> Iterator[fx.Node]:
+        """Producers behind a tensor, through every transparent node and concat."""
+        if self.kinds[tensor] in {Kind.TRANSPARENT, Kind.CONCAT}:
+            for operand in inputs_of(tensor):
+                yield from self._peek(operand)
+        else:
+            yield tensor
+
+    def _walk(self, reader: fx.Node, tensor: fx.Node) -> Iterator[fx.Node]:
+        """Producers whose scale the reader sees; records who reads what."""
+        if self._passes(tensor):
+            for operand in inputs_of(tensor):
+                yield from self._walk(tensor, operand)
+        else:
+            self.edges.setdefault(tensor, set()).add(reader)
+            yield tensor
+
+    def _passes(self, node: fx.Node) -> bool:
+        if self.kinds[node] is Kind.TRANSPARENT:
+            return True
+        if self.kinds[node] is not Kind.CONCAT:
+            return False
+        path = self.paths[node]
+        if path not in self.concats:
+            said = self.policy.lookup("share", [path])
+            self.concats[path] = self.options.share_concat_scales if said is None else bool(said)
+        return self.concats[path]
+
+    def _arithmetic_demands(self, node: fx.Node) -> list[fx.Node]:
+        """Operands that an arithmetic producer reads in INT8."""
+        if self.kinds[node] is Kind.AVERAGE:
+            return inputs_of(node)[:1]
+        if self.kinds[node] is Kind.ADD:
+            operands = inputs_of(node)
+            branch = self._branch(node, operands)
+            return [operand for operand in operands if operand is not branch]
+        return []
+
+    def _branch(self, add: fx.Node, operands: list[fx.Node]) -> fx.Node | None:
+        """The operand whose convolution the engine fuses with the sum: fresh from it, and read by nobody else."""
+        fresh = [o for o in operands if len(o.users) == 1 and self._comes_from_layer(o)]
+        if len(fresh) < 2:
+            return fresh[0] if fresh else None
+        return max(fresh, key=lambda operand: len(_ancestors(operand)))
+
+    def _comes_from_layer(self, node: fx.Node) -> bool:
+        if self.kinds[node] is Kind.WEIGHTED:
+            return True
+        return node.op == "call_module" and any(
+            self.kinds[parent] is Kind.WEIGHTED for parent in node.all_input_nodes
+        )
+
+    # -- groups
+
+    def _find(self, node: fx.Node) -> fx.Node:
+        self.parent.setdefault(node, node)
+        while self.parent[node] is not node:
+            node = self.parent[node]
+        return node
+
+    def _union(self, a: fx.Node, b: fx.Node) -> None:
+        roots = sorted((self._find(a), self._find(b)), key=self.order.__getitem__)
+        self.parent[roots[1]] = roots[0]
+
+    def _groups(self, quantized: list[fx.Node]) -> list[Group]:
+        members: dict[fx.Node, list[fx.Node]] = {}
+        for producer in sorted(self.edges, key=self.order.__getitem__):
+            members.setdefault(self._find(producer), []).append(producer)
+        layers: dict[fx.Node, list[str]] = {root: [] for root in members}
+        for node in quantized:
+            source = next(iter(self._walk(node, inputs_of(node)[0])))
+            layers[self._find(source)].append(self.paths[node])
+        return [self._group(tensors, layers[root]) for root, tensors in members.items()]
+
+    def _group(self, tensors: list[fx.Node], layers: list[str]) -> Group:
+        names = [self.paths[node] for node in tensors]
+        sites = tuple(TensorSite(self.paths[node], node.name, self._readers(node)) for node in tensors)
+        return Group(
+            name=names[0],
+            tensors=sites,
+            layers=tuple(layers),
+            bits=self.policy.lookup("bits", names) or self.options.activation_bits,
+            observer=self.policy.lookup("observer", names),
+            scale=self.policy.lookup("scale", names),
+        )
+
+    def _readers(self, producer: fx.Node) -> tuple[str, ...]:
+        return tuple(node.name for node in sorted(self.edges[producer], key=self.order.__getitem__))
+
+    def _weight_site(self, node: fx.Node, group: str) -> WeightSite:
+        path = self.paths[node]
+        layer = self.modules[str(node.target)]
+        assert isinstance(layer, WEIGHTED_MODULES)
+        axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+        bits = self.policy.lookup("bits", [path]) or self.options.weight_bits
+        return WeightSite(path, axis, bits, group)
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    frontier = [node]
+    while frontier:
+        for parent in frontier.pop().all_input_nodes:
+            if parent not in seen:
+                seen.add(parent)
+                frontier.append(parent)
+    return seen

@@ -1,0 +1,95 @@
+"""Policy: an ordered list of rules over names; the last rule that matches a name decides."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+from quant.observers import METHODS
+
+
+class PolicyError(ValueError):
+    """A rule is malformed or matches nothing."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One policy rule; fields left at None say nothing.
+
+    Attributes:
+        match: shell-style pattern over layer names (`head.cls.0.2`) and activation tensors (`backbone.stem1.act`).
+        keep_float: leave the matched layers, or all layers that read the matched tensors, in float (or, with
+            False, quantize layers that would stay float by default).
+        bits: width of the matched weights or activations, 2 to 8.
+        scale: fixed positive scale of the matched activations; calibration and fine-tuning leave it alone.
+        observer: calibration method of the matched activations.
+        share: whether the matched concats share one scale over their inputs.
+    """
+
+    match: str
+    keep_float: bool | None = None
+    bits: int | None = None
+    scale: float | None = None
+    observer: str | None = None
+    share: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and not 2 <= self.bits <= 8:
+            raise PolicyError(
+                f"rule {self.match!r}: {self.bits} bits; expected 2 to 8, or `keep_float: true`"
+            )
+        if self.scale is not None and not 0 < self.scale < float("inf"):
+            raise PolicyError(f"rule {self.match!r}: scale {self.scale}; expected a positive finite number")
+        if self.observer is not None and self.observer not in METHODS:
+            raise PolicyError(
+                f"rule {self.match!r}: observer {self.observer!r}; expected one of {', '.join(METHODS)}"
+            )
+
+
+class Policy:
+    """Answers, for each name, what the rules say; every rule must have matched something by `check_used`."""
+
+    def __init__(self, rules: Sequence[Rule] = ()) -> None:
+        self.rules = tuple(rules)
+        self._used: set[int] = set()
+
+    def lookup(self, field: str, names: Iterable[str]) -> Any:
+        """Value that the last matching rule gives to `field`, or None."""
+        value = None
+        for index, rule in enumerate(self.rules):
+            if any(fnmatchcase(name, rule.match) for name in names):
+                self._used.add(index)
+                said = getattr(rule, field)
+                value = said if said is not None else value
+        return value
+
+    def check_used(self, known: Sequence[str]) -> None:
+        """Raise PolicyError for a rule that matched nothing, naming the closest known name."""
+        for index, rule in enumerate(self.rules):
+            if index in self._used:
+                continue
+            close = difflib.get_close_matches(rule.match, known, n=1, cutoff=0.0)
+            hint = f"; closest: {close[0]!r}" if close else ""
+            raise PolicyError(f"rule {rule.match!r} matched no layer, tensor or concat{hint}")
+
+
+def parse_rules(rules: Iterable[Mapping[str, Any]]) -> list[Rule]:
+    """Make rules from plain mappings, as a configuration file holds them.
+
+    Raises:
+        PolicyError: an unknown key (the closest known one is named) or a bad value.
+    """
+    known = [field.name for field in fields(Rule)]
+    parsed = []
+    for mapping in rules:
+        for key in mapping:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+                raise PolicyError(f"policy rule {dict(mapping)}: unknown key {key!r}; closest: {close[0]!r}")
+        if "match" not in mapping:
+            raise PolicyError(f"policy rule {dict(mapping)} has no `match` pattern")
+        parsed.append(Rule(**mapping))
+    return parsed
