@@ -34,7 +34,6 @@ class Kind(enum.Enum):
 
 WEIGHTED_MODULES = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _TRANSPARENT_MODULES = (
-    nn.Identity,
     nn.MaxPool2d,
     nn.Flatten,
     nn.Unflatten,
@@ -104,9 +103,18 @@ def trace(network: nn.Module) -> fx.GraphModule:
             "its fx graph: move control flow that depends on tensor values out of forward, or wrap it with "
             "torch.fx.wrap"
         ) from error
+    _drop_identities(network, graph)
     module = fx.GraphModule(network, graph, type(network).__name__)
     module.train(network.training)
     return module
+
+
+def _drop_identities(network: nn.Module, graph: fx.Graph) -> None:
+    """Remove nodes that hand their input on (folded batch norms), so that neighbours are neighbours."""
+    for node in list(graph.nodes):
+        if node.op == "call_module" and isinstance(network.get_submodule(str(node.target)), nn.Identity):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _last_user_line(error: BaseException) -> str:
