@@ -1,0 +1,36 @@
+"""Datasets, augmentation, loaders, the synthetic set, and COCO metrics."""
+
+from data.augment import AugmentOptions
+from data.dataset import DetectionDataset, ground_truth, open_dataset
+from data.errors import DataError
+from data.images import list_images, read_image
+from data.letterbox import PAD_VALUE, LetterboxInfo, letterbox, letterbox_boxes, to_input, unletterbox
+from data.loader import DetectionLoader, build_loader
+from data.metrics import DetectionMetrics, compute_metrics, evaluate
+from data.samples import Batch, Dataset, Sample
+from data.synthetic import generate_synthetic
+
+__all__ = [
+    "PAD_VALUE",
+    "AugmentOptions",
+    "Batch",
+    "DataError",
+    "Dataset",
+    "DetectionDataset",
+    "DetectionLoader",
+    "DetectionMetrics",
+    "LetterboxInfo",
+    "Sample",
+    "build_loader",
+    "compute_metrics",
+    "evaluate",
+    "generate_synthetic",
+    "ground_truth",
+    "letterbox",
+    "letterbox_boxes",
+    "list_images",
+    "open_dataset",
+    "read_image",
+    "to_input",
+    "unletterbox",
+]

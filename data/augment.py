@@ -1,0 +1,210 @@
+"""Training augmentation: mosaic, affine warp, colour jitter and flip, all in OpenCV on uint8.
+
+Every draw comes from one generator that the loader seeds with (seed, epoch, index), so that an image's augmentation
+does not depend on how many workers there are or which of them had the image.
+
+Mosaic: Bochkovskiy et al., YOLOv4, arXiv:2004.10934, section 3.3.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from data.letterbox import PAD_VALUE
+from data.samples import Sample
+
+Image = NDArray[np.uint8]
+Objects = tuple[NDArray[np.float32], NDArray[np.int64]]  # boxes [N, 4] xyxy pixels, labels [N]
+
+MIN_SIDE = 2.0  # pixels; a box whose side falls below is dropped
+MIN_VISIBLE = 0.1  # share of a box's area that must stay inside the frame
+
+
+@dataclass(frozen=True)
+class AugmentOptions:
+    """Ranges of the random changes. A range r means a uniform draw from -r to r; 0 switches the change off.
+
+    Attributes:
+        mosaic: probability, 0 to 1, that four images are put together into one.
+        degrees: rotation range.
+        translate: shift range, as a share of the image side.
+        scale: range of the zoom around 1, below 1.
+        shear: range of the shear angles, degrees.
+        flip_lr: probability of a mirror image, left for right.
+        hsv_h: range of the hue's relative change.
+        hsv_s: range of the saturation's relative change.
+        hsv_v: range of the brightness's relative change.
+    """
+
+    mosaic: float = 1.0
+    degrees: float = 0.0
+    translate: float = 0.1
+    scale: float = 0.5
+    shear: float = 0.0
+    flip_lr: float = 0.5
+    hsv_h: float = 0.015
+    hsv_s: float = 0.7
+    hsv_v: float = 0.4
+
+    def __post_init__(self) -> None:
+        for name in ("mosaic", "flip_lr", "hsv_h", "hsv_s", "hsv_v", "translate"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}, expected 0 to 1.")
+        if not 0 <= self.scale < 1:
+            raise ValueError(f"scale is {self.scale}, expected 0 to below 1.")
+        if not 0 <= self.degrees <= 180 or not 0 <= self.shear < 90:
+            raise ValueError(f"degrees is {self.degrees} (0 to 180), shear is {self.shear} (0 to below 90).")
+
+
+def augment(
+    first: int,
+    read: Callable[[int], Sample],
+    candidates: Sequence[int],
+    size: int,
+    options: AugmentOptions,
+    random: np.random.Generator,
+) -> tuple[Image, NDArray[np.float32], NDArray[np.int64]]:
+    """Make one training image.
+
+    Args:
+        first: index of the image to augment.
+        read: returns the sample at an index.
+        candidates: indices from which the mosaic's other images are drawn.
+        size: side of the square result, pixels.
+        options: ranges of the changes.
+        random: the only source of randomness.
+
+    Returns:
+        Image uint8 [size, size, 3], boxes float32 [N, 4] in its pixels, labels int64 [N]. Crowd regions are left out.
+    """
+    if random.random() < options.mosaic:
+        others = [candidates[position] for position in random.integers(0, len(candidates), 3).tolist()]
+        image, boxes, labels = _mosaic([_fit(read(index), size) for index in (first, *others)], size, random)
+    else:
+        image, boxes, labels = _fit(read(first), size)
+    matrix = _draw_affine((image.shape[1], image.shape[0]), size, options, random)
+    image = np.asarray(
+        cv2.warpAffine(
+            image, matrix[:2], (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT,
+            borderValue=(PAD_VALUE,) * 3,
+        ),
+        np.uint8,
+    )  # fmt: skip
+    boxes, labels = warp_boxes(boxes, labels, matrix, size)
+    image = jitter_color(image, (options.hsv_h, options.hsv_s, options.hsv_v), random)
+    if random.random() < options.flip_lr:
+        image = np.ascontiguousarray(image[:, ::-1])
+        boxes = np.stack([size - boxes[:, 2], boxes[:, 1], size - boxes[:, 0], boxes[:, 3]], axis=1)
+    return image, boxes, labels
+
+
+def objects_of(sample: Sample) -> Objects:
+    """Boxes and labels of a sample that training may use: all but crowd regions."""
+    if sample.crowd is None or not sample.crowd.any():
+        return sample.boxes, sample.labels
+    return sample.boxes[~sample.crowd], sample.labels[~sample.crowd]
+
+
+def warp_boxes(
+    boxes: NDArray[np.float32], labels: NDArray[np.int64], matrix: NDArray[np.float64], size: int
+) -> Objects:
+    """Move boxes by an affine map, clip them, and drop those of which too little is left.
+
+    Args:
+        boxes: [N, 4], xyxy, source pixels.
+        labels: [N].
+        matrix: [3, 3], source to result.
+        size: side of the square result, pixels.
+
+    Returns:
+        The axis-aligned hulls of the moved corners, clipped to 0..size, and their labels. A box stays if both sides are
+        at least `MIN_SIDE` pixels and at least `MIN_VISIBLE` of its moved area lies inside.
+    """
+    corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2).astype(np.float64)
+    moved = corners @ matrix[:2, :2].T + matrix[:2, 2]
+    hull = np.concatenate([moved.min(axis=1), moved.max(axis=1)], axis=1)
+    clipped = hull.clip(0, size)
+    sides = clipped[:, 2:] - clipped[:, :2]
+    whole = (hull[:, 2:] - hull[:, :2]).prod(axis=1)
+    keep = (sides >= MIN_SIDE).all(axis=1) & (sides.prod(axis=1) >= MIN_VISIBLE * whole)
+    return clipped[keep].astype(np.float32), labels[keep]
+
+
+def jitter_color(image: Image, ranges: tuple[float, float, float], random: np.random.Generator) -> Image:
+    """Multiply hue, saturation and value by factors drawn from 1 - range to 1 + range.
+
+    Args:
+        image: uint8 [H, W, 3], RGB.
+        ranges: for hue, saturation and value, 0 to 1.
+        random: draws the three factors.
+    """
+    gains = 1 + random.uniform(-1, 1, 3) * ranges
+    if not any(ranges):
+        return image
+    levels = np.arange(256, dtype=np.float64)
+    table = np.stack(
+        [(levels * gains[0]) % 180, (levels * gains[1]).clip(0, 255), (levels * gains[2]).clip(0, 255)],
+        axis=1,
+    )
+    hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), table.astype(np.uint8)[None])
+    return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), np.uint8)
+
+
+def _fit(sample: Sample, size: int) -> tuple[Image, NDArray[np.float32], NDArray[np.int64]]:
+    """Resize a sample so that its longer side is `size`; boxes follow. Without padding."""
+    boxes, labels = objects_of(sample)
+    height, width = sample.size
+    ratio = size / max(height, width)
+    image = sample.image
+    if ratio != 1:
+        shape = (max(round(width * ratio), 1), max(round(height * ratio), 1))
+        image = np.asarray(cv2.resize(image, shape, interpolation=cv2.INTER_LINEAR), np.uint8)
+    return image, boxes * np.float32(ratio), labels
+
+
+def _mosaic(
+    parts: list[tuple[Image, NDArray[np.float32], NDArray[np.int64]]], size: int, random: np.random.Generator
+) -> tuple[Image, NDArray[np.float32], NDArray[np.int64]]:
+    """Put four images around a random centre of a canvas of twice the size; each touches the centre by a corner."""
+    canvas = np.full((2 * size, 2 * size, 3), PAD_VALUE, np.uint8)
+    center_x, center_y = random.integers(size // 2, size + size // 2 + 1, 2).tolist()
+    all_boxes, all_labels = [], []
+    for quadrant, (image, boxes, labels) in enumerate(parts):
+        height, width = image.shape[:2]
+        left = center_x - width if quadrant % 2 == 0 else center_x
+        top = center_y - height if quadrant < 2 else center_y
+        x1, y1 = max(left, 0), max(top, 0)
+        x2, y2 = min(left + width, 2 * size), min(top + height, 2 * size)
+        canvas[y1:y2, x1:x2] = image[y1 - top : y2 - top, x1 - left : x2 - left]
+        shift = np.array([[1, 0, left], [0, 1, top], [0, 0, 1]], np.float64)
+        moved_boxes, moved_labels = warp_boxes(boxes, labels, shift, 2 * size)
+        all_boxes.append(moved_boxes)
+        all_labels.append(moved_labels)
+    return canvas, np.concatenate(all_boxes), np.concatenate(all_labels)
+
+
+def _draw_affine(
+    source: tuple[int, int], size: int, options: AugmentOptions, random: np.random.Generator
+) -> NDArray[np.float64]:
+    """A random map [3, 3] from source pixels to a square of `size`: centre, shear, rotate and zoom, then shift.
+
+    `source` is (width, height). Without any range the source's centre lands on the centre of the result.
+    """
+    angle, zoom, shear_x, shear_y, shift_x, shift_y = random.uniform(-1, 1, 6).tolist()
+    angle = math.radians(angle * options.degrees)
+    zoom = 1 + zoom * options.scale
+    centre = np.array([[1, 0, -source[0] / 2], [0, 1, -source[1] / 2], [0, 0, 1]], np.float64)
+    shear = np.eye(3)
+    shear[0, 1] = math.tan(math.radians(shear_x * options.shear))
+    shear[1, 0] = math.tan(math.radians(shear_y * options.shear))
+    cosine, sine = zoom * math.cos(angle), zoom * math.sin(angle)
+    rotate = np.array([[cosine, sine, 0], [-sine, cosine, 0], [0, 0, 1]], np.float64)
+    shift = np.eye(3)
+    shift[0, 2] = (0.5 + shift_x * options.translate) * size
+    shift[1, 2] = (0.5 + shift_y * options.translate) * size
+    return np.asarray(shift @ rotate @ shear @ centre, np.float64)

@@ -1,0 +1,182 @@
+"""Reading image files, and finding the broken ones before a run starts.
+
+OpenCV decodes fastest but returns a truncated JPEG without a word, its missing part grey. So every file is read once
+by Pillow, which does complain: at an eighth of the resolution where the format allows it (the whole file is still
+parsed), in threads, and, if a cache folder is given, only once per file version.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from data.errors import DataError, listing
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap height and width
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """Size of an image file as stored, and whether its EXIF orientation turns it by 90 degrees."""
+
+    height: int
+    width: int
+    transposed: bool
+
+    def size(self, apply_orientation: bool = True) -> tuple[int, int]:
+        """(height, width) as decoded with or without the EXIF orientation."""
+        if self.transposed and apply_orientation:
+            return self.width, self.height
+        return self.height, self.width
+
+
+def list_images(path: Path) -> list[Path]:
+    """Collect image files for prediction.
+
+    Args:
+        path: one image, a folder (searched with its subfolders), or a `.txt` file with one path per line, relative
+            to the file's folder.
+
+    Returns:
+        At least one path, sorted by name for folders, in the file's order for lists.
+
+    Raises:
+        DataError: nothing there, or no image in it.
+    """
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        if not found:
+            raise DataError(f"No image in folder {path}: expected files with a suffix of {sorted(SUFFIXES)}.")
+        return found
+    if not path.is_file():
+        raise DataError(
+            f"No file or folder at {path}: expected an image, a folder of images, or a .txt list."
+        )
+    if path.suffix.lower() == ".txt":
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        found = [path.parent / line for line in lines if line]
+        missing = [str(file) for file in found if not file.is_file()]
+        if missing or not found:
+            raise DataError(
+                f"{path} lists {len(found)} images, of which {len(missing)} do not exist: {listing(missing) or '-'}. "
+                "Paths are relative to the list's folder."
+            )
+        return found
+    if path.suffix.lower() not in SUFFIXES:
+        raise DataError(
+            f"{path} is not an image: expected a suffix of {sorted(SUFFIXES)}, a folder, or a .txt list."
+        )
+    return [path]
+
+
+def read_image(path: Path, apply_orientation: bool = True) -> NDArray[np.uint8]:
+    """Decode an image file to uint8 [H, W, 3], RGB.
+
+    Grey images get three equal channels, an alpha channel is dropped, 16 bits become 8.
+
+    Raises:
+        DataError: the file is missing or cannot be decoded.
+    """
+    flags = cv2.IMREAD_COLOR if apply_orientation else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    image = cv2.imread(str(path), flags)
+    if image is None:
+        reason = "cannot be decoded" if path.is_file() else "does not exist"
+        raise DataError(f"Image {path} {reason}: restore the file, or remove it and its annotation.")
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
+
+
+def read_header(path: Path, verify: bool = True) -> ImageHeader:
+    """Read an image's size and orientation, and with `verify` its whole content.
+
+    Raises:
+        OSError: the file is missing, truncated or no image (also as Pillow's `UnidentifiedImageError`, a subclass).
+    """
+    with Image.open(path) as image:
+        width, height = image.size
+        transposed = image.getexif().get(_ORIENTATION_TAG, 1) in _TRANSPOSED
+        if verify:
+            # Only JPEG has a draft mode: an eighth of the resolution skips most of the arithmetic.
+            image.draft("L", (max(width // 8, 1), max(height // 8, 1)))
+            image.load()
+    return ImageHeader(height, width, transposed)
+
+
+def scan_images(
+    paths: Sequence[Path], verify: bool = True, cache_dir: Path | None = None
+) -> list[ImageHeader]:
+    """Read the headers of many files in threads and, with `verify`, make sure that each decodes to its end.
+
+    Args:
+        paths: image files.
+        verify: decode each file. False reads only the headers.
+        cache_dir: folder for a small JSON file that remembers verified files by size and modification time.
+
+    Returns:
+        One header per path.
+
+    Raises:
+        DataError: some files are broken; names the first ten.
+    """
+    cache_file = _cache_file(paths, cache_dir) if cache_dir and verify else None
+    known = _read_cache(cache_file) if cache_file else {}
+
+    def scan(path: Path) -> tuple[str, ImageHeader | str]:
+        try:
+            stat = path.stat()
+            key = f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
+            return key, known.get(key) or read_header(path, verify)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = "is not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+            return "", reason
+
+    with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
+        results = list(pool.map(scan, paths))
+    broken = [f"{path} ({r})" for path, (_, r) in zip(paths, results, strict=True) if isinstance(r, str)]
+    if broken:
+        raise DataError(
+            f"{len(broken)} of {len(paths)} images cannot be read: {listing(broken)}. "
+            "Restore these files, or remove them and their annotations."
+        )
+    headers = {key: header for key, header in results if isinstance(header, ImageHeader)}
+    if cache_file and headers.keys() - known.keys():
+        _write_cache(cache_file, headers)
+    return [header for _, header in results if isinstance(header, ImageHeader)]
+
+
+def _cache_file(paths: Sequence[Path], cache_dir: Path) -> Path:
+    digest = hashlib.sha256("\n".join(map(str, paths)).encode()).hexdigest()[:16]
+    return cache_dir / f"verified-images-{digest}.json"
+
+
+def _read_cache(cache_file: Path) -> dict[str, ImageHeader]:
+    if not cache_file.is_file():
+        return {}
+    try:
+        entries = json.loads(cache_file.read_text(encoding="utf-8"))
+        return {key: ImageHeader(int(h), int(w), bool(t)) for key, (h, w, t) in entries.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        _log.warning(
+            "Ignoring the damaged image cache %s (%s): all images are verified again.", cache_file, error
+        )
+        return {}
+
+
+def _write_cache(cache_file: Path, headers: dict[str, ImageHeader]) -> None:
+    cache_file.parent.mkdir(parents=True, exist_ok=True)
+    entries = {key: (header.height, header.width, header.transposed) for key, header in headers.items()}
+    temporary = cache_file.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(entries), encoding="utf-8")
+    temporary.replace(cache_file)

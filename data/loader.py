@@ -1,0 +1,227 @@
+"""Turns a dataset into batches: in worker processes, in an order that depends on nothing but seed and epoch.
+
+The sampler hands out (epoch, index) pairs rather than indices. So persistent workers learn the epoch with every item,
+augmentation is seeded by it, and a run that stopped inside an epoch continues at any batch with the batches that it
+would have had.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from data.augment import AugmentOptions, augment, objects_of
+from data.errors import DataError
+from data.letterbox import LetterboxInfo, letterbox, letterbox_boxes
+from data.samples import Batch, Dataset
+
+Key = tuple[int, int]  # epoch, position in the dataset
+# Image [3, S, S]; class and box [N, 5]; image id; placement.
+Item = tuple[NDArray[np.uint8], NDArray[np.float32], int, LetterboxInfo]
+
+
+class EpochSampler(Sampler[list[Key]]):
+    """Yields the batches of one epoch as lists of (epoch, index).
+
+    Args:
+        indices: dataset positions to draw from.
+        batch_size: images per batch.
+        shuffle: draw a new order each epoch from (seed, epoch).
+        seed: of the order.
+        drop_last: leave out an incomplete last batch.
+        rank: number of this process among `world_size`; it gets every `world_size`-th image. With
+            `shuffle` all ranks get equally many images, some of them twice.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self,
+        indices: list[int],
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.indices = indices
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.first_batch = 0
+
+    def order(self) -> list[int]:
+        """Dataset positions of this rank in the current epoch."""
+        if not self.shuffle:
+            return self.indices[self.rank :: self.world_size]
+        random = np.random.default_rng((self.seed, self.epoch))
+        shuffled = [self.indices[i] for i in random.permutation(len(self.indices)).tolist()]
+        missing = -len(shuffled) % self.world_size
+        return (shuffled + shuffled[:missing])[self.rank :: self.world_size]
+
+    def num_batches(self) -> int:
+        """Batches of a whole epoch, wherever it begins."""
+        count = len(self.indices) + (-len(self.indices) % self.world_size if self.shuffle else 0)
+        images = len(range(self.rank, count, self.world_size))
+        return images // self.batch_size if self.drop_last else -(-images // self.batch_size)
+
+    def __len__(self) -> int:
+        return max(self.num_batches() - self.first_batch, 0)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = self.order()
+        for batch in range(self.first_batch, self.num_batches()):
+            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [(self.epoch, index) for index in chosen]
+
+
+class DetectionLoader(DataLoader[Batch]):
+    """A DataLoader of `Batch`es that knows epochs. Made by `build_loader`."""
+
+    batch_sampler: EpochSampler
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose what the next iteration yields.
+
+        Args:
+            epoch: from 0; sets order and augmentation. Without a call every iteration repeats epoch 0.
+            first_batch: batches to skip at the beginning, without decoding them: for a resumed run.
+        """
+        self.batch_sampler.epoch = epoch
+        self.batch_sampler.first_batch = first_batch
+
+
+class _Prepared(torch.utils.data.Dataset[Any]):
+    """Samples letterboxed or augmented to network input size."""
+
+    def __init__(
+        self, dataset: Dataset, indices: list[int], size: int, options: AugmentOptions | None, seed: int
+    ):
+        self.dataset = dataset
+        self.indices = indices
+        self.size = size
+        self.options = options
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: Key) -> Item:
+        epoch, index = key
+        if self.options is None:
+            sample = self.dataset[index]
+            boxes, labels = objects_of(sample)
+            image, info = letterbox(sample.image, (self.size, self.size))
+            boxes = letterbox_boxes(boxes, info)
+            image_id = sample.image_id
+        else:
+            random = np.random.default_rng((self.seed, epoch, index))
+            image, boxes, labels = augment(
+                index,
+                self.dataset.__getitem__,
+                self.indices,
+                self.size,
+                self.options,
+                random,
+            )
+            image_id = int(self.dataset.ids[index])
+            info = LetterboxInfo(1.0, 0, 0, self.size, self.size)
+        objects = np.concatenate([labels[:, None].astype(np.float32), boxes], axis=1)
+        return np.ascontiguousarray(image.transpose(2, 0, 1)), objects, image_id, info
+
+
+def collate(items: list[Item]) -> Batch:
+    """Stack prepared images to one batch."""
+    images = torch.from_numpy(np.stack([item[0] for item in items]))
+    rows = [
+        np.concatenate([np.full((len(objects), 1), position, np.float32), objects], axis=1)
+        for position, (_, objects, _, _) in enumerate(items)
+    ]
+    targets: Tensor = torch.from_numpy(np.concatenate(rows).astype(np.float32, copy=False))
+    return Batch(images, targets, [item[2] for item in items], [item[3] for item in items])
+
+
+def choose_subset(num_images: int, limit: int | None) -> list[int]:
+    """Positions of at most `limit` images, spread evenly over the dataset.
+
+    Example: `choose_subset(10, 4)` is `[0, 2, 5, 7]`.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"limit is {limit}, expected at least 1, or none for all {num_images} images.")
+    if limit is None or limit >= num_images:
+        return list(range(num_images))
+    return [position * num_images // limit for position in range(limit)]
+
+
+def build_loader(
+    dataset: Dataset,
+    image_size: int,
+    batch_size: int,
+    workers: int = 0,
+    augment: AugmentOptions | None = None,
+    shuffle: bool = False,
+    seed: int = 0,
+    limit: int | None = None,
+    drop_last: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DetectionLoader:
+    """Make batches of square network inputs.
+
+    Args:
+        dataset: a `DetectionDataset`, or any object that fulfils `Dataset`.
+        image_size: side of the input, pixels.
+        batch_size: images per batch.
+        workers: processes that decode and augment; 0 works in this one.
+        augment: ranges of the training augmentation. None letterboxes only, as evaluation and calibration need it.
+        shuffle: a new order each epoch (see `DetectionLoader.set_epoch`).
+        seed: of order and augmentation. The batches are the same for any number of workers.
+        limit: use only so many images, spread evenly over the dataset.
+        drop_last: leave out an incomplete last batch.
+        rank: number of this process among `world_size`.
+        world_size: number of processes that share the dataset.
+
+    Returns:
+        A loader whose length is its number of batches.
+
+    Raises:
+        DataError: an empty dataset, or a number out of range.
+    """
+    for name, value, least in (
+        ("image_size", image_size, 1),
+        ("batch_size", batch_size, 1),
+        ("workers", workers, 0),
+    ):
+        if value < least:
+            raise DataError(f"{name} is {value}, expected at least {least}.")
+    if len(dataset) == 0:
+        raise DataError("The dataset has no images; a loader needs at least one.")
+    indices = choose_subset(len(dataset), limit)
+    sampler = EpochSampler(indices, batch_size, shuffle, seed, drop_last, rank, world_size)
+    if sampler.num_batches() == 0:
+        raise DataError(
+            f"{len(indices)} images over {world_size} processes make no full batch of {batch_size}: "
+            "lower batch_size, raise limit, or set drop_last to false."
+        )
+    return DetectionLoader(
+        _Prepared(dataset, indices, image_size, augment, seed),
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=_start_worker,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _start_worker(_: int) -> None:
+    cv2.setNumThreads(0)  # OpenCV's thread pool does not survive a fork, and workers are parallel already

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Fetch COCO 2017 detection data into a folder that data.root can point to.
+#
+# Usage: scripts/get_coco.sh [FOLDER] [val|all]
+#   FOLDER  where to put it; default: coco in the current folder
+#   val     validation images and annotations only (1 GB), the default
+#   all     training images too (19 GB)
+#
+# A stopped download is continued, and what is complete is not fetched again. The last line of stdout is the folder.
+set -euo pipefail
+
+folder="${1:-coco}"
+part="${2:-val}"
+base="http://images.cocodataset.org"
+
+if [[ "$folder" == -* ]]; then
+    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    exit 0
+fi
+if [[ "$part" != val && "$part" != all ]]; then
+    echo "Unknown part '$part': expected val or all." >&2
+    exit 2
+fi
+for tool in curl unzip; do
+    command -v "$tool" >/dev/null || { echo "$tool is needed: install it first." >&2; exit 2; }
+done
+
+# fetch ADDRESS DESTINATION MARKER: unpack an archive into DESTINATION unless MARKER says that it is there.
+fetch() {
+    local archive="$folder/${1##*/}"
+    if [[ -e "$3" ]]; then
+        return
+    fi
+    echo "Fetching $1" >&2
+    curl --fail --location --continue-at - --retry 5 --output "$archive" "$1"
+    unzip -q -o "$archive" -d "$2"
+    touch "$3"
+    rm -f "$archive"
+}
+
+mkdir -p "$folder/images"
+fetch "$base/annotations/annotations_trainval2017.zip" "$folder" "$folder/.annotations-complete"
+fetch "$base/zips/val2017.zip" "$folder/images" "$folder/.val2017-complete"
+if [[ "$part" == all ]]; then
+    fetch "$base/zips/train2017.zip" "$folder/images" "$folder/.train2017-complete"
+fi
+echo "$folder"
