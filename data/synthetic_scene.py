@@ -6,6 +6,7 @@ all of them, so that only shape tells them apart.
 """
 
 import math
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -17,8 +18,24 @@ Image = NDArray[np.uint8]
 Canvas = NDArray[np.float32]
 
 _MIN_VISIBLE = 0.4  # share of an object that later objects must leave uncovered
-_MIN_INSIDE = 0.5  # share of an object's box that must lie in the image
+_MAX_COVERED = 0.35  # share of an object that one later object may cover
+_MIN_PROPORTION_AT_EDGE = 0.5  # short side of a box over its long side, where the image's edge cuts it
 _SUBPIXEL_BITS = 4  # OpenCV draws polygons with coordinates in sixteenths of a pixel
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """One object before it is painted: its class, and how much it covers of the pixels of a window."""
+
+    label: int
+    top: int
+    left: int
+    coverage: Image  # [h, w], 0 to 255
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        height, width = self.coverage.shape
+        return slice(self.top, self.top + height), slice(self.left, self.left + width)
 
 
 def draw_scene(size: int, seed: tuple[int, ...]) -> tuple[Image, list[tuple[int, list[float]]]]:
@@ -30,26 +47,30 @@ def draw_scene(size: int, seed: tuple[int, ...]) -> tuple[Image, list[tuple[int,
 
     Returns:
         Image uint8 [size, size, 3], RGB, and its objects: class index and box x1 y1 x2 y2 in pixels, clipped to the
-        image, one at least.
+        image.
     """
     random = np.random.default_rng(seed)
     canvas = _background(size, random)
-    owner = np.full((size, size), -1, np.int16)  # which object is seen at a pixel
-    objects: list[tuple[int, list[float], int]] = []
+    owner = np.full((size, size), -1, np.int64)  # which object is seen at a pixel
+    objects: list[tuple[int, list[float]]] = []
+    areas: list[int] = []
     wanted = int(random.integers(3, 13))
     for _ in range(4 * wanted):
         if len(objects) == wanted:
             break
-        label = int(random.integers(len(CLASSES)))
-        mask = _shape_mask(label, size, random)
-        box = _mask_box(mask, owner, objects)
-        if box is None:
+        shape = _draw_shape(int(random.integers(len(CLASSES))), size, random)
+        solid = shape.coverage > 127
+        box = _box_of(shape, solid, size)
+        if box is None or _hides_too_much(owner[shape.window][solid], areas):
             continue
-        _paint(canvas, mask, random)
-        owner[mask > 127] = len(objects)
-        objects.append((label, box, int((mask > 127).sum())))
+        _paint(canvas[shape.window], shape.coverage, solid, random)
+        owner[shape.window][solid] = len(objects)
+        objects.append((shape.label, box))
+        areas.append(int(solid.sum()))
     visible = np.bincount(owner[owner >= 0], minlength=len(objects))
-    kept = [(label, box) for i, (label, box, area) in enumerate(objects) if visible[i] >= _MIN_VISIBLE * area]
+    kept = [
+        item for item, seen, area in zip(objects, visible, areas, strict=True) if seen >= _MIN_VISIBLE * area
+    ]
     return _camera(canvas, random), kept
 
 
@@ -94,23 +115,25 @@ def _draw_stroke(canvas: Canvas, random: np.random.Generator) -> None:
         )
 
 
-def _shape_mask(label: int, size: int, random: np.random.Generator) -> Image:
-    """Coverage 0 to 255 of one object at a random place, size and rotation."""
+def _draw_shape(label: int, size: int, random: np.random.Generator) -> _Shape:
+    """An object of a class with random place, size, proportions and rotation."""
     share = random.uniform(0.03, 0.08) if random.random() < 0.35 else random.uniform(0.08, 0.2)
     radius = max(share * size, 3.5)
     proportion = random.uniform(0.65, 1.0)
     turn = random.uniform(0, 2 * math.pi)
     center = random.uniform(0, size, 2)
-    mask = np.zeros((size, size), np.uint8)
+    low = np.maximum(np.floor(center - radius - 1), 0).astype(int)
+    high = np.minimum(np.ceil(center + radius + 1), size).astype(int)
+    coverage = np.zeros((high[1] - low[1], high[0] - low[0]), np.uint8)
     outlines = [_outline(label, random)]
     if CLASSES[label] == "ring":
         outlines.append(outlines[0] * random.uniform(0.4, 0.65))
     rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
     for outline, value in zip(outlines, (255, 0), strict=False):
-        points = (outline * (radius, radius * proportion)) @ rotation.T + center
+        points = (outline * (radius, radius * proportion)) @ rotation.T + center - low
         fixed = np.round(points * 2**_SUBPIXEL_BITS).astype(np.int32)
-        cv2.fillPoly(mask, [fixed], (value,), cv2.LINE_AA, _SUBPIXEL_BITS)
-    return mask
+        cv2.fillPoly(coverage, [fixed], (value,), cv2.LINE_AA, _SUBPIXEL_BITS)
+    return _Shape(label, int(low[1]), int(low[0]), coverage)
 
 
 def _outline(label: int, random: np.random.Generator) -> NDArray[np.float64]:
@@ -129,37 +152,37 @@ def _outline(label: int, random: np.random.Generator) -> NDArray[np.float64]:
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
 
-def _mask_box(
-    mask: Image, owner: NDArray[np.int16], objects: list[tuple[int, list[float], int]]
-) -> list[float] | None:
-    """The object's box, or None where it is mostly outside or would cover too much of what is there."""
-    solid = mask > 127
+def _box_of(shape: _Shape, solid: NDArray[np.bool_], size: int) -> list[float] | None:
+    """The object's box in the image, or None where the image's edge cuts it down to a sliver."""
     rows, columns = np.flatnonzero(solid.any(axis=1)), np.flatnonzero(solid.any(axis=0))
     if not len(rows):
         return None
-    box = [float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)]
-    touches_edge = box[0] == 0 or box[1] == 0 or box[2] == mask.shape[1] or box[3] == mask.shape[0]
-    sides = box[2] - box[0], box[3] - box[1]
-    if touches_edge and min(sides) < _MIN_INSIDE * max(sides):
+    x1, x2 = shape.left + int(columns[0]), shape.left + int(columns[-1]) + 1
+    y1, y2 = shape.top + int(rows[0]), shape.top + int(rows[-1]) + 1
+    cut = x1 == 0 or y1 == 0 or x2 == size or y2 == size
+    if cut and min(x2 - x1, y2 - y1) < _MIN_PROPORTION_AT_EDGE * max(x2 - x1, y2 - y1):
         return None
-    covered = np.bincount(owner[solid & (owner >= 0)], minlength=len(objects))
-    if any(covered[i] > 0.35 * area for i, (_, _, area) in enumerate(objects)):
-        return None
-    return box
+    return [float(x1), float(y1), float(x2), float(y2)]
 
 
-def _paint(canvas: Canvas, mask: Image, random: np.random.Generator) -> None:
-    """Lay a textured colour over the canvas where the mask is, at least a little unlike what lies below."""
-    size = canvas.shape[0]
-    below = canvas[mask > 127].mean(axis=0)
-    color = below + random.choice((-1.0, 1.0), 3) * random.uniform(12, 80, 3)
-    cells = int(random.integers(4, 24))
+def _hides_too_much(owners: NDArray[np.int64], areas: list[int]) -> bool:
+    """Whether painting over pixels of these owners would take too much from one object."""
+    covered = np.bincount(owners[owners >= 0], minlength=len(areas))
+    return any(taken > _MAX_COVERED * area for taken, area in zip(covered, areas, strict=True))
+
+
+def _paint(window: Canvas, coverage: Image, solid: NDArray[np.bool_], random: np.random.Generator) -> None:
+    """Lay a textured colour over a part of the canvas, at least a little unlike what lies below."""
+    height, width = coverage.shape
+    color = window[solid].mean(axis=0) + random.choice((-1.0, 1.0), 3) * random.uniform(12, 80, 3)
+    cells = int(random.integers(2, 8))
     noise = random.normal(0, random.uniform(3, 16), (cells, cells, 3)).astype(np.float32)
-    texture = cv2.resize(noise, (size, size), interpolation=cv2.INTER_LINEAR) + color.astype(np.float32)
+    texture = cv2.resize(noise, (width, height), interpolation=cv2.INTER_LINEAR) + color.astype(np.float32)
     if random.random() < 0.3:
-        texture += (_stripes(size, random) * random.uniform(5, 20))[..., None]
-    opacity = (mask.astype(np.float32) * (random.uniform(0.75, 1.0) / 255))[..., None]
-    canvas += opacity * (texture - canvas)
+        stripes = _stripes(max(height, width), random)[:height, :width]
+        texture += (stripes * random.uniform(5, 20))[..., None]
+    opacity = (coverage.astype(np.float32) * (random.uniform(0.75, 1.0) / 255))[..., None]
+    window += opacity * (texture - window)
 
 
 def _camera(canvas: Canvas, random: np.random.Generator) -> Image:
