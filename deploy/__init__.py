@@ -1,0 +1,36 @@
+"""Export passes per target, graph check, runtimes and benchmark, for any ONNX file."""
+
+from deploy.build import build_engine
+from deploy.compare import CompareReport, compare_arrays, compare_outputs
+from deploy.errors import DeployError
+from deploy.export import OPSETS, TARGETS, ExportReport, export_onnx
+from deploy.graph import load_onnx, save_onnx, verify_onnx
+from deploy.onnx_runtime import ONNXRuntime
+from deploy.openvino_runtime import OpenVINORuntime
+from deploy.passes import PassCount, count_qdq
+from deploy.runtime import Runtime, engine_size
+from deploy.timing import LatencyReport, benchmark, benchmark_alternately
+
+__all__ = [
+    "OPSETS",
+    "TARGETS",
+    "CompareReport",
+    "DeployError",
+    "ExportReport",
+    "LatencyReport",
+    "ONNXRuntime",
+    "OpenVINORuntime",
+    "PassCount",
+    "Runtime",
+    "benchmark",
+    "benchmark_alternately",
+    "build_engine",
+    "compare_arrays",
+    "compare_outputs",
+    "count_qdq",
+    "engine_size",
+    "export_onnx",
+    "load_onnx",
+    "save_onnx",
+    "verify_onnx",
+]

@@ -1,0 +1,218 @@
+"""torch module -> ONNX file for one target: the only place where this room touches torch's exporter.
+
+The TorchScript exporter (`dynamo=False`) is used on purpose. It writes `fake_quantize_*` as Q/DQ at any opset
+from 13 on, needs no extra package, and traces per-channel fake quantization with scales computed from the
+weights. torch.export, under the newer exporter, refuses such modules in torch 2.15 and silently raises a
+requested opset below 18 (TensorRT 8.6 reads up to 17). It works from torch 2.10 to 2.15; where a later torch
+drops it, `export_onnx` fails with torch's own message.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import onnx
+import torch
+from onnx import ModelProto
+from torch import nn
+
+from deploy import passes
+from deploy.errors import DeployError
+from deploy.graph import opset_of, save_onnx
+from deploy.passes import GraphPass, PassCount, count_qdq, run_pass
+
+Target = Literal["openvino", "onnxruntime", "trt10", "trt11"]
+TARGETS: tuple[str, ...] = get_args(Target)
+OPSETS: Mapping[str, int] = {"openvino": 17, "onnxruntime": 17, "trt10": 17, "trt11": 19}
+"""trt10 has to be readable by TensorRT 8.6 (opset 17 at most); FP16 scales for trt11 came with opset 19."""
+
+COMMON_PASSES: tuple[GraphPass, ...] = (
+    passes.drop_identities,
+    passes.fold_constants,
+    passes.fold_shapes,
+    passes.slices_to_split,
+    passes.fold_weights(lowest=-127),
+    passes.merge_identical,
+    passes.name_quantizers,
+)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        path: the ONNX file.
+        target: the engine it is for.
+        opset: operator set version in the file.
+        num_quantize, num_dequantize: Q and DQ nodes in the file.
+        num_int8_weights: INT8 initializers that a DQ reads.
+        size_bytes: size of the file.
+        passes: Q/DQ counts before and after every pass, in order.
+    """
+
+    path: Path
+    target: str
+    opset: int
+    num_quantize: int
+    num_dequantize: int
+    num_int8_weights: int
+    size_bytes: int
+    passes: tuple[PassCount, ...]
+
+
+def export_onnx(
+    module: nn.Module,
+    path: Path,
+    image_size: tuple[int, int],
+    target: Target,
+    metadata: Mapping[str, str] | None = None,
+    output_names: Sequence[str] = ("output0",),
+    dynamic_batch: bool = True,
+    quantized: bool = True,
+    dynamic_size: bool = False,
+) -> ExportReport:
+    """Write `module` as an ONNX file for `target`; `path` is touched only when everything went well.
+
+    Args:
+        module: float32 images [B, 3, H, W] in [0, 1] -> one tensor or a tuple of tensors, one for each output
+            name. Quantized modules call `torch.fake_quantize_per_tensor_affine` / `_per_channel_affine` with
+            the range (-128, 127).
+        path: file to write.
+        image_size: (height, width) in pixels.
+        target: engine the graph is for.
+        metadata: strings to store in the file (class names, stride, preprocessing ...); `octet.target` and
+            `octet.image_size` are added.
+        output_names: names of the graph's outputs.
+        dynamic_batch: leave the batch open; otherwise it is 1.
+        quantized: whether Q/DQ nodes have to be there (True) or must not be (False).
+        dynamic_size: leave height and width open as well; the shape arithmetic then stays in the graph.
+
+    Raises:
+        DeployError: unknown target, wrong opset in the result, Q/DQ missing or unexpected, or a pass that
+            lost some.
+    """
+    if target not in TARGETS:
+        raise DeployError(f"Unknown target '{target}'; expected one of {', '.join(TARGETS)}.")
+    model = _trace(module, image_size, OPSETS[target], tuple(output_names), dynamic_batch, dynamic_size)
+    counts = [run_pass(model, graph_pass) for graph_pass in COMMON_PASSES]
+    counts += [run_pass(model, graph_pass) for graph_pass in target_passes(target)]
+    _check_result(model, target, quantized)
+    _add_metadata(
+        model,
+        {"octet.target": target, "octet.image_size": f"{image_size[0]}x{image_size[1]}", **(metadata or {})},
+    )
+    save_onnx(model, path)
+    num_quantize, num_dequantize = count_qdq(model)
+    return ExportReport(
+        path=path,
+        target=target,
+        opset=opset_of(model),
+        num_quantize=num_quantize,
+        num_dequantize=num_dequantize,
+        num_int8_weights=count_int8_weights(model),
+        size_bytes=path.stat().st_size,
+        passes=tuple(counts),
+    )
+
+
+def target_passes(target: str) -> tuple[GraphPass, ...]:
+    """Passes that only this target needs, in order, after the common ones."""
+    return ()
+
+
+def _trace(
+    module: nn.Module,
+    image_size: tuple[int, int],
+    opset: int,
+    output_names: tuple[str, ...],
+    dynamic_batch: bool,
+    dynamic_size: bool,
+) -> ModelProto:
+    parameter = next(iter(module.parameters()), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    # a batch of two: a batch of one would let the tracer take broadcast dimensions for constants
+    images = torch.rand(2 if dynamic_batch else 1, 3, *image_size, device=device)
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+            warnings.simplefilter(
+                "ignore"
+            )  # tracer remarks on Python values and the exporter's deprecation notice
+            file = Path(folder) / "traced.onnx"
+            torch.onnx.export(
+                module,
+                (images,),
+                str(file),
+                input_names=["images"],
+                output_names=list(output_names),
+                opset_version=opset,
+                dynamic_axes=_dynamic_axes(output_names, dynamic_batch, dynamic_size),
+                dynamo=False,
+            )
+            model = onnx.load(str(file))
+    finally:
+        module.train(was_training)
+    if len(model.graph.output) != len(output_names):
+        raise DeployError(
+            f"The module gives {len(model.graph.output)} outputs, {len(output_names)} names were given "
+            f"{output_names}; "
+            "name every output."
+        )
+    if opset_of(model) != opset:
+        raise DeployError(
+            f"torch wrote opset {opset_of(model)} where {opset} was asked for; use a torch that exports it."
+        )
+    return model
+
+
+def _dynamic_axes(
+    output_names: tuple[str, ...], dynamic_batch: bool, dynamic_size: bool
+) -> dict[str, dict[int, str]]:
+    axes: dict[str, dict[int, str]] = {}
+    if dynamic_batch:
+        axes = {name: {0: "batch"} for name in ("images", *output_names)}
+    if dynamic_size:
+        axes.setdefault("images", {}).update({2: "height", 3: "width"})
+    return axes
+
+
+def _check_result(model: ModelProto, target: str, quantized: bool) -> None:
+    num_quantize, num_dequantize = count_qdq(model)
+    if quantized and not (num_quantize and num_dequantize):
+        raise DeployError(
+            f"The graph for {target} has {num_quantize} Q and {num_dequantize} DQ nodes: its fake "
+            "quantizers are off or were "
+            "traced away. Switch them to 'quantize' before the export, or export with quantized=False."
+        )
+    if not quantized and (num_quantize or num_dequantize):
+        raise DeployError(
+            f"A float export has {num_quantize} Q and {num_dequantize} DQ nodes; switch the fake quantizers "
+            "off, or export "
+            "with quantized=True."
+        )
+    if opset_of(model) != OPSETS[target]:
+        raise DeployError(f"The graph for {target} has opset {opset_of(model)}; {OPSETS[target]} is wanted.")
+    model.producer_name, model.producer_version = "octet", f"torch {torch.__version__}"
+    onnx.checker.check_model(model, full_check=True)
+
+
+def count_int8_weights(model: ModelProto) -> int:
+    """Number of 8-bit initializers read as data by a DQ."""
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    eight_bit = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+    readers = (node for node in model.graph.node if node.op_type == "DequantizeLinear")
+    return sum(types.get(node.input[0]) in eight_bit for node in readers)
+
+
+def _add_metadata(model: ModelProto, metadata: Mapping[str, str]) -> None:
+    del model.metadata_props[:]
+    for key, value in metadata.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value

@@ -1,0 +1,153 @@
+"""ONNX Runtime on the CPU. The only file that imports `onnxruntime`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy.errors import DeployError
+from deploy.graph import load_onnx, verify_onnx
+from deploy.passes import count_qdq
+from deploy.runtime import FloatArray, Runtime, check_images
+
+PROVIDERS: Mapping[str, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise DeployError(
+            "The onnxruntime runtime needs the package onnxruntime: pip install onnxruntime"
+        ) from error
+    return onnxruntime
+
+
+class ONNXRuntime(Runtime):
+    """An .onnx file in an ONNX Runtime session.
+
+    Args:
+        path: the model file.
+        threads: CPU threads for one operator; None leaves the choice to ONNX Runtime.
+        provider: "cpu" (default), "cuda" or "tensorrt"; the last two need onnxruntime-gpu, and refuse to fall
+            back silently.
+        optimize: graph optimizations on (default); off runs Q/DQ literally, node by node, as the integer
+            reference.
+        profile_prefix: write a profile with this path prefix; `end_profile` returns the file.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(
+        self,
+        path: Path,
+        threads: int | None = None,
+        provider: str = "cpu",
+        optimize: bool = True,
+        profile_prefix: Path | None = None,
+    ) -> None:
+        if provider not in PROVIDERS:
+            raise DeployError(f"Unknown provider '{provider}'; expected one of {', '.join(PROVIDERS)}.")
+        onnxruntime = _onnxruntime()
+        start = time.perf_counter()
+        verify_onnx(path)
+        self.path = path
+        self.precision = "int8" if sum(count_qdq(load_onnx(path))) else "fp32"
+        options = _session_options(onnxruntime, threads, optimize, profile_prefix)
+        self._session: Any = _create_session(onnxruntime, path, options, _providers(onnxruntime, provider))
+        self._input = self._session.get_inputs()[0].name
+        self.output_names = tuple(output.name for output in self._session.get_outputs())
+        self.load_seconds = time.perf_counter() - start
+
+    def infer_outputs(self, images: FloatArray) -> dict[str, FloatArray]:
+        """See `Runtime.infer_outputs`."""
+        if self._session is None:
+            raise DeployError(f"The ONNX Runtime session of {self.path} is closed; load it again.")
+        images = check_images(images, "ONNX Runtime")
+        try:
+            results = self._session.run(None, {self._input: images})
+        except _errors(_onnxruntime()) as error:
+            raise DeployError(
+                f"ONNX Runtime failed on {self.path.name} with images {images.shape}: {error}"
+            ) from error
+        return {name: np.asarray(value) for name, value in zip(self.output_names, results, strict=True)}
+
+    def close(self) -> None:
+        """Release the session."""
+        self._session = None
+
+    def end_profile(self) -> Path:
+        """Stop profiling and return the JSON file it wrote."""
+        return Path(self._session.end_profiling())
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """ONNX Runtime's version."""
+        return {"onnxruntime": str(_onnxruntime().__version__)}
+
+
+def optimized_graph(path: Path, destination: Path) -> Path:
+    """Write the graph ONNX Runtime really runs on the CPU, with its fused kernels."""
+    onnxruntime = _onnxruntime()
+    verify_onnx(path)
+    options = _session_options(onnxruntime, 1, True, None)
+    options.optimized_model_filepath = str(destination)
+    _create_session(onnxruntime, path, options, [PROVIDERS["cpu"]])
+    return destination
+
+
+def _session_options(
+    onnxruntime: Any, threads: int | None, optimize: bool, profile_prefix: Path | None
+) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_prefix)
+    return options
+
+
+def _providers(onnxruntime: Any, provider: str) -> list[str]:
+    wanted = PROVIDERS[provider]
+    available = onnxruntime.get_available_providers()
+    if wanted not in available:
+        raise DeployError(
+            f"ONNX Runtime has no {wanted} here (it has {', '.join(available)}); install onnxruntime-gpu "
+            "for it."
+        )
+    return [wanted] if provider == "cpu" else [wanted, PROVIDERS["cpu"]]
+
+
+def _create_session(onnxruntime: Any, path: Path, options: Any, providers: Sequence[str]) -> Any:
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    except _errors(onnxruntime) as error:
+        raise DeployError(f"ONNX Runtime cannot load {path}: {error}") from error
+    if providers[0] not in session.get_providers():
+        raise DeployError(
+            f"ONNX Runtime fell back to {session.get_providers()} where {providers[0]} was asked for."
+        )
+    return session
+
+
+def _errors(onnxruntime: Any) -> tuple[type[Exception], ...]:
+    state = onnxruntime.capi.onnxruntime_pybind11_state
+    return (
+        state.Fail,
+        state.InvalidArgument,
+        state.InvalidGraph,
+        state.NotImplemented,
+        state.RuntimeException,
+    )

@@ -1,0 +1,179 @@
+"""OpenVINO: the CPU default. The only file that imports `openvino`.
+
+OpenVINO runs symmetric Q/DQ graphs as real INT8. Left alone it picks BF16 for the float part on machines with
+AMX, so every figure has to name its precision hint; the default here is "f32".
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy.errors import DeployError
+from deploy.graph import verify_onnx
+from deploy.runtime import FloatArray, Runtime, check_images
+
+PRECISIONS: Mapping[str, str] = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
+
+
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise DeployError("The openvino runtime needs the package openvino: pip install openvino") from error
+    return openvino
+
+
+def _read_model(path: Path) -> Any:
+    """Read an .onnx or an .xml file, after the checks that untrusted files get."""
+    openvino = _openvino()
+    if path.suffix == ".onnx":
+        verify_onnx(path)
+    elif path.suffix == ".xml":
+        missing = [part for part in (path, path.with_suffix(".bin")) if not part.is_file()]
+        if missing:
+            raise DeployError(
+                f"No {missing[0]}: an OpenVINO engine is an .xml with its .bin beside it; build it again."
+            )
+    else:
+        raise DeployError(f"OpenVINO reads .onnx and .xml files, got '{path.name}'.")
+    try:
+        return openvino.Core().read_model(str(path))
+    except RuntimeError as error:
+        raise DeployError(f"OpenVINO cannot read {path}: {error}") from error
+
+
+def build_openvino(onnx_path: Path, out_dir: Path) -> Path:
+    """Convert an ONNX file to OpenVINO IR, OUT_DIR/NAME.xml and .bin, without rounding float weights."""
+    model = _read_model(onnx_path)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path = out_dir / f"{onnx_path.stem}.xml"
+    temporary = out_dir / f".{onnx_path.stem}.partial.xml"
+    try:
+        _openvino().save_model(model, str(temporary), compress_to_fp16=False)
+        temporary.with_suffix(".bin").replace(path.with_suffix(".bin"))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        temporary.with_suffix(".bin").unlink(missing_ok=True)
+    return path
+
+
+class OpenVINORuntime(Runtime):
+    """An .onnx or .xml file compiled for the CPU.
+
+    Args:
+        path: the model file.
+        precision_hint: "f32" (default), "bf16" or "f16" for the float part.
+        threads: CPU threads; None leaves the choice to OpenVINO.
+        batch: fix the batch; None keeps it as the file has it (dynamic in Octet's exports). A fixed batch is
+            faster.
+        image_size: (height, width) to fix where the file leaves them open.
+    """
+
+    name = "openvino"
+
+    def __init__(
+        self,
+        path: Path,
+        precision_hint: str | None = None,
+        threads: int | None = None,
+        batch: int | None = None,
+        image_size: tuple[int, int] | None = None,
+    ) -> None:
+        hint = precision_hint or "f32"
+        if hint not in PRECISIONS:
+            raise DeployError(f"Unknown precision hint '{hint}'; expected one of {', '.join(PRECISIONS)}.")
+        start = time.perf_counter()
+        self.path = path
+        model = _read_model(path)
+        self.input_shape = _fix_shape(model, batch, image_size)
+        self.precision = "int8" if _is_quantized(model) else PRECISIONS[hint]
+        self.precision_hint = hint
+        config: dict[str, object] = {
+            "INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1",
+        }  # fmt: skip
+        if threads is not None:
+            config["INFERENCE_NUM_THREADS"] = threads
+        try:
+            self._compiled = _openvino().Core().compile_model(model, "CPU", config)
+        except RuntimeError as error:
+            raise DeployError(f"OpenVINO cannot compile {path} with {config}: {error}") from error
+        self._request: Any = self._compiled.create_infer_request()
+        self.output_names = tuple(
+            sorted(output.get_names())[0] if output.get_names() else f"output{index}"
+            for index, output in enumerate(self._compiled.outputs)
+        )
+        self.load_seconds = time.perf_counter() - start
+
+    def infer_outputs(self, images: FloatArray) -> dict[str, FloatArray]:
+        """See `Runtime.infer_outputs`."""
+        if self._request is None:
+            raise DeployError(f"The OpenVINO engine of {self.path} is closed; load it again.")
+        images = check_images(images, "OpenVINO")
+        try:
+            results = self._request.infer({0: images}, share_inputs=True)
+        except RuntimeError as error:
+            raise DeployError(
+                f"OpenVINO engine {self.path.name} takes images {self.input_shape}, got {images.shape}: "
+                f"{error}"
+            ) from error
+        return {name: np.array(results[index]) for index, name in enumerate(self.output_names)}
+
+    def close(self) -> None:
+        """Release the compiled model."""
+        self._request = None
+        self._compiled = None
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """OpenVINO's version."""
+        return {"openvino": str(_openvino().__version__)}
+
+    def layer_precisions(self) -> list[dict[str, str]]:
+        """What OpenVINO really runs, from its runtime model: name, type, precision of each layer."""
+        layers = []
+        for node in self._compiled.get_runtime_model().get_ordered_ops():
+            info = node.get_rt_info()
+            layers.append(
+                {
+                    "name": str(node.get_friendly_name()),
+                    "type": _text(info, "layerType"),
+                    "precision": _text(info, "runtimePrecision"),
+                    "primitive": _text(info, "primitiveType"),
+                    "original": _text(info, "originalLayersNames"),
+                }
+            )
+        return layers
+
+
+def _text(info: Any, key: str) -> str:
+    return str(info[key].astype(str)) if key in info else ""
+
+
+def _fix_shape(model: Any, batch: int | None, image_size: tuple[int, int] | None) -> str:
+    shape = model.inputs[0].partial_shape
+    if batch is not None or image_size is not None:
+        wanted = list(shape)
+        if batch is not None:
+            wanted[0] = batch
+        if image_size is not None:
+            wanted[2], wanted[3] = image_size
+        try:
+            model.reshape({0: wanted})
+        except RuntimeError as error:
+            raise DeployError(
+                f"The graph takes images {shape}; it cannot be fixed to batch {batch}, size {image_size}. "
+                "Export it with a "
+                f"dynamic batch. ({error})"
+            ) from error
+    return str(model.inputs[0].partial_shape)
+
+
+def _is_quantized(model: Any) -> bool:
+    """Whether the graph has fake quantization: OpenVINO turns Q/DQ pairs of activations into FakeQuantize."""
+    return any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
