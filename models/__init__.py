@@ -1,16 +1,24 @@
 """Float detectors: networks, decode, loss, and loading of checkpoints without running anything they name."""
 
 from models.boxes import Decode, non_max_suppression
+from models.checkpoint import Checkpoint, read_checkpoint
+from models.errors import CheckpointError
 from models.folding import fold_detector
+from models.loading import load_detector, save_detector
 from models.loss import DetectionLoss
 from models.yolov9 import ARCHITECTURES, Detector, build_detector
 
 __all__ = [
     "ARCHITECTURES",
+    "Checkpoint",
+    "CheckpointError",
     "Decode",
     "DetectionLoss",
     "Detector",
     "build_detector",
     "fold_detector",
+    "load_detector",
     "non_max_suppression",
+    "read_checkpoint",
+    "save_detector",
 ]

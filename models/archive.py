@@ -1,0 +1,198 @@
+"""Reading the containers: torch's zip archives, `.npz` and `.safetensors`, with every declared size checked before it is used.
+
+Torch stores (never compresses) its entries, so in an honest file all entries together are smaller than the file. That is the memory bound:
+nothing is allocated for a size that the file itself does not have.
+"""
+
+import json
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from models.errors import CheckpointError
+from models.inert_pickle import MAX_PICKLE_BYTES, TensorRecord, read_pickle
+
+MAX_ENTRIES = 200_000
+MAX_NPZ_BYTES = 2**30
+MAX_NPZ_ENTRIES = 100_000
+ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    NotImplementedError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    ValueError,
+    OverflowError,
+    LookupError,
+)
+
+
+class TorchArchive:
+    """An open torch zip checkpoint: `pickle()` gives its inert content, `tensor()` the numbers of one tensor.
+
+    Use as a context manager.
+
+    Raises:
+        CheckpointError: If the file isn't a torch zip archive, is damaged, or its entries claim more than the file holds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.zip = zipfile.ZipFile(path)
+        except ZIP_ERRORS as error:
+            raise CheckpointError(
+                f"{path} is not a torch zip checkpoint ({error}). A file that is cut off must be copied again; one from before "
+                "torch 1.6 must be saved again with a newer torch"
+            ) from error
+        self.entries = {info.filename: info for info in self.zip.infolist()}
+        self.root = self._check_entries()
+
+    def __enter__(self) -> "TorchArchive":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.zip.close()
+
+    def _check_entries(self) -> str:
+        size = self.path.stat().st_size
+        infos = self.zip.infolist()
+        if len(infos) > MAX_ENTRIES or len(infos) != len(self.entries):
+            raise CheckpointError(f"{self.path} has {len(infos)} entries, some twice or too many; refused")
+        for info in infos:
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
+                raise CheckpointError(f"{self.path}: entry {info.filename!r} is compressed or encrypted; torch stores plainly")
+        declared = sum(info.file_size for info in infos)
+        if declared > size:
+            raise CheckpointError(f"{self.path}: entries declare {declared} bytes, the file has {size}; it is damaged")
+        roots = [name.removesuffix("data.pkl") for name in self.entries if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(roots) != 1:
+            raise CheckpointError(f"{self.path} is a zip file without exactly one data.pkl; expected a torch checkpoint")
+        if any(name.startswith(f"{roots[0]}code/") or name == f"{roots[0]}constants.pkl" for name in self.entries):
+            raise CheckpointError(f"{self.path} is a TorchScript archive; expected a checkpoint written by torch.save")
+        return roots[0]
+
+    def read(self, name: str) -> bytes:
+        """Bytes of one entry, by its name inside the archive's folder; the checksum is verified."""
+        try:
+            return self.zip.read(self.entries[self.root + name])
+        except KeyError as error:
+            raise CheckpointError(f"{self.path} has no entry {name!r}; the file is damaged") from error
+        except ZIP_ERRORS as error:
+            raise CheckpointError(f"{self.path}: entry {name!r} can't be read ({error}); the file is damaged") from error
+
+    def pickle(self) -> Any:
+        """The archive's content as inert data, see `read_pickle`."""
+        if self.root + "byteorder" in self.entries and self.read("byteorder") != b"little":
+            raise CheckpointError(f"{self.path} was written on a big-endian machine; only little-endian files are read")
+        declared = self.entries[self.root + "data.pkl"].file_size
+        if declared > MAX_PICKLE_BYTES:
+            raise CheckpointError(f"{self.path}: its pickle has {declared} bytes; at most {MAX_PICKLE_BYTES} are read")
+        try:
+            return read_pickle(self.read("data.pkl"))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+
+    def tensor(self, record: TensorRecord) -> Tensor:
+        """Read one tensor into its own memory, in the type it was stored in.
+
+        Raises:
+            CheckpointError: If the storage's entry is missing, damaged, or not as large as the pickle says.
+        """
+        dtype = getattr(torch, record.storage.dtype)
+        name = f"data/{record.storage.key}"
+        info = self.entries.get(self.root + name)
+        expected = record.storage.numel * dtype.itemsize
+        if info is None or info.file_size != expected:
+            found = "missing" if info is None else f"{info.file_size} bytes"
+            raise CheckpointError(f"{self.path}: storage {record.storage.key!r} should have {expected} bytes and is {found}")
+        if record.storage.numel == 0:
+            return torch.empty(record.size, dtype=dtype)
+        flat = torch.frombuffer(bytearray(self.read(name)), dtype=dtype)
+        return flat.as_strided(record.size, record.stride, record.offset).clone(memory_format=torch.contiguous_format)
+
+
+def read_npz(path: Path) -> dict[str, Tensor]:
+    """Arrays of an `.npz` file as tensors; object arrays (which hold pickles) and lying headers are refused.
+
+    Raises:
+        CheckpointError: If the file is damaged, larger than 1 GiB unpacked, or holds anything but plain numeric arrays.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+            declared = sum(info.file_size for info in infos)
+            if declared > MAX_NPZ_BYTES or len(infos) > MAX_NPZ_ENTRIES:
+                raise CheckpointError(f"{path}: {len(infos)} arrays of {declared} bytes; at most {MAX_NPZ_BYTES} are read")
+            return {info.filename.removesuffix(".npy"): _read_npy(archive.open(info), info, path) for info in infos}
+    except CheckpointError:
+        raise
+    except ZIP_ERRORS as error:
+        raise CheckpointError(f"{path} is not a readable .npz file ({error})") from error
+
+
+def _read_npy(stream: IO[bytes], info: zipfile.ZipInfo, path: Path) -> Tensor:
+    with stream:
+        version = np.lib.format.read_magic(stream)
+        if version == (1, 0):
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+        elif version == (2, 0):
+            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(stream)
+        else:
+            raise CheckpointError(f"{path}: array {info.filename!r} has format version {version}; expected 1.0 or 2.0")
+        if dtype.kind not in "fiub" or dtype.itemsize > 8 or any(length < 0 for length in shape):
+            raise CheckpointError(f"{path}: array {info.filename!r} has type {dtype}; expected plain numbers")
+        count = 1
+        for length in shape:
+            count *= length
+        if count * dtype.itemsize > info.file_size:
+            raise CheckpointError(f"{path}: array {info.filename!r} declares shape {shape}, more than its {info.file_size} bytes")
+        data = stream.read(count * dtype.itemsize)
+        array = np.frombuffer(data, dtype=dtype, count=count).reshape(shape, order="F" if fortran_order else "C")
+        return torch.from_numpy(np.array(array, dtype=dtype.newbyteorder("="), order="C"))
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and text metadata of a `.safetensors` file (the format has no code; the library checks all sizes).
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as archive:
+            return {key: archive.get_tensor(key) for key in archive.keys()}, dict(archive.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a readable .safetensors file ({error})") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON object.
+
+    Raises:
+        CheckpointError: If it is missing, damaged or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a readable JSON file ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def sorted_sample(keys: Iterable[str], limit: int = 12) -> str:
+    """The first keys in order, for a message; says how many more there are."""
+    ordered = sorted(keys)
+    more = f", ... ({len(ordered)} in all)" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + more

@@ -1,0 +1,154 @@
+"""Checkpoint file to detector and back."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.blocks import ACTIVATIONS
+from models.checkpoint import Checkpoint, manifest_path, read_checkpoint
+from models.convert import Match, build_empty, normalise_state, recognise
+from models.errors import CheckpointError
+from models.head import REG_MAX
+from models.yolov9 import Detector
+
+MANIFEST_FORMAT = "octet-detector-1"
+_logger = logging.getLogger(__name__)
+
+
+def load_detector(
+    path: str | Path, architecture: str | None = None, num_classes: int | None = None, activation: str | None = None
+) -> Detector:
+    """Load a detector from any checkpoint that `read_checkpoint` reads, as float32, in evaluation mode.
+
+    Args:
+        path: The weights file.
+        architecture: What it must be; recognised by its keys and shapes when None.
+        num_classes: K it must have; not checked when None.
+        activation: `silu` or `relu`; when None what the file says, and SiLU (logged) if it says nothing.
+
+    Returns:
+        A detector, unfolded if the file has batch normalisation, folded if it was stored so.
+
+    Raises:
+        CheckpointError: If the file can't be read or doesn't fit what is asked for.
+        ValueError: If the architecture or activation asked for is unknown.
+    """
+    return detector_from_checkpoint(read_checkpoint(path), str(path), architecture, num_classes, activation)
+
+
+def detector_from_checkpoint(
+    checkpoint: Checkpoint,
+    source: str,
+    architecture: str | None = None,
+    num_classes: int | None = None,
+    activation: str | None = None,
+) -> Detector:
+    """Build the detector that a checkpoint's keys and shapes describe; arguments and errors as for `load_detector`."""
+    state = normalise_state(checkpoint.state)
+    projection = _take_projection(state, source)
+    manifest = checkpoint.metadata.get("manifest", {})
+    try:
+        match = recognise(state, architecture)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    names = _choose_names(checkpoint.metadata, manifest, state, match, source)
+    if num_classes is not None and num_classes != len(names):
+        raise CheckpointError(
+            f"{source} has {len(names)} classes ({', '.join(names[:12])}); {num_classes} are expected: use weights and data of the same classes"
+        )
+    chosen = _choose_activation(checkpoint.metadata, manifest, activation, source)
+    detector = build_empty(match.architecture, len(names), chosen, match.folded)
+    detector.names = names
+    values: dict[str, Tensor] = {
+        ours: state[theirs].to(torch.float32) if state[theirs].is_floating_point() else state[theirs]
+        for ours, theirs in match.keys.items()
+    }
+    values["decode.projection"] = projection
+    for key, empty in detector.state_dict().items():
+        if key.endswith("num_batches_tracked"):
+            values.setdefault(key, torch.zeros((), dtype=empty.dtype))
+    _check_finite(values, source)
+    detector.load_state_dict(values, assign=True)
+    _logger.info("%s: %s, %d classes, %s, %d tensors", source, match.architecture, len(names), chosen, len(values))
+    return detector.eval()
+
+
+def save_detector(detector: Detector, path: str | Path) -> None:
+    """Write the weights as `.safetensors` and what they are as JSON beside it; both appear at once or not at all.
+
+    Args:
+        detector: The detector; its tensors keep their type.
+        path: Ends with `.safetensors`. The manifest is `PATH.json`.
+
+    Raises:
+        ValueError: If the path has another ending.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"Detectors are saved as .safetensors, not {path.name!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "architecture": detector.architecture,
+        "num_classes": detector.num_classes,
+        "names": list(detector.names),
+        "activation": detector.activation,
+        "folded": detector.folded,
+    }
+    weights_part = path.with_name(path.name + ".part")
+    manifest_part = manifest_path(path).with_name(manifest_path(path).name + ".part")
+    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in detector.state_dict().items()}, weights_part)
+    manifest_part.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(manifest_part, manifest_path(path))
+    os.replace(weights_part, path)
+
+
+def _take_projection(state: dict[str, Tensor], source: str) -> Tensor:
+    """Remove the DFL projection from `state` and return it; it must be 0, 1, ..., R - 1."""
+    expected = torch.arange(REG_MAX, dtype=torch.float32)
+    for key in [key for key in state if key == "decode.projection" or key.endswith((".dfl.conv.weight", ".dfl2.conv.weight"))]:
+        found = state.pop(key).float().flatten()
+        if not torch.equal(found, expected):
+            raise CheckpointError(f"{source}: {key} is not 0, 1, ..., {REG_MAX - 1}, the bins that this head is made of")
+    return expected
+
+
+def _choose_names(
+    metadata: Mapping[str, Any], manifest: Mapping[str, Any], state: Mapping[str, Tensor], match: Match, source: str
+) -> tuple[str, ...]:
+    key = match.keys["network.head.cls.0.output.bias"]
+    num_classes = state[key].numel()
+    names = manifest.get("names") or metadata.get("names")
+    if names is None:
+        return tuple(f"class{index}" for index in range(num_classes))
+    if not isinstance(names, list | tuple) or any(not isinstance(name, str) for name in names) or len(names) != num_classes:
+        raise CheckpointError(f"{source} names {len(names)} classes and its class branch has {num_classes}; the file is inconsistent")
+    return tuple(names)
+
+
+def _choose_activation(
+    metadata: Mapping[str, Any], manifest: Mapping[str, Any], activation: str | None, source: str
+) -> str:
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"Activation {activation!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
+    stated = manifest.get("activation") or metadata.get("activation")
+    if stated is not None and stated not in ACTIVATIONS:
+        raise CheckpointError(f"{source} states activation {stated!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if stated is not None and activation not in (None, stated):
+        raise CheckpointError(f"{source} was trained with {stated}, not {activation}: leave the activation out or set it to {stated}")
+    if stated is None and activation is None:
+        _logger.warning("%s does not say its activation; SiLU is assumed", source)
+    return str(stated or activation or "silu")
+
+
+def _check_finite(values: Mapping[str, Tensor], source: str) -> None:
+    broken = [key for key, tensor in values.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+    if broken:
+        raise CheckpointError(f"{source}: not all numbers are finite in {', '.join(broken[:6])}; the file is damaged or training diverged")
