@@ -149,7 +149,7 @@ class TrainConfig:
     ema_decay: float = setting(
         0.999, "Decay of the weight average that is evaluated", unit="0..1", minimum=0, maximum=1
     )
-    clip_norm: float = setting(10.0, "Largest gradient norm", above=0)
+    clip_norm: float = setting(10.0, "Largest gradient norm; 0 switches clipping off", minimum=0)
     amp: bool = setting(True, "Autocast on a GPU; without effect on a CPU")
     close_mosaic: int = setting(0, "Epochs at the end without mosaic", unit="epochs", minimum=0)
 
@@ -173,8 +173,8 @@ class PolicyRule:
     """One rule about the quantizers whose name matches; the last matching rule wins."""
 
     match: str = setting(MISSING, "Name pattern with * and ?, e.g. head.cls.*")
-    keep_float: bool = setting(False, "Leave the matching units unquantized")
-    bits: int | None = setting(None, "Bits of the matching quantizers", unit="bits", minimum=2, maximum=16)
+    keep_float: bool | None = setting(None, "true leaves the matching units float, false quantizes them")
+    bits: int | None = setting(None, "Bits of the matching quantizers", unit="bits", minimum=2, maximum=8)
     scale: float | None = setting(None, "Fixed scale, e.g. 1/255 for an 8-bit camera image", above=0)
     observer: str | None = setting(None, "Calibration method of the matching quantizers", choices=OBSERVERS)
     share: bool | None = setting(None, "true forces, false forbids one shared scale over a concat")
@@ -224,7 +224,7 @@ class QatConfig:
     ema_decay: float = setting(
         0.99, "Decay of the weight average that is evaluated", unit="0..1", minimum=0, maximum=1
     )
-    clip_norm: float = setting(10.0, "Largest gradient norm", above=0)
+    clip_norm: float = setting(10.0, "Largest gradient norm; 0 switches clipping off", minimum=0)
     task_weight: float = setting(1.0, "Weight of the detection loss", minimum=0)
     distill_output: float = setting(1.0, "Weight of output distillation from the float copy", minimum=0)
     distill_feature: float = setting(0.0, "Weight of feature distillation from the float copy", minimum=0)

@@ -1,0 +1,22 @@
+"""The report room: tables, charts and pictures of one run, as JSON, Markdown and one HTML file.
+
+It takes plain data (`ReportData`) and knows nothing of models, datasets or engines.
+"""
+
+from report.data import DetectionPanel, ReportData, ReportError, Row
+from report.drawing import draw_detections
+from report.files import write_atomically
+from report.tables import format_table
+from report.write import ReportPaths, write_report
+
+__all__ = [
+    "DetectionPanel",
+    "ReportData",
+    "ReportError",
+    "ReportPaths",
+    "Row",
+    "draw_detections",
+    "format_table",
+    "write_atomically",
+    "write_report",
+]

@@ -1,0 +1,198 @@
+"""Charts as plain Plotly descriptions (traces and layout), which `report.html` hands to the inlined plotly.js.
+
+Colours are left out on purpose: the page gives every series its colour from its own light or dark palette.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from report.data import ReportData, Row
+from report.tables import finite
+
+MAX_POINTS = 2000  # per line; more cannot be told apart on a screen
+MAX_BARS = 40
+_NOT_DRAWN = frozenset({"step", "epoch", "stage", "learning_rate", "lr", "seconds", "time"})
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart: where it goes, what it says to a screen reader, and its Plotly description."""
+
+    key: str
+    title: str
+    description: str
+    traces: list[dict[str, Any]]
+    layout: dict[str, Any]
+
+
+def plain(text: object) -> str:
+    """Escape text for Plotly, which reads a few HTML tags in labels: names stay names."""
+    return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and finite(value) is not None
+
+
+def thin(points: list[tuple[float, float]], limit: int = MAX_POINTS) -> list[tuple[float, float]]:
+    """Keep at most about `limit` points, evenly, and always the last."""
+    step = -(-len(points) // limit)
+    return points if step <= 1 else [*points[:-1:step], points[-1]]
+
+
+def accuracy_chart(rows: Sequence[Row]) -> Chart | None:
+    """AP over median latency: up and to the left is better."""
+    shown = [row for row in rows if finite(row.ap) is not None and finite(row.latency_ms_median) is not None]
+    if len(shown) < 2:
+        return None
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "markers+text",
+            "name": plain(row.name),
+            "x": [row.latency_ms_median],
+            "y": [row.ap],
+            "text": [plain(row.name)],
+            "textposition": "top center",
+            "hovertemplate": "%{text}<br>%{x:.2f} ms<br>AP %{y:.4f}<extra></extra>",
+            "marker": {"size": 12},
+        }
+        for row in shown
+    ]
+    layout = {
+        "xaxis": {"title": {"text": "median latency [ms]"}, "rangemode": "tozero"},
+        "yaxis": {"title": {"text": "AP"}, "tickformat": ".3f"},
+        "showlegend": False,
+    }
+    return Chart(
+        "accuracy", "Accuracy over latency", "AP and median latency of every timed row.", traces, layout
+    )
+
+
+def curve_charts(records: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """One chart of loss terms, one of validation AP and one of learning rates per training stage."""
+    stages: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        stages.setdefault(str(record.get("stage", "training")), []).append(record)
+    charts: list[Chart] = []
+    for number, (stage, items) in enumerate(stages.items()):
+        names = list(dict.fromkeys(key for item in items for key, value in item.items() if _is_number(value)))
+        loss = [name for name in names if name not in _NOT_DRAWN and not name.startswith("ap")]
+        results = [name for name in names if name.startswith("ap")]
+        rates = [name for name in names if name in ("learning_rate", "lr")]
+        for kind, label, keys in (
+            ("loss", "Loss", loss),
+            ("ap", "Validation AP", results),
+            ("rate", "Learning rate", rates),
+        ):
+            if keys:
+                charts.append(_lines(f"{kind}-{number}", f"{label}: {stage}", label.lower(), items, keys))
+    return charts
+
+
+def _lines(
+    key: str, title: str, label: str, items: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> Chart:
+    traces: list[dict[str, Any]] = []
+    for name in names:
+        points = thin([(item["step"], item[name]) for item in items if _is_number(item.get(name))])
+        few = len(points) <= 30
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers" if few else "lines",
+                "name": plain(name),
+                "x": [x for x, _ in points],
+                "y": [y for _, y in points],
+                "hovertemplate": f"step %{{x}}<br>{plain(name)} %{{y:.5g}}<extra></extra>",
+            }
+        )
+    layout = {
+        "xaxis": {"title": {"text": "step"}},
+        "yaxis": {"title": {"text": label}},
+        "showlegend": len(names) > 1,
+    }
+    return Chart(key, title, f"{title}, over training steps.", traces, layout)
+
+
+def stage_chart(stages: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """Where the time went."""
+    if not stages:
+        return None
+    names = [plain(stage["name"]) for stage in stages]
+    seconds = [finite(float(stage["seconds"])) for stage in stages]
+    return _bars("stages", "Time per stage", "Seconds that each stage took.", names, seconds, "seconds")
+
+
+def sensitivity_chart(items: Sequence[Mapping[str, Any]] | None) -> Chart | None:
+    """The units that lose most when quantized."""
+    if not items:
+        return None
+    ranked = sorted(items, key=lambda item: -(finite(float(item["score"])) or 0.0))[:MAX_BARS]
+    names = [plain(item["unit"]) for item in ranked]
+    scores = [finite(float(item["score"])) for item in ranked]
+    shown = f"The {len(ranked)} most sensitive of {len(items)} units."
+    return _bars("sensitivity", "Sensitivity", shown, names, scores, "score")
+
+
+def _bars(
+    key: str, title: str, description: str, names: list[str], values: list[float | None], label: str
+) -> Chart:
+    trace = {
+        "type": "bar",
+        "orientation": "h",
+        "x": values,
+        "y": names,
+        "hovertemplate": f"%{{y}}<br>%{{x:.5g}} {label}<extra></extra>",
+    }
+    layout = {
+        "xaxis": {"title": {"text": label}},
+        "yaxis": {"autorange": "reversed", "automargin": True, "type": "category"},
+        "height": 120 + 22 * len(names),
+        "showlegend": False,
+    }
+    return Chart(key, title, description, [trace], layout)
+
+
+def placement_chart(items: Sequence[Mapping[str, Any]] | None) -> Chart | None:
+    """Scales of the quantizers in graph order, activations and weights apart."""
+    scaled = [item for item in items or () if _is_number(item.get("scale")) and item["scale"] > 0]
+    if not scaled:
+        return None
+    traces = []
+    for kind in dict.fromkeys(str(item["kind"]) for item in scaled):
+        members = [item for item in scaled if str(item["kind"]) == kind]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": plain(kind),
+                "x": list(range(1, len(members) + 1)),
+                "y": [item["scale"] for item in members],
+                "text": [plain(item["name"]) for item in members],
+                "hovertemplate": "%{text}<br>scale %{y:.4g}<extra></extra>",
+            }
+        )
+    layout = {
+        "xaxis": {"title": {"text": "quantizer, in graph order"}},
+        "yaxis": {"title": {"text": "scale"}, "type": "log"},
+        "showlegend": len(traces) > 1,
+    }
+    return Chart(
+        "placement", "Scales", "Scale of every quantizer, in the order of the graph.", traces, layout
+    )
+
+
+def all_charts(data: ReportData) -> list[Chart]:
+    """Return every chart that the data can fill."""
+    charts = [
+        accuracy_chart(data.rows),
+        *curve_charts(data.curves),
+        sensitivity_chart(data.sensitivity),
+        placement_chart(data.placement),
+        stage_chart(data.stages),
+    ]
+    return [chart for chart in charts if chart is not None]

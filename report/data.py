@@ -1,0 +1,148 @@
+"""What a report is made of: plain data, so that this room needs to know no other.
+
+The pipeline fills these in; nothing here computes a metric or reads a run directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+class ReportError(ValueError):
+    """Report data that cannot be shown, or a file that cannot be written."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result table; None where something was not measured.
+
+    Attributes:
+        name: "float", "ptq", "qat" or "engine:<runtime>:<precision>", for instance "engine:openvino:int8".
+        ap: COCO AP over IoU 0.50 to 0.95, 0..1.
+        ap50: COCO AP at IoU 0.50, 0..1.
+        precision: at the best-F1 confidence and IoU 0.5, 0..1.
+        recall: at the same point, 0..1.
+        latency_ms_median: milliseconds per batch.
+        latency_ms_p99: milliseconds per batch, 99th percentile.
+        images_per_second: throughput.
+        size_bytes: what is shipped, on disk.
+        extras: further named figures, e.g. {"ap_small": 0.31}; they appear in report.json and in the details.
+    """
+
+    name: str
+    ap: float | None = None
+    ap50: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    latency_ms_median: float | None = None
+    latency_ms_p99: float | None = None
+    images_per_second: float | None = None
+    size_bytes: int | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def runtime(self) -> str | None:
+        """Return "openvino" for "engine:openvino:int8", None for a row that is no engine."""
+        parts = self.name.split(":")
+        return parts[1] if len(parts) == 3 and parts[0] == "engine" else None
+
+    @property
+    def engine_precision(self) -> str | None:
+        """Return "int8" for "engine:openvino:int8", None for a row that is no engine."""
+        return self.name.split(":")[2] if self.runtime is not None else None
+
+
+@dataclass(frozen=True)
+class DetectionPanel:
+    """One picture, as several rows of the table see it.
+
+    Attributes:
+        title: what is shown, e.g. the file's name.
+        images: (row name, PNG bytes) in the order to be shown.
+    """
+
+    title: str
+    images: Sequence[tuple[str, bytes]]
+
+
+@dataclass
+class ReportData:
+    """Everything that `write_report` shows.
+
+    Attributes:
+        experiment: name of the experiment.
+        weights: where the float weights came from, None when trained in the run.
+        image_size: side of the square network input, pixels.
+        rows: the result table, in the order to be shown; the row "float" is what others are compared with.
+        versions: package -> version.
+        machine: property -> value.
+        stages: [{"name": str, "seconds": float}], in the order they ran.
+        curves: training records; "step" is required, "stage", "epoch" and "learning_rate" are known, every
+            other number is drawn: names that begin with "ap" as validation results, the rest as loss terms.
+        detections: pictures side by side.
+        sensitivity: [{"unit": str, "score": float, ...}], any order; None where the stage did not run.
+        placement: [{"name": str, "kind": "activation" | "weight" | "float", ...}]; "scale" is drawn where given.
+        findings: of the graph check: [{"name", "hazard", "remedy", ...}].
+        notes: sentences for the reader.
+    """
+
+    experiment: str
+    weights: str | None
+    image_size: int
+    rows: Sequence[Row]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    stages: Sequence[Mapping[str, Any]] = ()
+    curves: Sequence[Mapping[str, Any]] = ()
+    detections: Sequence[DetectionPanel] = ()
+    sensitivity: Sequence[Mapping[str, Any]] | None = None
+    placement: Sequence[Mapping[str, Any]] | None = None
+    findings: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
+
+    def check(self) -> None:
+        """Raise ReportError where the data cannot be shown."""
+        names = [row.name for row in self.rows]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ReportError(f"rows named {', '.join(repeated)} appear twice: expected one row per name.")
+        for kind, items, keys in (
+            ("stage", self.stages, ("name", "seconds")),
+            ("curve record", self.curves, ("step",)),
+            ("sensitivity item", self.sensitivity or (), ("unit", "score")),
+            ("placement item", self.placement or (), ("name", "kind")),
+            ("finding", self.findings, ("name", "hazard", "remedy")),
+        ):
+            for item in items:
+                missing = [key for key in keys if key not in item]
+                if missing:
+                    raise ReportError(
+                        f"{kind} {dict(item)} lacks {', '.join(missing)}: expected {', '.join(keys)}."
+                    )
+        for panel in self.detections:
+            for name, png in panel.images:
+                if not png.startswith(PNG_SIGNATURE):
+                    raise ReportError(
+                        f"picture '{name}' of '{panel.title}' is no PNG (starts with {png[:8]!r}); "
+                        "draw it with report.draw_detections."
+                    )
+
+
+def find_row(rows: Sequence[Row], name: str) -> Row | None:
+    """Return the row of that name, or None."""
+    return next((row for row in rows if row.name == name), None)
+
+
+def reference_engine(rows: Sequence[Row], row: Row) -> Row | None:
+    """Return the float engine that an engine row's latency is compared with: f32 of the same runtime, else f16."""
+    if row.runtime is None or row.engine_precision in ("f32", "fp32"):
+        return None
+    for precision in ("f32", "fp32", "f16", "fp16", "bf16"):
+        found = find_row(rows, f"engine:{row.runtime}:{precision}")
+        if found is not None and found is not row:
+            return found
+    return None

@@ -1,0 +1,92 @@
+"""Draw detections on a picture, so that a reader sees at a glance what an INT8 engine finds and misses."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from report.data import ReportError
+
+# Distinct on photographs and for colour-blind readers (after Okabe and Ito, 2008), RGB.
+_COLOURS = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+)
+
+
+def draw_detections(image: NDArray[np.uint8], detections: ArrayLike, names: Sequence[str]) -> bytes:
+    """Return the picture with its boxes, class names and scores as PNG bytes.
+
+    Args:
+        image: uint8 [H, W, 3], RGB; it is not changed.
+        detections: [N, 6] (x1, y1, x2, y2 in pixels of `image`, score 0..1, class index); a torch tensor on
+            the CPU is fine.
+        names: class names, by index.
+
+    Raises:
+        ReportError: a wrong shape or type, or a class index outside `names`.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ReportError(f"image is {image.dtype} {image.shape}: expected uint8 [H, W, 3], RGB.")
+    boxes = np.asarray(detections, dtype=np.float64)
+    if boxes.size == 0:
+        boxes = boxes.reshape(0, 6)
+    if boxes.ndim != 2 or boxes.shape[1] != 6:
+        raise ReportError(f"detections are {boxes.shape}: expected [N, 6] (x1, y1, x2, y2, score, class).")
+    if not np.isfinite(boxes).all():
+        raise ReportError("detections hold NaN or infinity: expected finite boxes; evaluate the model first.")
+    picture = Image.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    thickness = max(1, round(min(image.shape[:2]) / 200))
+    font = ImageFont.load_default(size=max(10, round(min(image.shape[:2]) / 28)))
+    for box in boxes[np.argsort(boxes[:, 4], kind="stable")]:  # the surest last, on top
+        index = int(box[5])
+        if not 0 <= index < len(names):
+            raise ReportError(
+                f"class index {index}: expected 0 to {len(names) - 1}, as names has {len(names)} entries."
+            )
+        _draw_box(
+            draw,
+            box,
+            f"{_printable(names[index])} {box[4]:.2f}",
+            _COLOURS[index % len(_COLOURS)],
+            thickness,
+            font,
+        )
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _printable(name: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in name)[:40]
+
+
+def _draw_box(
+    draw: ImageDraw.ImageDraw,
+    box: NDArray[np.float64],
+    label: str,
+    colour: tuple[int, int, int],
+    thickness: int,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> None:
+    """Draw one rectangle and, above it where there is room, its label on a filled ground."""
+    left, right = sorted((float(box[0]), float(box[2])))
+    top, bottom = sorted((float(box[1]), float(box[3])))
+    draw.rectangle((left, top, right, bottom), outline=colour, width=thickness)
+    x1, y1, x2, y2 = draw.textbbox((0, 0), label, font=font)
+    width, height = x2 - x1 + 4, y2 - y1 + 4
+    x = max(0.0, min(left, draw.im.size[0] - width))
+    y = top - height if top >= height else top
+    draw.rectangle((x, y, x + width, y + height), fill=colour)
+    dark = sum(colour) > 330
+    draw.text((x + 2 - x1, y + 2 - y1), label, fill=(0, 0, 0) if dark else (255, 255, 255), font=font)

@@ -1,0 +1,147 @@
+"""Render the one-file HTML report: styles, pictures, data and plotly.js are all inside, nothing is fetched.
+
+Every text comes through Jinja2 with autoescape on. The only parts put in as they are: this package's own style and
+script, plotly.js, and JSON in which `<`, `>` and `&` are written as escapes, so that no name can end a script.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from report.charts import Chart, all_charts
+from report.data import ReportData, ReportError, Row, find_row, reference_engine
+from report.tables import COLUMNS, LEGEND, MEGABYTE, finite, table_cells
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+
+
+def render_html(data: ReportData) -> str:
+    """Return the whole page.
+
+    Raises:
+        ReportError: plotly, whose plotly.js is inlined, is not installed.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    charts = {chart.key: chart for chart in all_charts(data)}
+    return environment.get_template("report.html.j2").render(
+        data=data,
+        columns=COLUMNS,
+        cells=table_cells(data.rows),
+        legend=LEGEND,
+        tiles=headline(data.rows),
+        charts=charts,
+        curve_keys=[key for key in charts if key.split("-")[0] in ("loss", "ap", "rate")],
+        extras=extra_table(data.rows),
+        sensitivity=dict_table(
+            sorted(data.sensitivity or (), key=lambda item: -float(item["score"])), ("unit", "score")
+        ),
+        placement=dict_table(data.placement or (), ("name", "kind")),
+        findings=dict_table(data.findings, ("name", "hazard", "remedy")),
+        total_seconds=sum(float(stage["seconds"]) for stage in data.stages),
+        pictures=[
+            (panel.title, [(name, data_uri(png)) for name, png in panel.images]) for panel in data.detections
+        ],
+        style=_own_file("style.css"),
+        script=_own_file("charts.js"),
+        plotly_js=Markup(_plotly_js()) if charts else "",
+        chart_json=chart_json(charts.values()),
+        text=cell_text,
+    )
+
+
+def _own_file(name: str) -> Markup:
+    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
+
+
+def _plotly_js() -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise ReportError(
+            "plotly is missing: report.html needs its plotly.js; pip install plotly."
+        ) from error
+    return str(get_plotlyjs())
+
+
+def chart_json(charts: Iterable[Chart]) -> Markup:
+    """Return the charts as JSON that is safe inside a script element, whatever the names in it hold."""
+    content = [{"key": chart.key, "traces": chart.traces, "layout": chart.layout} for chart in charts]
+    text = json.dumps(content, allow_nan=False)
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def data_uri(png: bytes) -> str:
+    """Return the picture as a data address."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def cell_text(value: object) -> str:
+    """Write one value of a free table: short numbers, words for nothing, lists with commas."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {cell_text(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(cell_text(item) for item in value)
+    return str(value)
+
+
+def dict_table(items: Iterable[Mapping[str, Any]], first: Sequence[str]) -> dict[str, Any]:
+    """Return {"keys": column names, `first` leading, "lines": values}: the union of all items' keys."""
+    listed = list(items)
+    keys = list(dict.fromkeys([*first, *(key for item in listed for key in item)]))
+    return {"keys": keys, "lines": [[cell_text(item.get(key)) for key in keys] for item in listed]}
+
+
+def extra_table(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the rows' further figures as a table; no lines where there are none."""
+    return dict_table([{"row": row.name, **row.extras} for row in rows if row.extras], ("row",))
+
+
+def headline(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Return the few figures a reader looks for first, each as label, value and remark."""
+    base, shipped = find_row(rows, "float"), best_int8_engine(rows)
+    tiles: list[dict[str, str]] = []
+    if base is not None and finite(base.ap) is not None:
+        tiles.append({"label": "Float AP", "value": f"{base.ap:.4f}", "remark": "the reference"})
+    result = shipped or find_row(rows, "qat") or find_row(rows, "ptq")
+    if result is not None and result.ap is not None and finite(result.ap) is not None:
+        remark = result.name
+        if base is not None and base.ap is not None and finite(base.ap) is not None:
+            remark = f"{result.ap - base.ap:+.4f} against float, {result.name}"
+        tiles.append({"label": "INT8 AP", "value": f"{result.ap:.4f}", "remark": remark})
+    rival = reference_engine(rows, shipped) if shipped is not None else None
+    if shipped is not None and rival is not None and shipped.latency_ms_median and rival.latency_ms_median:
+        gain = rival.latency_ms_median / shipped.latency_ms_median
+        remark = f"{shipped.latency_ms_median:.2f} ms against {rival.latency_ms_median:.2f} ms, {rival.name}"
+        tiles.append({"label": "Speed", "value": f"{gain:.2f}x", "remark": remark})
+    if shipped is not None and shipped.size_bytes:
+        remark = shipped.name
+        if rival is not None and rival.size_bytes:
+            remark = f"{shipped.size_bytes / rival.size_bytes:.0%} of {rival.name}"
+        tiles.append({"label": "Size", "value": f"{shipped.size_bytes / MEGABYTE:.2f} MB", "remark": remark})
+    return tiles
+
+
+def best_int8_engine(rows: Sequence[Row]) -> Row | None:
+    """Return the INT8 engine with the lowest median latency, or the first one where none was timed."""
+    engines = [row for row in rows if row.engine_precision == "int8"]
+    timed = [row for row in engines if row.latency_ms_median]
+    return min(timed, key=lambda row: row.latency_ms_median or 0.0) if timed else next(iter(engines), None)

@@ -1,0 +1,172 @@
+"""The result table as data, for the terminal and as Markdown; one place decides how a figure is written."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from report.data import Row, find_row, reference_engine
+
+MISSING = "-"
+MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure and what it means beside its reference.
+
+    Attributes:
+        text: the figure, MISSING where there is none.
+        difference: against the reference, empty where there is none: "-0.0012" or "2.10x".
+        better: whether the difference is an improvement; None where it is neither.
+    """
+
+    text: str
+    difference: str = ""
+    better: bool | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: heading, unit, and how a row's figure is written and compared."""
+
+    key: str
+    heading: str
+    unit: str
+    cell: Callable[[Row, Sequence[Row]], Cell]
+
+
+def finite(value: float | None) -> float | None:
+    """Return the value, or None where it is absent, NaN or infinite."""
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _score(key: str, decimals: int = 4) -> Callable[[Row, Sequence[Row]], Cell]:
+    """Write a 0..1 score, with its difference to the float row."""
+
+    def cell(row: Row, rows: Sequence[Row]) -> Cell:
+        value, base = finite(getattr(row, key)), find_row(rows, "float")
+        if value is None:
+            return Cell(MISSING)
+        reference = finite(getattr(base, key)) if base is not None and base is not row else None
+        if reference is None:
+            return Cell(f"{value:.{decimals}f}")
+        difference = value - reference
+        rounded = round(difference, decimals)
+        return Cell(
+            f"{value:.{decimals}f}", f"{difference:+.{decimals}f}", None if rounded == 0 else rounded > 0
+        )
+
+    return cell
+
+
+def _ratio(key: str, decimals: int, *, larger_is_better: bool) -> Callable[[Row, Sequence[Row]], Cell]:
+    """Write a speed, with the factor gained over the float engine of the same runtime."""
+
+    def cell(row: Row, rows: Sequence[Row]) -> Cell:
+        value, base = finite(getattr(row, key)), reference_engine(rows, row)
+        if value is None:
+            return Cell(MISSING)
+        reference = finite(getattr(base, key)) if base is not None else None
+        if not reference or not value:
+            return Cell(f"{value:.{decimals}f}")
+        gain = value / reference if larger_is_better else reference / value
+        return Cell(f"{value:.{decimals}f}", f"{gain:.2f}x", None if round(gain, 2) == 1 else gain > 1)
+
+    return cell
+
+
+def _size(row: Row, rows: Sequence[Row]) -> Cell:
+    """Write the size in megabytes, with its share of the float engine's or the float row's."""
+    if row.size_bytes is None:
+        return Cell(MISSING)
+    base = reference_engine(rows, row) or find_row(rows, "float")
+    text = f"{row.size_bytes / MEGABYTE:.2f}"
+    if base is None or base is row or not base.size_bytes:
+        return Cell(text)
+    share = row.size_bytes / base.size_bytes
+    return Cell(text, f"{share:.0%}", None if round(share, 2) == 1 else share < 1)
+
+
+COLUMNS = (
+    Column("ap", "AP", "", _score("ap")),
+    Column("ap50", "AP50", "", _score("ap50")),
+    Column("precision", "Precision", "", _score("precision")),
+    Column("recall", "Recall", "", _score("recall")),
+    Column("latency_ms_median", "Median", "ms", _ratio("latency_ms_median", 2, larger_is_better=False)),
+    Column("latency_ms_p99", "p99", "ms", _ratio("latency_ms_p99", 2, larger_is_better=False)),
+    Column(
+        "images_per_second", "Throughput", "images/s", _ratio("images_per_second", 1, larger_is_better=True)
+    ),
+    Column("size_bytes", "Size", "MB", _size),
+)
+BRIEF = ("ap", "latency_ms_median")  # columns whose differences the terminal shows
+LEGEND = (
+    "AP, AP50, precision and recall: difference to the float row. Latency and throughput: factor gained over the "
+    "float engine of the same runtime. Size: share of that engine, or of the float row."
+)
+
+
+def table_cells(rows: Sequence[Row]) -> list[tuple[str, list[Cell]]]:
+    """Return (row name, one Cell per entry of COLUMNS) for every row."""
+    return [(row.name, [column.cell(row, rows) for column in COLUMNS]) for row in rows]
+
+
+def _heading(column: Column) -> str:
+    return f"{column.heading} [{column.unit}]" if column.unit else column.heading
+
+
+def _text(cell: Cell) -> str:
+    return f"{cell.text} ({cell.difference})" if cell.difference else cell.text
+
+
+def format_table(rows: Sequence[Row], width: int = 120) -> str:
+    """Return the result table for a terminal, as plain text without colours.
+
+    Differences are shown where they matter most (`BRIEF`), so that the table fits 120 characters.
+
+    Args:
+        rows: The rows to show; differences are taken to the row "float".
+        width: Characters per line at most; names are folded where they do not fit.
+    """
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", overflow="fold")
+    for column in COLUMNS:
+        table.add_column(Text(f"{column.heading}\n{column.unit}".rstrip()), justify="right", no_wrap=True)
+    for row_name, cells in table_cells(rows):
+        texts = [
+            _text(cell) if column.key in BRIEF else cell.text
+            for column, cell in zip(COLUMNS, cells, strict=True)
+        ]
+        table.add_row(Text(row_name), *(Text(text) for text in texts))
+    buffer = io.StringIO()
+    Console(file=buffer, width=width, color_system=None, force_terminal=False).print(table)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().strip("\n").splitlines())
+
+
+def escape_markdown(text: object) -> str:
+    """Make text harmless inside a Markdown table cell or line: no markup, no HTML, no line break."""
+    escaped = "".join(f"\\{letter}" if letter in "\\`*_[]|#~" else letter for letter in str(text))
+    return " ".join(escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").split())
+
+
+def markdown_table(headings: Sequence[str], lines: Sequence[Sequence[object]], numbers_from: int = 1) -> str:
+    """Return a Markdown table; columns from `numbers_from` on are right-aligned."""
+    marks = ["---:" if index >= numbers_from else "---" for index in range(len(headings))]
+    body = [headings, marks] + [[escape_markdown(value) for value in line] for line in lines]
+    return "\n".join("| " + " | ".join(str(value) for value in line) + " |" for line in body)
+
+
+def markdown_results(rows: Sequence[Row]) -> str:
+    """Return the result table as Markdown."""
+    headings = ["", *(_heading(column) for column in COLUMNS)]
+    return markdown_table(
+        headings, [[name, *(_text(cell) for cell in cells)] for name, cells in table_cells(rows)]
+    )

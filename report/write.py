@@ -1,0 +1,117 @@
+"""Write the three reports of a run: JSON for programs, Markdown for a pull request, HTML for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from report.data import ReportData, Row
+from report.files import write_atomically
+from report.html import cell_text, render_html
+from report.tables import LEGEND, escape_markdown, finite, markdown_results, markdown_table
+
+ROW_KEYS = (
+    "name",
+    "ap",
+    "ap50",
+    "precision",
+    "recall",
+    "latency_ms_median",
+    "latency_ms_p99",
+    "images_per_second",
+    "size_bytes",
+)
+
+
+@dataclass(frozen=True)
+class ReportPaths:
+    """Where the reports lie."""
+
+    json: Path
+    markdown: Path
+    html: Path
+
+
+def write_report(run_dir: Path, data: ReportData) -> ReportPaths:
+    """Write report.json, report.md and report.html into the run directory, each whole or not at all.
+
+    Raises:
+        ReportError: the data cannot be shown (a row named twice, a picture that is no PNG, a missing key), or
+            plotly is not installed; JSON and Markdown are written before HTML.
+        OSError: the directory cannot be written.
+    """
+    data.check()
+    paths = ReportPaths(run_dir / "report.json", run_dir / "report.md", run_dir / "report.html")
+    write_atomically(
+        paths.json, json.dumps(to_json(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    )
+    write_atomically(paths.markdown, to_markdown(data))
+    write_atomically(paths.html, render_html(data))
+    return paths
+
+
+def to_json(data: ReportData) -> dict[str, Any]:
+    """Return the content of report.json; NaN and infinity become null."""
+    return {
+        "experiment": data.experiment,
+        "weights": data.weights,
+        "image_size": data.image_size,
+        "rows": [_row(row) for row in data.rows],
+        "stages": [
+            {"name": str(stage["name"]), "seconds": _plain(float(stage["seconds"]))} for stage in data.stages
+        ],
+        "versions": _plain(data.versions),
+        "machine": _plain(data.machine),
+        "findings": _plain(data.findings),
+        "notes": _plain(data.notes),
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    """Return one row: exactly ROW_KEYS, and "extras" where the row has some."""
+    content = {key: _plain(getattr(row, key)) for key in ROW_KEYS}
+    return {**content, "extras": _plain(row.extras)} if row.extras else content
+
+
+def _plain(value: Any) -> Any:
+    """Return the value as JSON knows it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return finite(value)
+    if value is None or isinstance(value, str | int | bool):
+        return value
+    return str(value)
+
+
+def to_markdown(data: ReportData) -> str:
+    """Return report.md."""
+    weights = escape_markdown(data.weights) if data.weights else "trained in this run"
+    parts = [
+        f"# {escape_markdown(data.experiment)}",
+        f"Weights: {weights}. Input: {data.image_size}x{data.image_size} pixels.",
+        markdown_results(data.rows),
+        LEGEND,
+    ]
+    if data.notes:
+        parts += ["## Notes", "\n".join(f"- {escape_markdown(note)}" for note in data.notes)]
+    if data.findings:
+        lines = [[item["name"], item["hazard"], item["remedy"]] for item in data.findings]
+        parts += ["## Graph check", markdown_table(["Where", "Hazard", "Remedy"], lines, numbers_from=3)]
+    if data.sensitivity:
+        ranked = sorted(data.sensitivity, key=lambda item: -float(item["score"]))[:20]
+        lines = [[item["unit"], f"{float(item['score']):.5g}"] for item in ranked]
+        parts += ["## Sensitivity: the twenty first", markdown_table(["Unit", "Score"], lines)]
+    if data.stages:
+        lines = [[stage["name"], f"{float(stage['seconds']):.1f}"] for stage in data.stages]
+        parts += ["## Time per stage", markdown_table(["Stage", "Seconds"], lines)]
+    for title, content in (("Machine", data.machine), ("Versions", data.versions)):
+        if content:
+            lines = [[key, cell_text(value)] for key, value in content.items()]
+            parts += [f"## {title}", markdown_table(["", ""], lines, numbers_from=2)]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,70 @@
+"""One invented run that fills every part of a report; the figures mean nothing."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from report import DetectionPanel, ReportData, Row, draw_detections
+
+EVIL = "</script><script>alert('x')</script><img src=x onerror=alert(1)>"
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(60, 190, (120, 160, 3), dtype=np.uint8)
+
+
+def sample_rows() -> list[Row]:
+    return [
+        Row("float", 0.5984, 0.8879, 0.83, 0.84, size_bytes=8_000_000, extras={"ap_small": 0.31}),
+        Row("ptq", 0.5973, 0.8861, 0.82, 0.84, size_bytes=8_000_000),
+        Row("qat", 0.5991, 0.8884, 0.84, 0.84, size_bytes=8_000_000),
+        Row("engine:openvino:f32", 0.5984, 0.8879, 0.83, 0.84, 20.0, 24.0, 50.0, 8_000_000),
+        Row("engine:openvino:int8", 0.5990, 0.8882, 0.84, 0.84, 10.0, 11.0, 100.0, 2_000_000),
+    ]
+
+
+def sample_data() -> ReportData:
+    boxes = [[10, 10, 60, 70, 0.9, 0], [30, 20, 150, 110, 0.4, 1]]
+    shown = [
+        (row, draw_detections(picture(1), boxes, ["cell", EVIL])) for row in ("float", "engine:openvino:int8")
+    ]
+    steps = range(0, 400, 2)
+    return ReportData(
+        experiment="sample",
+        weights="weights.pt",
+        image_size=320,
+        rows=sample_rows(),
+        versions={"torch": "2.15.0", EVIL: "1"},
+        machine={"cpu": "two cores", "gpu": None},
+        stages=[{"name": "float", "seconds": 12.5}, {"name": "finetune", "seconds": 130.0}],
+        curves=[
+            {
+                "stage": "finetune",
+                "step": step,
+                "epoch": step // 100,
+                "learning_rate": 1e-4 * (1 - step / 400),
+                "box": 1.2 * math.exp(-step / 200),
+                "cls": 0.6 * math.exp(-step / 150),
+                "distill": 0.1,
+            }
+            for step in steps
+        ]
+        + [{"stage": "finetune", "step": 100 * epoch, "ap": 0.59 + 0.002 * epoch} for epoch in range(1, 5)],
+        detections=[DetectionPanel(EVIL, shown)],
+        sensitivity=[{"unit": f"backbone.block{n}", "score": 1.0 / n} for n in range(1, 60)]
+        + [{"unit": EVIL, "score": 0.001}],
+        placement=[
+            {
+                "name": f"tensor{n}",
+                "kind": "activation" if n % 2 else "weight",
+                "bits": 8,
+                "scale": 0.01 * (n + 1),
+            }
+            for n in range(80)
+        ]
+        + [{"name": "head.dfl", "kind": "float", "reason": "narrow"}],
+        findings=[{"name": "Conv_3", "hazard": "float conv & slow", "remedy": "quantize <it>"}],
+        notes=["A note with <b>markup</b>."],
+    )
