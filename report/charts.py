@@ -59,12 +59,13 @@ def accuracy_chart(rows: Sequence[Row]) -> Chart | None:
             "textposition": "top center",
             "hovertemplate": "%{text}<br>%{x:.2f} ms<br>AP %{y:.4f}<extra></extra>",
             "marker": {"size": 12},
+            "cliponaxis": False,
         }
         for row in shown
     ]
     layout = {
         "xaxis": {"title": {"text": "median latency [ms]"}, "rangemode": "tozero"},
-        "yaxis": {"title": {"text": "AP"}, "tickformat": ".3f"},
+        "yaxis": {"title": {"text": "AP"}, "tickformat": ".4f"},
         "showlegend": False,
     }
     return Chart(
@@ -112,7 +113,7 @@ def _lines(
         )
     layout = {
         "xaxis": {"title": {"text": "step"}},
-        "yaxis": {"title": {"text": label}},
+        "yaxis": {"title": {"text": label}, "exponentformat": "e"},
         "showlegend": len(names) > 1,
     }
     return Chart(key, title, f"{title}, over training steps.", traces, layout)

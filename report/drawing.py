@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from report.data import ReportError
 
+MIN_SIDE = 320  # pixels
+
 # Distinct on photographs and for colour-blind readers (after Okabe and Ito, 2008), RGB.
 _COLOURS = (
     (230, 159, 0),
@@ -25,6 +27,9 @@ _COLOURS = (
 
 def draw_detections(image: NDArray[np.uint8], detections: ArrayLike, names: Sequence[str]) -> bytes:
     """Return the picture with its boxes, class names and scores as PNG bytes.
+
+    A picture whose shorter side is below MIN_SIDE is enlarged by a whole factor first, so that labels stay
+    readable.
 
     Args:
         image: uint8 [H, W, 3], RGB; it is not changed.
@@ -44,10 +49,14 @@ def draw_detections(image: NDArray[np.uint8], detections: ArrayLike, names: Sequ
         raise ReportError(f"detections are {boxes.shape}: expected [N, 6] (x1, y1, x2, y2, score, class).")
     if not np.isfinite(boxes).all():
         raise ReportError("detections hold NaN or infinity: expected finite boxes; evaluate the model first.")
+    factor = max(1, -(-MIN_SIDE // min(image.shape[:2])))
     picture = Image.fromarray(image)
+    if factor > 1:
+        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
+        boxes = boxes * [factor, factor, factor, factor, 1, 1]
     draw = ImageDraw.Draw(picture)
-    thickness = max(1, round(min(image.shape[:2]) / 200))
-    font = ImageFont.load_default(size=max(10, round(min(image.shape[:2]) / 28)))
+    thickness = max(1, round(min(picture.size) / 200))
+    font = ImageFont.load_default(size=max(10, round(min(picture.size) / 28)))
     for box in boxes[np.argsort(boxes[:, 4], kind="stable")]:  # the surest last, on top
         index = int(box[5])
         if not 0 <= index < len(names):
@@ -68,7 +77,7 @@ def draw_detections(image: NDArray[np.uint8], detections: ArrayLike, names: Sequ
 
 
 def _printable(name: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in name)[:40]
+    return "".join(letter if letter.isprintable() else "?" for letter in name)[:24]
 
 
 def _draw_box(

@@ -1,0 +1,194 @@
+"""The written reports: JSON against the promised keys, HTML through a parser, and both whole or not at all."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from report import DetectionPanel, ReportData, ReportError, Row, write_atomically, write_report
+from report.html import headline
+from tests.report.sample import EVIL, sample_data, sample_rows
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements with their attributes, text per element, and unbalanced tags."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.unbalanced: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self._open or self._open.pop() != tag:
+            self.unbalanced.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self.texts.setdefault(self._open[-1], []).append(data)
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, str]:
+    paths = write_report(tmp_path_factory.mktemp("run"), sample_data())
+    return json.loads(paths.json.read_text()), paths.markdown.read_text(), paths.html.read_text()
+
+
+@pytest.fixture(scope="module")
+def page(written: tuple[dict, str, str]) -> Page:
+    return Page(written[2])
+
+
+def test_json_holds_what_is_promised(written: tuple[dict, str, str]) -> None:
+    content = written[0]
+    assert {"rows", "experiment", "weights", "image_size", "versions", "machine", "stages"} <= set(content)
+    row_keys = {
+        "name", "ap", "ap50", "precision", "recall",
+        "latency_ms_median", "latency_ms_p99", "images_per_second", "size_bytes",
+    }  # fmt: skip
+    for row in content["rows"]:
+        assert set(row) - {"extras"} == row_keys
+    assert [row["name"] for row in content["rows"]] == [
+        "float", "ptq", "qat", "engine:openvino:f32", "engine:openvino:int8",
+    ]  # fmt: skip
+    assert content["rows"][0]["latency_ms_median"] is None
+    assert content["rows"][4]["latency_ms_median"] == 10.0
+    assert content["rows"][4]["size_bytes"] == 2_000_000
+    assert content["stages"] == [{"name": "float", "seconds": 12.5}, {"name": "finetune", "seconds": 130.0}]
+    assert content["image_size"] == 320
+
+
+def test_json_writes_null_for_nan(tmp_path: Path) -> None:
+    data = ReportData(
+        "x", None, 320, [Row("float", ap=math.nan, ap50=math.inf, extras={"deep": [math.nan, 1.0]})]
+    )
+    row = json.loads(write_report(tmp_path, data).json.read_text(), parse_constant=pytest.fail)["rows"][0]
+    assert row["ap"] is None
+    assert row["ap50"] is None
+    assert row["extras"] == {"deep": [None, 1.0]}
+
+
+def test_html_is_well_formed(page: Page) -> None:
+    assert page.unbalanced == []
+    assert len(page.all("h1")) == 1
+
+
+def test_html_fetches_nothing(page: Page) -> None:
+    addresses = [
+        value
+        for _, attributes in page.elements
+        for key, value in attributes.items()
+        if key in ("src", "href")
+    ]
+    assert addresses
+    assert all(address.startswith("data:image/png;base64,") for address in addresses)
+    assert page.all("link") == []
+    policy = next(
+        meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert "default-src 'none'" in policy
+
+
+def test_html_holds_plotly_once_and_draws_every_chart(page: Page) -> None:
+    scripts = page.all("script")
+    assert len(scripts) == 3
+    assert sum(len(text) > 1_000_000 for text in page.texts["script"]) == 1
+    charts = json.loads(next(text for text in page.texts["script"] if text.lstrip().startswith("[{")))
+    places = {attributes["id"] for attributes in page.all("div") if attributes.get("class") == "plot"}
+    assert places == {f"chart-{chart['key']}" for chart in charts}
+    assert {chart["key"] for chart in charts} == {
+        "accuracy", "loss-0", "ap-0", "rate-0", "sensitivity", "placement", "stages",
+    }  # fmt: skip
+    loss = next(chart for chart in charts if chart["key"] == "loss-0")
+    assert [trace["name"] for trace in loss["traces"]] == ["box", "cls", "distill"]
+    assert len(loss["traces"][0]["x"]) == 200
+
+
+def test_a_malicious_name_stays_text(page: Page, written: tuple[dict, str, str]) -> None:
+    assert EVIL in page.texts["h3"]
+    assert [image for image in page.all("img") if image.get("src") == "x"] == []
+    assert not any("onerror" in attributes for _, attributes in page.elements)
+    assert "alert(1)>" not in written[2].replace(EVIL.replace("<", "&lt;"), "")
+    assert "<img" not in written[1]
+    assert "<script" not in written[1]
+
+
+def test_tables_are_accessible(page: Page) -> None:
+    tables = page.all("table")
+    assert len(tables) >= 6
+    assert len(page.all("caption")) == len(tables)
+    assert all(header.get("scope") in ("row", "col") for header in page.all("th"))
+    assert all(image["alt"] for image in page.all("img"))
+    assert page.all("html") == [{"lang": "en"}]
+
+
+def test_pictures_are_inside(page: Page) -> None:
+    images = page.all("img")
+    assert len(images) == 2
+    for image in images:
+        picture = Image.open(io.BytesIO(base64.b64decode(image["src"].split(",", 1)[1])))
+        picture.verify()
+
+
+def test_an_empty_report_is_still_a_report(tmp_path: Path) -> None:
+    text = write_report(tmp_path, ReportData("empty", None, 320, [])).html.read_text()
+    assert Page(text).unbalanced == []
+    assert len(text) < 20_000  # no chart, no plotly
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": [Row("float"), Row("float")]}, "float appear twice"),
+        ({"stages": [{"name": "float"}]}, "lacks seconds"),
+        ({"sensitivity": [{"score": 1.0}]}, "lacks unit"),
+        ({"detections": [DetectionPanel("cells", [("float", b"GIF89a")])]}, "no PNG"),
+    ],
+)
+def test_bad_data_is_named_and_nothing_is_written(tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(ReportError, match=message):
+        write_report(tmp_path, dataclasses.replace(sample_data(), **change))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "report.json"
+    write_atomically(target, "old")
+
+    def full_disk(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("report.files.os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(target, "new")
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_headline_figures() -> None:
+    tiles = {tile["label"]: (tile["value"], tile["remark"]) for tile in headline(sample_rows())}
+    assert tiles["Float AP"][0] == "0.5984"
+    assert tiles["INT8 AP"] == ("0.5990", "+0.0006 against float, engine:openvino:int8")
+    assert tiles["Speed"][0] == "2.00x"
+    assert tiles["Size"] == ("2.00 MB", "25% of engine:openvino:f32")
