@@ -300,7 +300,7 @@ class Config:
 
     experiment: str = setting(MISSING, "Name of the run; set by +experiment=NAME")
     weights: str | None = setting(None, "Checkpoint of the float detector; none trains or starts at random")
-    run_dir: str | None = setting(None, "Run directory; none makes runs/<experiment>/<time>")
+    run_dir: str | None = setting(None, "Run directory; none makes runs/EXPERIMENT/TIME")
     resume: bool = setting(False, "Go on where the run in run_dir (or the latest one) stopped")
     seed: int = setting(0, "Seed of every random choice", minimum=0)
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto (a GPU where there is one)")

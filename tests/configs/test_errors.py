@@ -1,0 +1,130 @@
+"""Every slip of the finger ends in a ConfigError that names the value, the expectation and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs import Config, ConfigError, compose, compose_export, read, validate
+from configs.errors import closest
+
+DEMO = "+experiment=demo"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("epcohs=3", ["'epcohs'", "closest: train.epochs"]),
+        ("train.epcohs=3", ["'train.epcohs'", "closest: train.epochs"]),
+        ("+qat.learnin_rate=3", ["'qat.learnin_rate'", "closest: qat.learning_rate"]),
+        ("++quant.observers=mse", ["closest: quant.observer"]),
+        ("image_size=320", ["closest: data.image_size"]),
+        ("xyzzy=1", ["'xyzzy'", "docs/configuration.md"]),
+        ("model=yolov9x", ["Unknown model 'yolov9x'", "closest: yolov9c", "yolov9t"]),
+        ("quant=int9", ["Unknown quant 'int9'", "closest: int8"]),
+        ("+model=yolov9c", ["write model=yolov9c"]),
+        ("experiment=bccd", ["plus sign", "+experiment=bccd"]),
+        ("train.epochs=many", ["train.epochs", "'many'", "Integer"]),
+        ("train.epochs=0", ["train.epochs=0", "at least 1"]),
+        ("qat.learning_rate=0", ["qat.learning_rate=0", "more than 0"]),
+        (
+            "data.image_size=100",
+            ["data.image_size=100", "multiple of 32", "data.image_size=96", "data.image_size=128"],
+        ),
+        ("data.image_size=0", ["data.image_size=0", "at least 32"]),
+        ("quant.observer=mle", ["quant.observer=mle", "minmax, percentile, mse, entropy", "closest: mse"]),
+        ("quant.activations.bits=9", ["quant.activations.bits=9", "at most 8"]),
+        ("deploy.target=tensorrt", ["deploy.target=tensorrt", "trt10"]),
+        ("deploy.runtimes=[openvno]", ["deploy.runtimes=openvno", "closest: openvino"]),
+        ("stages=[float,calibrte]", ["stages=calibrte", "closest: calibrate"]),
+        ("stages=[report,float]", ["use stages=[float,report]"]),
+        ("stages=[float,float]", ["float more than once"]),
+        ("stages=[]", ["at least one stage"]),
+        ("device=gpu", ["device=gpu", "use device=auto"]),
+        ("quant.policy=[{mtch: x}]", ["mtch", "closest: match"]),
+        ("quant.policy=[{match: x, bits: 1}]", ["quant.policy[0].bits=1", "at least 2"]),
+        ("quant.policy=[{keep_float: true}]", ["match", "no value"]),
+        ("data.merge_classes={x: [1]}", ["write '+data.merge_classes="]),
+        ("model.factory=os", ["model.factory=os", "package.module:function"]),
+        ("a b=", ["'a b='", "KEY=VALUE"]),
+        ("model=custom", ["model.factory=package.module:function"]),
+        ("model=auto", ["nothing to recognise", "weights=FILE"]),
+        ("data=folder", ["data.root is not set", "data=synthetic"]),
+        ("ema_decay=nan", ["closest: train.ema_decay"]),
+        ("train.ema_decay=nan", ["train.ema_decay=nan"]),
+    ],
+)
+def test_a_wrong_override_is_explained(override: str, expected: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose([DEMO, override])
+    assert "\n" not in str(caught.value)
+    for part in expected:
+        assert part in str(caught.value)
+
+
+def test_an_unknown_experiment_names_the_closest_and_all() -> None:
+    with pytest.raises(
+        ConfigError, match=r"Unknown experiment 'bcd'; closest: bccd; there are bccd, coco128_relu"
+    ):
+        compose(["+experiment=bcd"])
+
+
+def test_no_experiment_names_all() -> None:
+    with pytest.raises(ConfigError, match=r"add \+experiment=NAME with one of bccd, .*yolov9t"):
+        compose([])
+
+
+def test_export_without_a_run() -> None:
+    with pytest.raises(ConfigError, match="add run=DIRECTORY"):
+        compose_export([])
+    with pytest.raises(ConfigError, match=r"Unknown key 'traget'.*closest: target"):
+        compose_export(["run=x", "traget=trt10"])
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose([DEMO, "seed=-1", "data.image_size=33", "quant.observer=x"])
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_an_unknown_key_in_a_file_of_ones_own_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nexperiment: mine\nqat:\n  epocs: 1\n"
+    )
+    with pytest.raises(ConfigError, match=r"qat\.epocs; closest: qat\.epochs"):
+        compose(["+experiment=mine"], config_dirs=[tmp_path])
+
+
+def test_a_broken_file_of_ones_own_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nqat: [1\n")
+    with pytest.raises(ConfigError, match="YAML"):
+        compose(["+experiment=mine"], config_dirs=[tmp_path])
+
+
+def test_reading_a_bad_run_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no readable file"):
+        read(tmp_path / "absent.yaml")
+    path = tmp_path / "config.yaml"
+    path.write_text("experiment: x\nqat:\n  epocs: 1\n")
+    with pytest.raises(ConfigError, match=r"closest: qat\.epochs"):
+        read(path)
+    path.write_text("[1, 2]\n")
+    with pytest.raises(ConfigError, match="expected settings"):
+        read(path)
+
+
+def test_validate_accepts_the_defaults_with_data_and_weights() -> None:
+    config = Config(experiment="x", weights="w.pt")
+    config.data.root = "folder"
+    validate(config)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [("epcohs", "train.epochs"), ("qat.epcohs", "qat.epochs"), ("SEED", "seed"), ("zzzz", None)],
+)
+def test_closest(word: str, expected: str | None) -> None:
+    assert closest(word, ["seed", "train.epochs", "qat.epochs"]) == expected

@@ -1,0 +1,88 @@
+"""What README.md and docs/ tell readers to type exists: make targets, entries, and overrides that compose."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from configs import Config, compose, compose_export
+from configs.overrides import check_overrides, groups
+from configs.schema import STAGES
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+FLAGS_WITH_VALUE = {"--cfg"}
+
+
+def commands(text: str) -> list[str]:
+    """Return the lines of all ```bash blocks, without comments."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+COMMANDS = sorted({command for page in PAGES for command in commands(page.read_text(encoding="utf-8"))})
+
+
+def overrides_of(arguments: list[str]) -> tuple[list[str], bool]:
+    """Split off flags; return the overrides and whether it is a sweep."""
+    overrides: list[str] = []
+    skip = False
+    for argument in arguments:
+        if skip or argument in FLAGS_WITH_VALUE:
+            skip = not skip
+        elif not argument.startswith("-"):
+            overrides.append(argument)
+    return overrides, "-m" in arguments
+
+
+def test_the_two_commands_come_first() -> None:
+    first = commands(PAGES[0].read_text(encoding="utf-8"))[:2]
+    assert first[0] == "make demo"
+    assert first[1].startswith("python train_qat.py +experiment=bccd weights=")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_exists(command: str) -> None:
+    words = shlex.split(command)
+    if words[0] == "make":
+        subprocess.run(["make", "--dry-run", *words[1:]], cwd=REPOSITORY, check=True, capture_output=True)
+    elif words[:2] == ["python", "train_qat.py"]:
+        assert (REPOSITORY / "train_qat.py").is_file()
+        overrides, sweep = overrides_of(words[2:])
+        if sweep:  # only the keys: a sweep has no single configuration
+            check_overrides(overrides, Config, [REPOSITORY / "configs"])
+        else:
+            compose(overrides)
+    elif words[:2] == ["python", "export.py"]:
+        assert (REPOSITORY / "export.py").is_file()
+        compose_export(overrides_of(words[2:])[0])
+    elif words[:2] == ["python", "-m"]:
+        module = REPOSITORY / words[2].replace(".", "/")
+        assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file()
+    elif words[0].startswith(("scripts/", ".ci/", "benchmarks/")):
+        assert (REPOSITORY / words[0]).is_file()
+    else:
+        assert words[0] in ("git", "cd", "docker", "pip"), (
+            f"README tells readers to run {words[0]}: what is it?"
+        )
+
+
+def test_every_experiment_and_stage_is_described() -> None:
+    text = PAGES[0].read_text(encoding="utf-8")
+    for name in groups([REPOSITORY / "configs"])["experiment"]:
+        assert f"`{name}`" in text
+    assert re.findall(r"^\| `(\w+)` \|", text[text.index("### Stages") :], flags=re.MULTILINE)[
+        : len(STAGES)
+    ] == list(STAGES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
