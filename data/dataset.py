@@ -15,7 +15,7 @@ import numpy as np
 import torch.utils.data
 
 from data.coco_format import find_annotations, read_coco
-from data.errors import DataError
+from data.errors import DataError, listing
 from data.images import read_image
 from data.samples import Dataset, ImageRecord, Sample
 from data.yolo_format import read_yolo
@@ -105,6 +105,11 @@ def open_dataset(
     else:
         assert annotation_file is not None
         names, records = read_coco(annotation_file, root, verify, cache_dir)
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise DataError(
+            f"{yaml_file or annotation_file}: class names {listing(repeated)} occur more than once."
+        )
     records = _clean(records)
     if merge_classes:
         names, records = _merge(names, records, merge_classes)

@@ -1,8 +1,9 @@
 """Draws one scene of the synthetic set: background, objects back to front, and the camera's faults.
 
 Classes come in two pairs that differ in one trait: `disc` and `ring` (a hole), `box` and `star` (straight or notched
-edges). Every other trait (colour, texture, size, proportions, rotation, contrast) is drawn from the same ranges for
-all of them, so that only shape tells them apart.
+edges). Texture, size, proportions, rotation and contrast are drawn from the same ranges for all of them. Colour is
+a weak hint: hues lean towards their class but overlap widely, so a detector finds its feet early and still needs the
+shape.
 """
 
 import math
@@ -20,6 +21,7 @@ Canvas = NDArray[np.float32]
 _MIN_VISIBLE = 0.4  # share of an object that later objects must leave uncovered
 _MAX_COVERED = 0.35  # share of an object that one later object may cover
 _MIN_PROPORTION_AT_EDGE = 0.5  # short side of a box over its long side, where the image's edge cuts it
+_MIN_CONTRAST = 25.0  # grey levels between an object and what lies below, in one channel at least
 _SUBPIXEL_BITS = 4  # OpenCV draws polygons with coordinates in sixteenths of a pixel
 
 
@@ -63,7 +65,7 @@ def draw_scene(size: int, seed: tuple[int, ...]) -> tuple[Image, list[tuple[int,
         box = _box_of(shape, solid, size)
         if box is None or _hides_too_much(owner[shape.window][solid], areas):
             continue
-        _paint(canvas[shape.window], shape.coverage, solid, random)
+        _paint(canvas[shape.window], shape, solid, random)
         owner[shape.window][solid] = len(objects)
         objects.append((shape.label, box))
         areas.append(int(solid.sum()))
@@ -76,13 +78,14 @@ def draw_scene(size: int, seed: tuple[int, ...]) -> tuple[Image, list[tuple[int,
 
 def _background(size: int, random: np.random.Generator) -> Canvas:
     """Smooth noise of several scales, stripes, and strokes that are no object."""
-    canvas = np.zeros((size, size, 3), np.float32) + random.uniform(60, 190, 3).astype(np.float32)
-    for cells, strength in ((3, 35), (8, 22), (24, 14), (64, 9)):
+    grey = random.uniform(70, 180) + random.uniform(-20, 20, 3)
+    canvas = np.zeros((size, size, 3), np.float32) + grey.astype(np.float32)
+    for cells, strength in ((3, 18), (8, 12), (24, 9), (64, 6)):
         noise = random.normal(0, strength, (cells, cells, 3)).astype(np.float32)
-        canvas += cv2.resize(noise, (size, size), interpolation=cv2.INTER_CUBIC)
+        canvas += np.asarray(cv2.resize(noise, (size, size), interpolation=cv2.INTER_CUBIC), np.float32)
     if random.random() < 0.5:
-        canvas += (_stripes(size, random) * random.uniform(5, 25))[..., None]
-    for _ in range(int(random.integers(4, 16))):
+        canvas += (_stripes(size, random) * random.uniform(3, 12))[..., None]
+    for _ in range(int(random.integers(2, 9))):
         _draw_stroke(canvas, random)
     return canvas
 
@@ -171,18 +174,30 @@ def _hides_too_much(owners: NDArray[np.int64], areas: list[int]) -> bool:
     return any(taken > _MAX_COVERED * area for taken, area in zip(covered, areas, strict=True))
 
 
-def _paint(window: Canvas, coverage: Image, solid: NDArray[np.bool_], random: np.random.Generator) -> None:
+def _paint(window: Canvas, shape: _Shape, solid: NDArray[np.bool_], random: np.random.Generator) -> None:
     """Lay a textured colour over a part of the canvas, at least a little unlike what lies below."""
-    height, width = coverage.shape
-    color = window[solid].mean(axis=0) + random.choice((-1.0, 1.0), 3) * random.uniform(12, 80, 3)
+    height, width = shape.coverage.shape
+    color = _class_color(shape.label, random)
+    below = window[solid].mean(axis=0)
+    if np.abs(color - below).max() < _MIN_CONTRAST:
+        color = np.asarray(below + random.choice((-1.0, 1.0), 3) * _MIN_CONTRAST, np.float64)
     cells = int(random.integers(2, 8))
     noise = random.normal(0, random.uniform(3, 16), (cells, cells, 3)).astype(np.float32)
-    texture = cv2.resize(noise, (width, height), interpolation=cv2.INTER_LINEAR) + color.astype(np.float32)
+    texture = np.asarray(
+        cv2.resize(noise, (width, height), interpolation=cv2.INTER_LINEAR) + color, np.float32
+    )
     if random.random() < 0.3:
         stripes = _stripes(max(height, width), random)[:height, :width]
-        texture += (stripes * random.uniform(5, 20))[..., None]
-    opacity = (coverage.astype(np.float32) * (random.uniform(0.75, 1.0) / 255))[..., None]
+        texture += (stripes * np.float32(random.uniform(5, 20)))[..., None]
+    opacity = (shape.coverage.astype(np.float32) * (random.uniform(0.8, 1.0) / 255))[..., None]
     window += opacity * (texture - window)
+
+
+def _class_color(label: int, random: np.random.Generator) -> NDArray[np.float64]:
+    """A colour, RGB 0 to 255, whose hue leans towards the class: one standard deviation reaches the next class."""
+    hue = (label / len(CLASSES) + random.normal(0, 1 / len(CLASSES))) % 1
+    phases = 2 * math.pi * (hue + np.array([0, 1 / 3, 2 / 3]))
+    return np.asarray(random.uniform(60, 190) + random.uniform(20, 80) * np.cos(phases))
 
 
 def _camera(canvas: Canvas, random: np.random.Generator) -> Image:
