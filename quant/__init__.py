@@ -2,7 +2,7 @@
 
 from quant.calibration import CalibrationError, CalibrationResult, calibrate
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
-from quant.finetuning import DivergenceError, TrainingOptions, TrainingState, train_epochs
+from quant.finetuning import DivergenceError, TrainingOptions, TrainingState, new_state, train_epochs
 from quant.graph import TraceError, trace
 from quant.insertion import (
     InsertionError,
@@ -13,6 +13,7 @@ from quant.insertion import (
     set_mode,
 )
 from quant.placement import Group, Placement, PlacementOptions, TensorSite, WeightSite, place
+from quant.plan_file import PlanError, dump_placement, load_placement
 from quant.policy import Policy, PolicyError, Rule, parse_rules
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Mode",
     "Placement",
     "PlacementOptions",
+    "PlanError",
     "Policy",
     "PolicyError",
     "Rule",
@@ -36,7 +38,10 @@ __all__ = [
     "WeightSite",
     "activation_quantizers",
     "calibrate",
+    "dump_placement",
     "insert",
+    "load_placement",
+    "new_state",
     "parse_rules",
     "place",
     "placement_of",

@@ -1,0 +1,283 @@
+"""The job: one run's configuration, data and models, opened once and handed from stage to stage."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx, nn
+
+from configs.errors import ConfigError
+from configs.schema import Config
+from data import (
+    AugmentOptions,
+    Batch,
+    DetectionDataset,
+    DetectionLoader,
+    DetectionMetrics,
+    build_loader,
+    evaluate,
+    generate_synthetic,
+    ground_truth,
+    open_dataset,
+    to_input,
+)
+from models import (
+    ARCHITECTURES,
+    CheckpointError,
+    DetectionLoss,
+    Detector,
+    build_detector,
+    fold_detector,
+    load_detector,
+    non_max_suppression,
+    save_detector,
+)
+from pipeline.progress import say, track
+from pipeline.run import Run
+from quant import Mode, insert, load_placement, set_mode
+
+Predict = Callable[[Tensor], list[Tensor]]
+FLOAT_MODEL = "float.safetensors"
+
+
+class Job:
+    """What every stage needs.
+
+    Args:
+        config: validated configuration.
+        run: directory of artifacts.
+    """
+
+    def __init__(self, config: Config, run: Run) -> None:
+        self.config = config
+        self.run = run
+        self.device = choose_device(config.device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        seed_everything(config.seed)
+
+    # -- data
+
+    @cached_property
+    def data_root(self) -> Path:
+        """Folder of the dataset; the synthetic set is drawn on first use."""
+        config = self.config.data
+        if config.kind == "synthetic":
+            synthetic = config.synthetic
+            root = Path(
+                config.root
+                or f"runs/synthetic/{synthetic.size}px-{synthetic.train}-{synthetic.val}-{synthetic.seed}"
+            )
+            return generate_synthetic(root, synthetic.train, synthetic.val, synthetic.size, synthetic.seed)
+        assert config.root is not None
+        return Path(config.root)
+
+    @cached_property
+    def train_set(self) -> DetectionDataset:
+        """Images for training and calibration."""
+        return self._open(self.config.data.train_split)
+
+    @cached_property
+    def val_set(self) -> DetectionDataset:
+        """Images for every reported figure."""
+        return self._open(self.config.data.val_split)
+
+    @cached_property
+    def truth(self) -> dict[str, Any]:
+        """Ground truth of the validation split as a COCO dictionary."""
+        return ground_truth(self.val_set)
+
+    def _open(self, split: str) -> DetectionDataset:
+        config = self.config.data
+        merged = config.merge_classes or None
+        return open_dataset(self.data_root, split, format=config.format, merge_classes=merged)
+
+    def letterboxed(self, dataset: DetectionDataset, batch_size: int, limit: int | None) -> DetectionLoader:
+        """Batches prepared as for inference, in a fixed order."""
+        config = self.config.data
+        return build_loader(dataset, config.image_size, batch_size, config.workers, limit=limit)
+
+    def val_loader(self, batch_size: int | None = None, limit: int | None = None) -> DetectionLoader:
+        """Validation batches."""
+        limit = limit or self.config.data.limit_val
+        return self.letterboxed(self.val_set, batch_size or self.config.evaluate.batch_size, limit)
+
+    def calibration_images(self) -> Iterator[Tensor]:
+        """Letterboxed training images on the device, spread evenly over the split."""
+        config = self.config.quant
+        loader = self.letterboxed(self.train_set, config.calibration_batch_size, config.calibration_images)
+        for batch in track(loader, "calibrate", len(loader)):
+            yield to_input(batch.images, self.device)
+
+    def train_loader(self, batch_size: int, augment: AugmentOptions | None) -> DetectionLoader:
+        """Shuffled training batches; `set_epoch` gives each epoch its own order and augmentation."""
+        config = self.config
+        return build_loader(
+            self.train_set,
+            config.data.image_size,
+            batch_size,
+            config.data.workers,
+            augment=augment,
+            shuffle=True,
+            seed=config.seed,
+            limit=config.data.limit_train,
+            drop_last=len(self.train_set) >= 2 * batch_size,
+        )
+
+    def epoch_batches(
+        self, loader: DetectionLoader, label: str, epochs: int
+    ) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
+        """Epoch number -> that epoch's (images, targets) on the device, with progress shown."""
+
+        def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+            loader.set_epoch(epoch)
+            for batch in track(loader, f"{label} epoch {epoch + 1}/{epochs}", len(loader)):
+                moved: Batch = batch.to(self.device)
+                yield to_input(moved.images, self.device), moved.targets
+
+        return batches
+
+    # -- models
+
+    def initial_detector(self) -> Detector:
+        """The detector that the user brought, or one with random weights; fits the data's classes.
+
+        Raises:
+            CheckpointError: the file cannot be used, or its class count is not the data's.
+            ConfigError: nothing says which architecture to build.
+        """
+        config = self.config.model
+        names = self.val_set.names
+        architecture = None if config.name == "auto" else config.name
+        if self.config.weights is None:
+            if architecture not in ARCHITECTURES:
+                raise ConfigError(
+                    f"model.name={config.name} has no weights to recognise it by: add weights=FILE or model=yolov9t"
+                )
+            return build_detector(architecture, len(names), config.activation or "silu", names)
+        detector = load_detector(
+            Path(self.config.weights), architecture, config.num_classes, config.activation
+        )
+        if detector.num_classes != len(names):
+            raise CheckpointError(
+                f"{self.config.weights} predicts {detector.num_classes} classes ({', '.join(detector.names[:5])}, ...), but "
+                f"{self.data_root} has {len(names)} ({', '.join(names[:5])}, ...): give the weights trained on this data, or "
+                "map its classes with data.merge_classes"
+            )
+        if tuple(name.lower() for name in detector.names) != tuple(name.lower() for name in names):
+            say(
+                f"class names differ: weights {list(detector.names)[:5]}, data {list(names)[:5]}; the order must be the same"
+            )
+        return detector
+
+    @cached_property
+    def detector(self) -> Detector:
+        """The float detector, folded, that every later stage starts from; kept in the run directory."""
+        path = self.run.path(FLOAT_MODEL)
+        if not path.exists():
+            self.keep_detector(self.initial_detector())
+        return load_detector(path).to(self.device).eval()
+
+    def keep_detector(self, detector: Detector) -> None:
+        """Fold a float detector and keep it as this run's float model."""
+        save_detector(fold_detector(detector), self.run.path(FLOAT_MODEL))
+
+    def save_quantized(self, model: fx.GraphModule, name: str) -> None:
+        """Keep weights and scales of a quantized model."""
+        state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+        temporary = self.run.path(f".{name}.partial")
+        save_file(state, temporary, metadata={"format": "octet-quantized"})
+        temporary.replace(self.run.path(name))
+
+    def load_quantized(self, name: str, stage: str) -> fx.GraphModule:
+        """The quantized model of a stage, quantizers on, in evaluation mode."""
+        path = self.run.need(name, stage)
+        placement = load_placement(self.run.need("placement.yaml", "calibrate"))
+        model = insert(self.detector.network, placement, self.config.qat.learn_scales).to(self.device)
+        model.load_state_dict(load_file(path))
+        set_mode(model, Mode.QUANTIZE)
+        return model.eval()
+
+    def best_quantized(self) -> tuple[fx.GraphModule, str]:
+        """The fine-tuned model where there is one, else the calibrated one; and its row name."""
+        if self.run.path("qat.safetensors").exists():
+            return self.load_quantized("qat.safetensors", "finetune"), "qat"
+        return self.load_quantized("ptq.safetensors", "calibrate"), "ptq"
+
+    def loss(self) -> DetectionLoss:
+        """The detection loss for this detector."""
+        return DetectionLoss(self.detector.num_classes, self.detector.strides)
+
+    # -- evaluation
+
+    def detections(self, decoded: Tensor) -> list[Tensor]:
+        """Suppress overlaps in decoded outputs, as every row of the table does."""
+        config = self.config.evaluate
+        return non_max_suppression(decoded, config.confidence, config.iou, config.max_detections)
+
+    def predictor(self, network: nn.Module) -> Predict:
+        """Images to detections through a torch network and this detector's decode."""
+        decode = self.detector.decode
+
+        def predict(images: Tensor) -> list[Tensor]:
+            return self.detections(decode(network(images)))
+
+        return predict
+
+    def measure(
+        self, predict: Predict, label: str, batch_size: int | None = None, limit: int | None = None
+    ) -> DetectionMetrics:
+        """COCO figures on the validation split; the same path for torch and every engine."""
+        loader = self.val_loader(batch_size, limit)
+        batches = track(loader, f"evaluate {label}", len(loader))
+        return evaluate(predict, batches, self.truth, self.config.evaluate.engine, self.device)
+
+    def record_row(self, name: str, metrics: DetectionMetrics, **figures: Any) -> None:
+        """Keep one row of the result table."""
+        extras = {
+            key: value
+            for key, value in metrics.as_dict().items()
+            if key not in {"ap", "ap50", "precision", "recall"}
+        }
+        self.run.write_row(
+            name,
+            ap=metrics.ap,
+            ap50=metrics.ap50,
+            precision=metrics.precision,
+            recall=metrics.recall,
+            **extras,
+            **figures,
+        )
+        say(
+            f"{name}: AP {metrics.ap:.4f}  AP50 {metrics.ap50:.4f}  P {metrics.precision:.3f}  R {metrics.recall:.3f}"
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn the `device` setting into a device that is there.
+
+    Raises:
+        ConfigError: a GPU was asked for that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={name}: torch sees {torch.cuda.device_count()} GPUs here; use device=auto or device=cpu"
+        )
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

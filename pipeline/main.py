@@ -1,0 +1,116 @@
+"""The main job: stages in order over one run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError
+from configs.schema import STAGES, Config
+from pipeline.deploying import engine_stage, export_stage
+from pipeline.errors import RunError
+from pipeline.job import Job
+from pipeline.progress import say
+from pipeline.quantizing import calibrate_stage, float_stage
+from pipeline.reporting import check_gates, report_stage
+from pipeline.run import Run
+from pipeline.terminal import print_result, quit_on_termination
+from pipeline.training import finetune_stage, train_stage
+
+RUN_STAGES: dict[str, Callable[[Job], None]] = {
+    "train": train_stage,
+    "float": float_stage,
+    "calibrate": calibrate_stage,
+    "finetune": finetune_stage,
+    "export": export_stage,
+    "engine": engine_stage,
+    "report": report_stage,
+}
+
+
+def run_job(config: Config) -> float:
+    """Run the configured stages and return the AP of the shipped model (the value that sweeps optimise).
+
+    A stage that has finished in a resumed run directory is skipped; asking for a stage anew needs a fresh one.
+
+    Raises:
+        GateError: a gate that the user set is missed (the report is written before).
+        ConfigError, RunError, DataError, CheckpointError, DeployError: with value, expectation and remedy.
+    """
+    quit_on_termination()
+    run = open_run(config)
+    job = Job(config, run)
+    check_input(job)
+    say(f"run: {run.directory}")
+    for stage in config.stages:
+        if run.is_done(stage) and stage != "report":
+            say(f"{stage}: done before")
+            continue
+        say(f"--- {stage}")
+        started = time.perf_counter()
+        RUN_STAGES[stage](job)
+        run.mark_done(stage, time.perf_counter() - started)
+    print_result(run)
+    check_gates(job)
+    return shipped_ap(run)
+
+
+def open_run(config: Config) -> Run:
+    """Make a fresh run directory, or open the one to resume.
+
+    Raises:
+        RunError: nothing to resume, or a directory with another configuration in it.
+    """
+    if not config.resume:
+        run = Run.create(Path(config.run_dir) if config.run_dir else None, config.experiment)
+        run.write_json("config.json", dataclasses.asdict(config))
+        return run
+    directory = Path(config.run_dir) if config.run_dir else Path("runs") / config.experiment / "latest"
+    run = Run.open(directory)
+    differing = different_keys(
+        run.read_json("config.json"), json.loads(json.dumps(dataclasses.asdict(config)))
+    )
+    if differing:
+        raise RunError(
+            f"resume=true, but {run.directory} was made with other settings ({', '.join(differing[:5])}): repeat "
+            "that command, or start a new run"
+        )
+    return run
+
+
+def different_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys in which two configurations differ, those aside that may change between tries."""
+    free = {"resume", "run_dir", "stages", "threads", "device", "deploy", "min_ap", "max_ap_drop"}
+    keys = []
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if (not prefix and key in free) or a == b:
+            continue
+        nested = isinstance(a, dict) and isinstance(b, dict)
+        keys += different_keys(a, b, f"{prefix}{key}.") if nested else [prefix + key]  # type: ignore[arg-type]
+    return keys
+
+
+def check_input(job: Job) -> None:
+    """Find wrong data, checkpoints and stages within seconds, before any long work."""
+    unknown = [stage for stage in job.config.stages if stage not in RUN_STAGES]
+    if unknown:
+        raise ConfigError(f"stages={job.config.stages}: {unknown[0]!r} is not one of {', '.join(STAGES)}")
+    if {"train", "calibrate", "finetune"} & set(job.config.stages):
+        job.train_set  # noqa: B018 - opening verifies it
+    job.val_set  # noqa: B018
+    if not job.run.path("float.safetensors").exists():
+        job.initial_detector()
+
+
+def shipped_ap(run: Run) -> float:
+    """AP of the INT8 engine where there is one, else of the last torch row; NaN where nothing was measured."""
+    rows = {row["name"]: row["ap"] for row in run.rows()}
+    for name in [*(n for n in rows if n.endswith(":int8")), "qat", "ptq", "float"]:
+        if rows.get(name) is not None:
+            return float(rows[name])
+    return float("nan")

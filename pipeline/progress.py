@@ -1,0 +1,51 @@
+"""Progress: a rich bar with an estimate on a terminal, one plain line per task everywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+Item = TypeVar("Item")
+console = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """Write one line of progress to standard error."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def track(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
+    """Yield the items and show how far along they are.
+
+    Args:
+        items: what to iterate.
+        label: name of the task.
+        total: number of items.
+    """
+    started = time.perf_counter()
+    if not sys.stderr.isatty():
+        yield from items
+        say(f"{label}: {total} in {time.perf_counter() - started:.1f} s")
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield from progress.track(items, total=total, description=label)
+    say(f"{label}: {total} in {time.perf_counter() - started:.1f} s")

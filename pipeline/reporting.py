@@ -1,0 +1,132 @@
+"""The stage that shows the proof: the table, the curves, and what each model sees, in one file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from data import unletterbox
+from models import non_max_suppression
+from pipeline.errors import GateError
+from pipeline.job import FLOAT_MODEL, Job
+from pipeline.machine import describe_machine, describe_versions
+from pipeline.progress import say
+from quant import Placement, load_placement
+from report import DetectionPanel, ReportData, Row, draw_detections, write_report
+
+PICTURES = 4
+PICTURE_CONFIDENCE = 0.25
+
+
+def report_stage(job: Job) -> None:
+    """Write report.json, report.md and report.html from the artifacts that are there."""
+    run = job.run
+    data = ReportData(
+        experiment=job.config.experiment,
+        weights=job.config.weights,
+        image_size=job.config.data.image_size,
+        rows=[Row(**row) for row in run.rows()],
+        versions=describe_versions(),
+        machine=describe_machine(job.device),
+        stages=run.stages(),
+        curves=[
+            {"stage": stage, **record}
+            for stage, file in (("train", "train.jsonl"), ("finetune", "qat.jsonl"))
+            for record in run.read_lines(file)
+        ],
+        detections=_panels(job),
+        sensitivity=run.read_json("sensitivity.json")["units"]
+        if run.path("sensitivity.json").exists()
+        else None,
+        placement=_placement_items(job),
+        notes=_notes(job),
+    )
+    paths = write_report(run.directory, data)
+    say(f"report: {paths.html}")
+
+
+def check_gates(job: Job) -> None:
+    """Compare the shipped row with the gates that the user set.
+
+    Raises:
+        GateError: a gate is missed; the message has the figures.
+    """
+    rows = {row["name"]: row for row in job.run.rows()}
+    shipped = next(
+        (rows[name] for name in reversed(list(rows)) if name.endswith("int8")),
+        rows.get("qat", rows.get("ptq")),
+    )
+    config = job.config
+    if shipped is None or shipped["ap"] is None:
+        return
+    if config.min_ap is not None and shipped["ap"] < config.min_ap:
+        raise GateError(f"{shipped['name']} reaches AP {shipped['ap']:.4f}, below min_ap={config.min_ap}")
+    if config.max_ap_drop is not None and "float" in rows:
+        drop = rows["float"]["ap"] - shipped["ap"]
+        if drop > config.max_ap_drop:
+            raise GateError(
+                f"{shipped['name']} loses {drop:.4f} AP against float ({rows['float']['ap']:.4f}), more than "
+                f"max_ap_drop={config.max_ap_drop}: fine-tune longer, or leave sensitive layers float (quant.float_patterns)"
+            )
+
+
+def _panels(job: Job) -> list[DetectionPanel]:
+    """The same validation pictures as the float and the quantized model see them."""
+    networks: dict[str, torch.nn.Module] = {}
+    if job.run.path(FLOAT_MODEL).exists():
+        networks["float"] = job.detector.network
+    if job.run.path("ptq.safetensors").exists():
+        model, name = job.best_quantized()
+        networks[name] = model
+    panels = []
+    for batch in job.letterboxed(job.val_set, 1, PICTURES):
+        images = batch.to(job.device).images.float() / 255
+        sample = job.val_set[job.val_set.ids.index(batch.image_ids[0])]
+        pictures = []
+        for name, network in networks.items():
+            with torch.inference_mode():
+                decoded = job.detector.decode(network(images))
+            found = non_max_suppression(decoded, PICTURE_CONFIDENCE, job.config.evaluate.iou)[0]
+            moved = unletterbox(found.cpu(), batch.infos[0])
+            pictures.append((name, draw_detections(sample.image, moved.numpy(), job.detector.names)))
+        panels.append(DetectionPanel(f"image {batch.image_ids[0]}", pictures))
+    return panels
+
+
+def _placement_items(job: Job) -> list[dict[str, Any]] | None:
+    path = job.run.path("placement.yaml")
+    if not path.exists():
+        return None
+    placement: Placement = load_placement(path)
+    found = {}
+    if job.run.path("calibration.json").exists():
+        found = {group["name"]: group for group in job.run.read_json("calibration.json")["groups"]}
+    items: list[dict[str, Any]] = []
+    for group in placement.groups:
+        item = {"name": group.name, "kind": "activation", "bits": group.bits, "tensors": len(group.tensors)}
+        if group.name in found:
+            item |= {"scale": found[group.name]["scale"], "clipped": found[group.name]["clipped"]}
+        items.append(item)
+    items += [
+        {"name": site.layer, "kind": "weight", "bits": site.bits, "group": site.group}
+        for site in placement.weights
+    ]
+    items += [
+        {"name": name, "kind": "float", "reason": reason} for name, reason in placement.kept_float.items()
+    ]
+    return items
+
+
+def _notes(job: Job) -> list[str]:
+    notes = []
+    rows = {row["name"]: row for row in job.run.rows()}
+    if "qat" in rows and "kept" in rows["qat"]["extras"]:
+        notes.append(
+            f"Row qat: weights of {rows['qat']['extras']['kept']}, the best on the validation images."
+        )
+    if job.config.data.limit_val:
+        notes.append(f"Figures are over {job.config.data.limit_val} validation images only (data.limit_val).")
+    if job.config.weights is None and "train" not in job.config.stages:
+        notes.append("The float model has random weights: the figures show speed, not accuracy.")
+    return notes

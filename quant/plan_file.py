@@ -1,0 +1,59 @@
+"""Saving a placement as YAML, loading it back after a person has edited it, and the state of a quantized model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quant.placement import Group, Placement, TensorSite, WeightSite
+
+
+class PlanError(ValueError):
+    """A saved placement cannot be read."""
+
+
+def dump_placement(placement: Placement) -> str:
+    """The plan as YAML text that a person can edit."""
+    return yaml.safe_dump(_plain(asdict(placement)), sort_keys=False, width=110)
+
+
+def load_placement(path: Path) -> Placement:
+    """Read a plan written by `dump_placement`.
+
+    Raises:
+        PlanError: no such file, not YAML, or keys that a placement does not have.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise PlanError(
+            f"no placement at {path}: run the stage `calibrate` first, or check quant.plan"
+        ) from error
+    except yaml.YAMLError as error:
+        raise PlanError(f"{path} is not YAML: {error}") from error
+    try:
+        groups = tuple(
+            Group(**{**g, "tensors": _sites(g["tensors"]), "layers": tuple(g["layers"])})
+            for g in content["groups"]
+        )
+        weights = tuple(WeightSite(**site) for site in content["weights"])
+        return Placement(groups, weights, dict(content["kept_float"]), dict(content["concats"]))
+    except (KeyError, TypeError) as error:
+        raise PlanError(
+            f"{path} is not a placement ({error}): start from the placement.yaml of a run"
+        ) from error
+
+
+def _sites(sites: list[dict[str, Any]]) -> tuple[TensorSite, ...]:
+    return tuple(TensorSite(site["name"], site["node"], tuple(site["users"])) for site in sites)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
