@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.errors import CheckpointError
-from models.inert_pickle import MAX_PICKLE_BYTES, TensorRecord, read_pickle
+from models.inert_pickle import MAX_PICKLE_BYTES, read_pickle
+from models.inert_records import TensorRecord
 
 MAX_ENTRIES = 200_000
 MAX_NPZ_BYTES = 2**30
@@ -62,7 +63,9 @@ class TorchArchive:
     def __enter__(self) -> "TorchArchive":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.zip.close()
 
     def _check_entries(self) -> str:
@@ -71,16 +74,34 @@ class TorchArchive:
         if len(infos) > MAX_ENTRIES or len(infos) != len(self.entries):
             raise CheckpointError(f"{self.path} has {len(infos)} entries, some twice or too many; refused")
         for info in infos:
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
-                raise CheckpointError(f"{self.path}: entry {info.filename!r} is compressed or encrypted; torch stores plainly")
+            if (
+                info.compress_type != zipfile.ZIP_STORED
+                or info.file_size != info.compress_size
+                or info.flag_bits & 1
+            ):
+                raise CheckpointError(
+                    f"{self.path}: entry {info.filename!r} is compressed or encrypted; torch stores plainly"
+                )
         declared = sum(info.file_size for info in infos)
         if declared > size:
-            raise CheckpointError(f"{self.path}: entries declare {declared} bytes, the file has {size}; it is damaged")
-        roots = [name.removesuffix("data.pkl") for name in self.entries if name.endswith("/data.pkl") and name.count("/") == 1]
+            raise CheckpointError(
+                f"{self.path}: entries declare {declared} bytes, the file has {size}; it is damaged"
+            )
+        roots = [
+            name.removesuffix("data.pkl")
+            for name in self.entries
+            if name.endswith("/data.pkl") and name.count("/") == 1
+        ]
         if len(roots) != 1:
-            raise CheckpointError(f"{self.path} is a zip file without exactly one data.pkl; expected a torch checkpoint")
-        if any(name.startswith(f"{roots[0]}code/") or name == f"{roots[0]}constants.pkl" for name in self.entries):
-            raise CheckpointError(f"{self.path} is a TorchScript archive; expected a checkpoint written by torch.save")
+            raise CheckpointError(
+                f"{self.path} is a zip file without exactly one data.pkl; expected a torch checkpoint"
+            )
+        if any(
+            name.startswith(f"{roots[0]}code/") or name == f"{roots[0]}constants.pkl" for name in self.entries
+        ):
+            raise CheckpointError(
+                f"{self.path} is a TorchScript archive; expected a checkpoint written by torch.save"
+            )
         return roots[0]
 
     def read(self, name: str) -> bytes:
@@ -90,15 +111,21 @@ class TorchArchive:
         except KeyError as error:
             raise CheckpointError(f"{self.path} has no entry {name!r}; the file is damaged") from error
         except ZIP_ERRORS as error:
-            raise CheckpointError(f"{self.path}: entry {name!r} can't be read ({error}); the file is damaged") from error
+            raise CheckpointError(
+                f"{self.path}: entry {name!r} can't be read ({error}); the file is damaged"
+            ) from error
 
     def pickle(self) -> Any:
         """The archive's content as inert data, see `read_pickle`."""
         if self.root + "byteorder" in self.entries and self.read("byteorder") != b"little":
-            raise CheckpointError(f"{self.path} was written on a big-endian machine; only little-endian files are read")
+            raise CheckpointError(
+                f"{self.path} was written on a big-endian machine; only little-endian files are read"
+            )
         declared = self.entries[self.root + "data.pkl"].file_size
         if declared > MAX_PICKLE_BYTES:
-            raise CheckpointError(f"{self.path}: its pickle has {declared} bytes; at most {MAX_PICKLE_BYTES} are read")
+            raise CheckpointError(
+                f"{self.path}: its pickle has {declared} bytes; at most {MAX_PICKLE_BYTES} are read"
+            )
         try:
             return read_pickle(self.read("data.pkl"))
         except CheckpointError as error:
@@ -116,11 +143,15 @@ class TorchArchive:
         expected = record.storage.numel * dtype.itemsize
         if info is None or info.file_size != expected:
             found = "missing" if info is None else f"{info.file_size} bytes"
-            raise CheckpointError(f"{self.path}: storage {record.storage.key!r} should have {expected} bytes and is {found}")
+            raise CheckpointError(
+                f"{self.path}: storage {record.storage.key!r} should have {expected} bytes and is {found}"
+            )
         if record.storage.numel == 0:
             return torch.empty(record.size, dtype=dtype)
         flat = torch.frombuffer(bytearray(self.read(name)), dtype=dtype)
-        return flat.as_strided(record.size, record.stride, record.offset).clone(memory_format=torch.contiguous_format)
+        return flat.as_strided(record.size, record.stride, record.offset).clone(
+            memory_format=torch.contiguous_format
+        )
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
@@ -134,8 +165,13 @@ def read_npz(path: Path) -> dict[str, Tensor]:
             infos = archive.infolist()
             declared = sum(info.file_size for info in infos)
             if declared > MAX_NPZ_BYTES or len(infos) > MAX_NPZ_ENTRIES:
-                raise CheckpointError(f"{path}: {len(infos)} arrays of {declared} bytes; at most {MAX_NPZ_BYTES} are read")
-            return {info.filename.removesuffix(".npy"): _read_npy(archive.open(info), info, path) for info in infos}
+                raise CheckpointError(
+                    f"{path}: {len(infos)} arrays of {declared} bytes; at most {MAX_NPZ_BYTES} are read"
+                )
+            return {
+                info.filename.removesuffix(".npy"): _read_npy(archive.open(info), info, path)
+                for info in infos
+            }
     except CheckpointError:
         raise
     except ZIP_ERRORS as error:
@@ -150,16 +186,22 @@ def _read_npy(stream: IO[bytes], info: zipfile.ZipInfo, path: Path) -> Tensor:
         elif version == (2, 0):
             shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(stream)
         else:
-            raise CheckpointError(f"{path}: array {info.filename!r} has format version {version}; expected 1.0 or 2.0")
+            raise CheckpointError(
+                f"{path}: array {info.filename!r} has format version {version}; expected 1.0 or 2.0"
+            )
         if dtype.kind not in "fiub" or dtype.itemsize > 8 or any(length < 0 for length in shape):
             raise CheckpointError(f"{path}: array {info.filename!r} has type {dtype}; expected plain numbers")
         count = 1
         for length in shape:
             count *= length
         if count * dtype.itemsize > info.file_size:
-            raise CheckpointError(f"{path}: array {info.filename!r} declares shape {shape}, more than its {info.file_size} bytes")
+            raise CheckpointError(
+                f"{path}: array {info.filename!r} declares shape {shape}, more than its {info.file_size} bytes"
+            )
         data = stream.read(count * dtype.itemsize)
-        array = np.frombuffer(data, dtype=dtype, count=count).reshape(shape, order="F" if fortran_order else "C")
+        array = np.frombuffer(data, dtype=dtype, count=count).reshape(
+            shape, order="F" if fortran_order else "C"
+        )
         return torch.from_numpy(np.array(array, dtype=dtype.newbyteorder("="), order="C"))
 
 

@@ -88,7 +88,9 @@ def assign(
         return Assignment(torch.zeros_like(boxes_BA4), torch.zeros_like(scores_BAK), positive)
     inside_BMA = _inside(points_A2, target_boxes_BM4) & valid_BM[:, :, None]
     overlap_BMA = complete_iou(target_boxes_BM4[:, :, None], boxes_BA4[:, None]).clamp(min=0) * inside_BMA
-    score_BMA = scores_BAK.transpose(1, 2).gather(1, labels_BM[:, :, None].expand(-1, -1, scores_BAK.shape[1]))
+    score_BMA = scores_BAK.transpose(1, 2).gather(
+        1, labels_BM[:, :, None].expand(-1, -1, scores_BAK.shape[1])
+    )
     alignment_BMA = score_BMA.pow(alpha) * overlap_BMA.pow(beta)
     best = alignment_BMA.topk(min(top_k, alignment_BMA.shape[-1]), dim=-1)
     taken_BMA = torch.zeros_like(inside_BMA).scatter_(-1, best.indices, best.values > 0)

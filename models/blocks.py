@@ -39,7 +39,9 @@ class ConvNorm(nn.Module):
 
     OFFICIAL_NAMES: ClassVar[dict[str, str]] = {"conv": "conv", "bn": "bn"}
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False
@@ -54,7 +56,13 @@ class ConvBlock(ConvNorm):
     """Convolution, batch normalisation, activation. After folding, `conv` has a bias and `bn` is an `nn.Identity`."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1, activation: str = "silu"
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int = 1,
+        groups: int = 1,
+        activation: str = "silu",
     ) -> None:
         super().__init__(in_channels, out_channels, kernel, stride, groups)
         self.act = make_activation(activation)
@@ -98,7 +106,12 @@ class RepBottleneck(nn.Module):
 class RepCSP(nn.Module):
     """Cross-stage partial block: a path through residual blocks beside a plain 1x1 path, joined by a 1x1 convolution."""
 
-    OFFICIAL_NAMES: ClassVar[dict[str, str]] = {"cv1": "entry", "cv2": "shortcut", "cv3": "exit", "m": "bottlenecks"}
+    OFFICIAL_NAMES: ClassVar[dict[str, str]] = {
+        "cv1": "entry",
+        "cv2": "shortcut",
+        "cv3": "exit",
+        "m": "bottlenecks",
+    }
 
     def __init__(self, in_channels: int, out_channels: int, repeats: int, activation: str) -> None:
         super().__init__()
@@ -138,7 +151,12 @@ class Elan(nn.Module):
         activation: `silu` or `relu`.
     """
 
-    OFFICIAL_NAMES: ClassVar[dict[str, str]] = {"cv1": "entry", "cv2": "branch1", "cv3": "branch2", "cv4": "exit"}
+    OFFICIAL_NAMES: ClassVar[dict[str, str]] = {
+        "cv1": "entry",
+        "cv2": "branch1",
+        "cv3": "branch2",
+        "cv4": "exit",
+    }
 
     def __init__(self, in_channels: int, hidden: int, out_channels: int, activation: str) -> None:
         super().__init__()
@@ -158,7 +176,9 @@ class Elan(nn.Module):
 class CSPElan(Elan):
     """The generalised ELAN (GELAN): an `Elan` whose branches are `CSPBranch`es with `repeats` residual blocks each."""
 
-    def __init__(self, in_channels: int, hidden: int, out_channels: int, repeats: int, activation: str) -> None:
+    def __init__(
+        self, in_channels: int, hidden: int, out_channels: int, repeats: int, activation: str
+    ) -> None:
         super().__init__(in_channels, hidden, out_channels, activation)
         half = hidden // 2
         self.branch1 = CSPBranch(half, half, repeats, activation)

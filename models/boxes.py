@@ -160,9 +160,13 @@ def non_max_suppression(
         ValueError: If `decoded` has fewer than 5 rows or a threshold is out of range.
     """
     if decoded.ndim != 3 or decoded.shape[1] < 5:
-        raise ValueError(f"Decoded output has shape {tuple(decoded.shape)}; expected [B, 4 + classes, anchors]")
+        raise ValueError(
+            f"Decoded output has shape {tuple(decoded.shape)}; expected [B, 4 + classes, anchors]"
+        )
     if not 0 <= confidence < 1 or not 0 < iou <= 1:
-        raise ValueError(f"Thresholds confidence={confidence}, iou={iou}; expected 0 <= confidence < 1 and 0 < iou <= 1")
+        raise ValueError(
+            f"Thresholds confidence={confidence}, iou={iou}; expected 0 <= confidence < 1 and 0 < iou <= 1"
+        )
     return [_suppress_image(image.t(), confidence, iou, max_detections) for image in decoded.detach()]
 
 

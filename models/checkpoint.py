@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.archive import TorchArchive, read_json, read_npz, read_safetensors
 from models.errors import CheckpointError
-from models.inert_pickle import Record, TensorRecord
+from models.inert_records import Record, TensorRecord
 
 MAX_MODULES = 50_000
 MAX_DEPTH = 64
@@ -47,7 +47,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"Checkpoint {path} does not exist or is not a file; give the path of a weights file")
+        raise CheckpointError(
+            f"Checkpoint {path} does not exist or is not a file; give the path of a weights file"
+        )
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix == ".npz":
@@ -63,7 +65,10 @@ def manifest_path(path: Path) -> Path:
 
 def _read_safetensors(path: Path) -> Checkpoint:
     state, header = read_safetensors(path)
-    metadata: dict[str, Any] = {"format": "safetensors", **{f"header.{key}": value for key, value in header.items()}}
+    metadata: dict[str, Any] = {
+        "format": "safetensors",
+        **{f"header.{key}": value for key, value in header.items()},
+    }
     if manifest_path(path).is_file():
         metadata["manifest"] = read_json(manifest_path(path))
     return Checkpoint(state, metadata)
@@ -86,7 +91,11 @@ def _read_torch(archive: TorchArchive) -> Checkpoint:
         records = dict(_module_tensors(chosen))
         metadata.update(_describe_model(chosen))
     elif type(chosen) is dict:
-        records = {key: value for key, value in chosen.items() if type(key) is str and isinstance(value, TensorRecord)}
+        records = {
+            key: value
+            for key, value in chosen.items()
+            if type(key) is str and isinstance(value, TensorRecord)
+        }
     else:
         records = {}
     if not records:
@@ -105,7 +114,9 @@ def _load_all(archive: TorchArchive, records: dict[str, TensorRecord]) -> dict[s
         tensor = archive.tensor(record)
         declared += tensor.numel() * tensor.element_size()
         if declared > bound:
-            raise CheckpointError(f"{archive.path}: its tensors claim more than {bound} bytes, twice what the file holds; refused")
+            raise CheckpointError(
+                f"{archive.path}: its tensors claim more than {bound} bytes, twice what the file holds; refused"
+            )
         state[key] = tensor
     return state
 
@@ -160,7 +171,9 @@ def _describe_model(root: Record) -> dict[str, Any]:
     }
     unknown = kinds - set(ACTIVATION_CLASSES)
     if unknown or len(kinds) > 1:
-        raise CheckpointError(f"The model's activations are {', '.join(sorted(kinds)[:8])}; expected SiLU or ReLU throughout")
+        raise CheckpointError(
+            f"The model's activations are {', '.join(sorted(kinds)[:8])}; expected SiLU or ReLU throughout"
+        )
     facts["activation"] = ACTIVATION_CLASSES[kinds.pop()] if kinds else None
     return facts
 
@@ -171,6 +184,11 @@ def _class_names(names: Any) -> tuple[str, ...] | None:
         if len(names) > MAX_NAMES or set(names) != set(range(len(names))):
             return None
         names = [names[index] for index in range(len(names))]
-    if type(names) is not list or not names or len(names) > MAX_NAMES or any(type(name) is not str for name in names):
+    if (
+        type(names) is not list
+        or not names
+        or len(names) > MAX_NAMES
+        or any(type(name) is not str for name in names)
+    ):
         return None
     return tuple(names)

@@ -81,7 +81,9 @@ def normalise_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             for word in _UNDERSCORED:
                 name = name.replace(word.replace("_", "."), word)
         numbered = _LAYER_KEY.match(name)
-        result[f"model.{numbered[1]}" if numbered else name] = tensor.flatten(0, 1) if tensor.ndim == 5 else tensor
+        result[f"model.{numbered[1]}" if numbered else name] = (
+            tensor.flatten(0, 1) if tensor.ndim == 5 else tensor
+        )
     return result
 
 
@@ -110,7 +112,9 @@ def recognise(state: Mapping[str, Tensor], architecture: str | None = None) -> M
         ValueError: If `architecture` is unknown.
     """
     if architecture is not None and architecture not in ARCHITECTURES:
-        raise ValueError(f"Architecture {architecture!r} is unknown; expected one of {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"Architecture {architecture!r} is unknown; expected one of {', '.join(ARCHITECTURES)}"
+        )
     num_classes = count_classes(state)
     if num_classes is None:
         raise CheckpointError(
@@ -129,7 +133,9 @@ def recognise(state: Mapping[str, Tensor], architecture: str | None = None) -> M
         )
     candidates = [match for match in matches if architecture in (None, match.architecture)]
     closest = min(candidates, key=lambda match: match.num_differences)
-    raise CheckpointError(f"The checkpoint does not fit {architecture or 'any known architecture; the closest is ' + closest.architecture}: {closest.explain()}")
+    raise CheckpointError(
+        f"The checkpoint does not fit {architecture or 'any known architecture; the closest is ' + closest.architecture}: {closest.explain()}"
+    )
 
 
 def compare(state: Mapping[str, Tensor], architecture: str, num_classes: int) -> Match:

@@ -27,7 +27,9 @@ class HeadBranch(nn.Module):
 
     OFFICIAL_NAMES: ClassVar[dict[str, str]] = {"0": "conv1", "1": "conv2", "2": "output"}
 
-    def __init__(self, in_channels: int, hidden: int, out_channels: int, groups: int, activation: str) -> None:
+    def __init__(
+        self, in_channels: int, hidden: int, out_channels: int, groups: int, activation: str
+    ) -> None:
         super().__init__()
         self.conv1 = ConvBlock(in_channels, hidden, 3, activation=activation)
         self.conv2 = ConvBlock(hidden, hidden, 3, groups=groups, activation=activation)
@@ -49,7 +51,9 @@ class DetectionHead(nn.Module):
 
     OFFICIAL_NAMES: ClassVar[dict[str, str]] = {"cv2": "box", "cv3": "cls"}
 
-    def __init__(self, in_channels: Sequence[int], num_classes: int, strides: Sequence[int], activation: str) -> None:
+    def __init__(
+        self, in_channels: Sequence[int], num_classes: int, strides: Sequence[int], activation: str
+    ) -> None:
         super().__init__()
         finest = in_channels[0]
         box_hidden = math.ceil(max(16, finest // 4, REG_MAX * 4) / BOX_GROUPS) * BOX_GROUPS
@@ -57,7 +61,9 @@ class DetectionHead(nn.Module):
         self.box = nn.ModuleList(
             HeadBranch(channels, box_hidden, 4 * REG_MAX, BOX_GROUPS, activation) for channels in in_channels
         )
-        self.cls = nn.ModuleList(HeadBranch(channels, cls_hidden, num_classes, 1, activation) for channels in in_channels)
+        self.cls = nn.ModuleList(
+            HeadBranch(channels, cls_hidden, num_classes, 1, activation) for channels in in_channels
+        )
         self.initialise_biases(num_classes, strides)
 
     def initialise_biases(self, num_classes: int, strides: Sequence[int]) -> None:

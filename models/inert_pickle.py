@@ -16,107 +16,27 @@ deep; whoever walks them must bound the walk.
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from models.errors import CheckpointError
+from models.inert_records import (
+    HASHING_BUILDERS,
+    MAX_NAME_LENGTH,
+    STORAGE_DTYPES,
+    Name,
+    Record,
+    StorageRecord,
+    call_builder,
+    check_key,
+    check_name,
+    set_entry,
+)
 
 MAX_PICKLE_BYTES = 64 * 2**20
 MAX_OPCODES = 2_000_000
 MAX_INTEGER_BYTES = 16
-MAX_OTHER_KEYS = 20_000
-MAX_KEY_LENGTH = 1024
-MAX_NAME_LENGTH = 300
-MAX_DIMENSIONS = 8
+MAX_OTHER_KEYS_IN_ALL = 40_000
 MAX_PROTOCOL = 5
-
-
-class Name(NamedTuple):
-    """A class or function named by the pickle; only its name, nothing is imported."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(eq=False, repr=False)
-class Record:
-    """An object that was not built: what its pickle says about it.
-
-    Attributes:
-        kind: Full name of its class.
-        args: Constructor arguments.
-        state: What `BUILD` handed over, if anything.
-        items: Elements appended, for list-like classes.
-        entries: Key-value pairs set, for dict-like classes.
-    """
-
-    kind: str
-    args: tuple[Any, ...] = ()
-    state: Any = None
-    items: list[Any] = field(default_factory=list)
-    entries: dict[Any, Any] = field(default_factory=dict)
-
-
-class StorageRecord(NamedTuple):
-    """A block of numbers in the archive: `dtype` by name, `key` of its entry, `numel` numbers."""
-
-    dtype: str
-    key: str
-    numel: int
-
-
-class TensorRecord(NamedTuple):
-    """A view of a storage; sizes, strides and the offset count numbers and are checked to stay inside it."""
-
-    storage: StorageRecord
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-STORAGE_DTYPES = {
-    "FloatStorage": "float32",
-    "DoubleStorage": "float64",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-}
-
-SAFE_BUILTINS = frozenset(
-    {"set", "frozenset", "list", "dict", "tuple", "int", "float", "bool", "str", "bytes", "bytearray", "complex",
-     "slice", "range", "object"}
-)  # fmt: skip
-
-REFUSED_MODULES = frozenset(
-    {"os", "posix", "nt", "ntpath", "posixpath", "sys", "subprocess", "shutil", "importlib", "runpy", "pickle",
-     "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "socket", "ssl", "ctypes", "_ctypes",
-     "cffi", "code", "codeop", "types", "inspect", "pty", "pdb", "bdb", "timeit", "cProfile", "profile", "trace",
-     "webbrowser", "urllib", "http", "requests", "ftplib", "smtplib", "asyncio", "multiprocessing", "threading",
-     "_thread", "signal", "tempfile", "io", "_io", "builtin", "commands", "operator", "_operator", "functools",
-     "_functools", "itertools", "platform", "pip", "pkgutil", "setuptools", "distutils", "sysconfig", "site", "gc",
-     "zipimport", "zipfile", "tarfile", "lib2to3", "doctest", "unittest", "test", "idlelib", "turtledemo", "nturl2path",
-     "imp", "bz2", "gzip", "lzma", "logging", "weakref"}
-)  # fmt: skip
-
-REFUSED_TORCH_MODULES = (
-    "torch.serialization", "torch.hub", "torch.jit", "torch.package", "torch.utils", "torch.distributed",
-    "torch.multiprocessing", "torch.testing", "torch.onnx", "torch.compiler", "torch.library", "torch.ops", "torch.classes",
-    "torch._ops", "torch._C", "torch._inductor", "torch._dynamo", "torch.fx", "torch.storage",
-)  # fmt: skip
-
-TORCH_NAMES = frozenset(STORAGE_DTYPES) | {
-    "Size", "device", "Tensor", "dtype", "memory_format", "strided", "contiguous_format", "preserve_format", "channels_last",
-    "float32", "float", "float64", "double", "float16", "half", "bfloat16", "int64", "long", "int32", "int", "int16",
-    "short", "int8", "uint8", "bool",
-}  # fmt: skip
 
 
 def read_pickle(data: bytes) -> Any:
@@ -137,169 +57,6 @@ def read_pickle(data: bytes) -> Any:
     return _Machine(data).run()
 
 
-def check_name(module: str, name: str) -> Name:
-    """Accept a name for description, or refuse it.
-
-    Raises:
-        CheckpointError: If it lies in a module that could run something, or is not a plain dotted name.
-    """
-    full = f"{module[:MAX_NAME_LENGTH]}.{name[:MAX_NAME_LENGTH]}"
-    if len(full) > MAX_NAME_LENGTH or not all(part.isidentifier() for part in full.split(".")):
-        raise CheckpointError(f"Refused {full[:80]!r}: not a plain dotted name; nothing was executed")
-    top = module.split(".")[0]
-    refused = top in REFUSED_MODULES
-    if module in ("builtins", "__builtin__"):
-        refused = name not in SAFE_BUILTINS
-    elif module == "torch":
-        refused = name not in TORCH_NAMES
-    elif any(module == prefix or module.startswith(prefix + ".") for prefix in REFUSED_TORCH_MODULES):
-        refused = True
-    elif module == "_codecs":
-        refused = name != "encode"
-    if refused:
-        raise CheckpointError(f"Refused {full}: a model's checkpoint has no use for it; nothing was executed")
-    return Name(module, name)
-
-
-def _call(function: Any, arguments: Any) -> Any:
-    """Stand in for `function(*arguments)`: known builders give data, classes of inert values give records."""
-    if not isinstance(function, Name) or not isinstance(arguments, tuple):
-        raise CheckpointError("Refused a call of something that is not a name; nothing was executed")
-    builder = _BUILDERS.get(str(function))
-    if builder is None:
-        raise CheckpointError(f"Refused to call {function}: not one of the builders that a checkpoint needs; nothing was executed")
-    try:
-        return builder(arguments)
-    except (TypeError, ValueError, IndexError, LookupError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"Damaged pickle: bad arguments for {function}") from error
-
-
-def _ordered_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
-    if arguments:
-        (pairs,) = arguments
-        result: dict[Any, Any] = {}
-        for key, value in pairs:
-            _set_entry(result, key, value)
-        return result
-    return {}
-
-
-def _rebuild_tensor(arguments: tuple[Any, ...]) -> TensorRecord:
-    storage, offset, size, stride = arguments[:4]
-    if not isinstance(storage, StorageRecord):
-        raise CheckpointError("Damaged pickle: a tensor without a storage")
-    if len(size) > MAX_DIMENSIONS or len(stride) > MAX_DIMENSIONS:
-        raise CheckpointError(f"Damaged pickle: a tensor of {len(size)} dimensions")
-    shape, steps = tuple(size), tuple(stride)
-    numbers = (offset, *shape, *steps)
-    if len(shape) != len(steps):
-        raise CheckpointError(f"Damaged pickle: a tensor with {len(shape)} sizes and {len(steps)} strides")
-    if any(type(number) is not int or number < 0 for number in numbers):
-        raise CheckpointError("Damaged pickle: a tensor whose sizes, strides or offset are not natural numbers")
-    count, last = 1, offset
-    for length, step in zip(shape, steps, strict=True):
-        count *= length
-        last += max(length - 1, 0) * step
-    if count > storage.numel or (count and last >= storage.numel):
-        raise CheckpointError(
-            f"A tensor of size {shape} at offset {offset} doesn't fit its storage {storage.key!r} of {storage.numel} numbers"
-        )
-    return TensorRecord(storage, offset, shape, steps)
-
-
-def _rebuild_parameter(arguments: tuple[Any, ...]) -> Any:
-    if not isinstance(arguments[0], TensorRecord):
-        raise CheckpointError("Damaged pickle: a parameter without a tensor")
-    return arguments[0]
-
-
-def _encode(arguments: tuple[Any, ...]) -> bytes:
-    text, encoding = arguments
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "utf-8", "utf8", "ascii"):
-        raise CheckpointError("Refused _codecs.encode with an unusual encoding")
-    return text.encode(encoding)
-
-
-def _scalar_set(kind: Callable[[Any], Any]) -> Callable[[tuple[Any, ...]], Any]:
-    def build(arguments: tuple[Any, ...]) -> Any:
-        elements = arguments[0] if arguments else ()
-        for element in elements:
-            _check_key(element, len(elements))
-        return kind(elements)
-
-    return build
-
-
-def _describe(kind: str) -> Callable[[tuple[Any, ...]], Record]:
-    return lambda arguments: Record(kind, arguments)
-
-
-def _reconstruct(arguments: tuple[Any, ...]) -> Record:
-    if not isinstance(arguments[0], Name):
-        raise CheckpointError("Damaged pickle: an object without a class")
-    return Record(str(arguments[0]))
-
-
-def _size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(arguments[0])
-
-
-_BUILDERS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
-    "collections.OrderedDict": _ordered_dict,
-    "collections.defaultdict": lambda arguments: {},
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
-    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
-    "torch.Size": _size,
-    "torch.device": _describe("torch.device"),
-    "_codecs.encode": _encode,
-    "builtins.set": _scalar_set(set),
-    "__builtin__.set": _scalar_set(set),
-    "builtins.frozenset": _scalar_set(frozenset),
-    "__builtin__.frozenset": _scalar_set(frozenset),
-    "copyreg._reconstructor": _reconstruct,
-    "copy_reg._reconstructor": _reconstruct,
-    "numpy.dtype": _describe("numpy.dtype"),
-    **{
-        f"numpy.{core}.multiarray.{name}": _describe(f"numpy.{name}")
-        for core in ("core", "_core")
-        for name in ("scalar", "_reconstruct")
-    },
-    **{
-        f"{module}.{name}": _describe(f"pathlib.{name}")
-        for module in ("pathlib", "pathlib._local")
-        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
-    },
-    **{f"datetime.{name}": _describe(f"datetime.{name}") for name in ("datetime", "date", "timedelta")},
-}
-
-
-def _check_key(key: Any, present: int) -> None:
-    """Accept a key for a container of `present` keys, or refuse it.
-
-    Keys are short text, numbers, None or flat tuples of those: hashing anything deeper, or comparing anything longer, could hang.
-    """
-    if type(key) is str and len(key) <= MAX_KEY_LENGTH:
-        return
-    flat = key if isinstance(key, tuple) else (key,)
-    if len(flat) > MAX_DIMENSIONS or any(type(part) not in _KEY_TYPES for part in flat):
-        raise CheckpointError(f"Damaged pickle: a dictionary key of type {type(key).__name__}")
-    if any(isinstance(part, str | bytes) and len(part) > MAX_KEY_LENGTH for part in flat):
-        raise CheckpointError(f"A dictionary key is longer than {MAX_KEY_LENGTH} characters; refused")
-    if present > MAX_OTHER_KEYS:
-        raise CheckpointError(f"A dictionary has more than {MAX_OTHER_KEYS} keys that are not text; refused")
-
-
-def _set_entry(target: dict[Any, Any], key: Any, value: Any) -> None:
-    _check_key(key, len(target))
-    target[key] = value
-
-
-_KEY_TYPES = (str, int, float, bool, bytes, type(None))
-
-
 class _Machine:
     """The pickle's stack machine. `handlers` maps each opcode that is understood to a method."""
 
@@ -310,6 +67,7 @@ class _Machine:
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.copied = 0
+        self.other_keys = 0
 
     def run(self) -> Any:
         try:
@@ -324,7 +82,9 @@ class _Machine:
                     )
                 handler(self)
         except (IndexError, KeyError, TypeError, struct.error, UnicodeDecodeError, OverflowError) as error:
-            raise CheckpointError(f"Damaged pickle at byte {self.position}: {type(error).__name__}") from error
+            raise CheckpointError(
+                f"Damaged pickle at byte {self.position}: {type(error).__name__}"
+            ) from error
         raise CheckpointError(f"The pickle has more than {MAX_OPCODES} opcodes; refused")
 
     # --- reading -------------------------------------------------------------------------------------------------------
@@ -358,7 +118,9 @@ class _Machine:
     def protocol(self) -> None:
         version = self.take(1)[0]
         if version > MAX_PROTOCOL:
-            raise CheckpointError(f"Pickle protocol {version} is unknown; protocols up to {MAX_PROTOCOL} are read")
+            raise CheckpointError(
+                f"Pickle protocol {version} is unknown; protocols up to {MAX_PROTOCOL} are read"
+            )
 
     def push_integer(self) -> None:
         size = self.take(1)[0]
@@ -374,11 +136,24 @@ class _Machine:
 
     def reduce(self) -> None:
         arguments = self.stack.pop()
+        function = self.stack[-1]
         if type(arguments) is tuple:
             self.copied += sum(len(item) for item in arguments if isinstance(item, tuple | list | set | str))
+            if isinstance(function, Name) and function in HASHING_BUILDERS and arguments:
+                self.count_other_keys(len(arguments[0]))
         if self.copied > MAX_PICKLE_BYTES:
-            raise CheckpointError(f"The pickle copies more than {MAX_PICKLE_BYTES} elements by calls; refused")
-        self.stack[-1] = _call(self.stack[-1], arguments)
+            raise CheckpointError(
+                f"The pickle copies more than {MAX_PICKLE_BYTES} elements by calls; refused"
+            )
+        self.stack[-1] = call_builder(function, arguments)
+
+    def count_other_keys(self, count: int) -> None:
+        """Count keys that are not text: their hashes can be made to collide, which takes time by the square."""
+        self.other_keys += count
+        if self.other_keys > MAX_OTHER_KEYS_IN_ALL:
+            raise CheckpointError(
+                f"The pickle has more than {MAX_OTHER_KEYS_IN_ALL} keys that are not text; refused"
+            )
 
     def new_object(self) -> None:
         arguments, kind = self.stack.pop(), self.stack.pop()
@@ -408,22 +183,25 @@ class _Machine:
         entries = target.entries if isinstance(target, Record) else target
         if type(entries) is not dict or len(items) % 2:
             raise CheckpointError(f"Damaged pickle: entries for a {type(target).__name__}")
+        self.count_other_keys(sum(type(key) is not str for key in items[::2]))
         for index in range(0, len(items), 2):
-            _set_entry(entries, items[index], items[index + 1])
+            set_entry(entries, items[index], items[index + 1])
 
     def add_items(self) -> None:
         items = self.pop_mark()
         target = self.stack[-1]
         if type(target) is not set:
             raise CheckpointError(f"Damaged pickle: set elements for a {type(target).__name__}")
+        self.count_other_keys(len(items))
         for item in items:
-            _check_key(item, len(target))
+            check_key(item, len(target))
             target.add(item)
 
     def push_frozenset(self) -> None:
         items = self.pop_mark()
+        self.count_other_keys(len(items))
         for item in items:
-            _check_key(item, len(items))
+            check_key(item, len(items))
         self.stack.append(frozenset(items))
 
     def push_storage(self) -> None:
@@ -434,14 +212,28 @@ class _Machine:
         _, kind, key, _, numel = identity
         dtype = STORAGE_DTYPES.get(kind.name) if isinstance(kind, Name) and kind.module == "torch" else None
         if dtype is None:
-            raise CheckpointError(f"Storage class {str(kind)[:80]} is not supported; expected one of torch.{', '.join(STORAGE_DTYPES)}")
-        if type(key) is not str or len(key) > MAX_NAME_LENGTH or not key.isalnum() or type(numel) is not int or numel < 0:
+            raise CheckpointError(
+                f"Storage class {str(kind)[:80]} is not supported; expected one of torch.{', '.join(STORAGE_DTYPES)}"
+            )
+        if (
+            type(key) is not str
+            or len(key) > MAX_NAME_LENGTH
+            or not key.isalnum()
+            or type(numel) is not int
+            or numel < 0
+        ):
             raise CheckpointError("Damaged pickle: a storage without a key or a size")
         self.stack.append(StorageRecord(dtype, key, numel))
 
     def push_mark(self) -> None:
         self.marks.append(self.stack)
         self.stack = []
+
+    def pop_to_mark(self) -> None:
+        self.pop_mark()
+
+    def frame(self) -> None:
+        self.take(8)
 
     def pop(self) -> None:
         if self.stack:
@@ -483,10 +275,10 @@ def _remember(machine: _Machine, index: int) -> None:
 
 _HANDLERS: dict[int, Callable[[_Machine], None]] = {
     ord("\x80"): _Machine.protocol,
-    ord("\x95"): lambda m: m.take_number("<Q") and None,
+    ord("\x95"): _Machine.frame,
     ord("("): _Machine.push_mark,
     ord("0"): _Machine.pop,
-    ord("1"): lambda m: m.pop_mark() and None,
+    ord("1"): _Machine.pop_to_mark,
     ord("2"): _pushing(lambda m: m.stack[-1]),
     ord("N"): _pushing(lambda m: None),
     ord("\x88"): _pushing(lambda m: True),

@@ -58,7 +58,9 @@ class DetectionLoss(nn.Module):
         super().__init__()
         unknown = set(gains or {}) - set(DEFAULT_GAINS)
         if unknown:
-            raise ValueError(f"Unknown loss gains {sorted(unknown)}; expected some of {sorted(DEFAULT_GAINS)}")
+            raise ValueError(
+                f"Unknown loss gains {sorted(unknown)}; expected some of {sorted(DEFAULT_GAINS)}"
+            )
         self.num_classes = num_classes
         self.strides = tuple(strides)
         self.reg_max = reg_max
@@ -106,14 +108,22 @@ class DetectionLoss(nn.Module):
         wanted_BA4 = boxes_to_distances(assignment.boxes_BA4 / stride_A1, points_A2)
         dfl_P = distribution_focal_loss(box_BAC[positive], wanted_BA4[positive], self.reg_max)
         dfl = (dfl_P * weight_P).sum() / total
-        return {"box": box * self.gains["box"], "cls": cls * self.gains["cls"], "dfl": dfl * self.gains["dfl"]}
+        return {
+            "box": box * self.gains["box"],
+            "cls": cls * self.gains["cls"],
+            "dfl": dfl * self.gains["dfl"],
+        }
 
     def _check(self, raw: Raw, targets: Tensor, image_size: tuple[int, int]) -> None:
         if len(raw) != len(self.strides):
             raise ValueError(f"{len(raw)} levels of raw maps were given; expected {len(self.strides)}")
         for (box, cls), stride in zip(raw, self.strides, strict=True):
             expected = (image_size[0] // stride, image_size[1] // stride)
-            if tuple(box.shape[2:]) != expected or box.shape[1] != 4 * self.reg_max or cls.shape[1] != self.num_classes:
+            if (
+                tuple(box.shape[2:]) != expected
+                or box.shape[1] != 4 * self.reg_max
+                or cls.shape[1] != self.num_classes
+            ):
                 raise ValueError(
                     f"Raw maps at stride {stride} have shapes {tuple(box.shape)} and {tuple(cls.shape)}; expected "
                     f"{4 * self.reg_max} and {self.num_classes} channels of {expected} for an image of {image_size}"
@@ -124,9 +134,13 @@ class DetectionLoss(nn.Module):
             return
         labels, images = targets[:, 1], targets[:, 0]
         if bool((labels < 0).any() | (labels >= self.num_classes).any()):
-            raise ValueError(f"Target classes reach {int(labels.max())}; the network has {self.num_classes} classes")
+            raise ValueError(
+                f"Target classes reach {int(labels.max())}; the network has {self.num_classes} classes"
+            )
         if bool((images < 0).any() | (images >= raw[0][0].shape[0]).any()):
-            raise ValueError(f"Targets name image {int(images.max())}; the batch has {raw[0][0].shape[0]} images")
+            raise ValueError(
+                f"Targets name image {int(images.max())}; the batch has {raw[0][0].shape[0]} images"
+            )
 
 
 def distribution_focal_loss(logits_PC: Tensor, distances_P4: Tensor, reg_max: int) -> Tensor:

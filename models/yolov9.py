@@ -177,7 +177,9 @@ def yolov9t(num_classes: int, activation: str = "silu") -> YOLOv9Network:
         down5=AverageDown(96, 64, act),
         bottom_up5=CSPElan(64 + 128, 128, 128, 3, act),
     )
-    return YOLOv9Network(backbone, neck, DetectionHead((64, 96, 128), num_classes, STRIDES, act), OFFICIAL_LAYERS)
+    return YOLOv9Network(
+        backbone, neck, DetectionHead((64, 96, 128), num_classes, STRIDES, act), OFFICIAL_LAYERS
+    )
 
 
 def yolov9s(num_classes: int, activation: str = "silu") -> YOLOv9Network:
@@ -187,7 +189,11 @@ def yolov9s(num_classes: int, activation: str = "silu") -> YOLOv9Network:
         stem=(ConvBlock(3, 32, 3, 2, activation=act), ConvBlock(32, 64, 3, 2, activation=act)),
         stage2=Elan(64, 64, 64, act),
         downs=(AverageDown(64, 128, act), AverageDown(128, 192, act), AverageDown(192, 256, act)),
-        stages=(CSPElan(128, 128, 128, 3, act), CSPElan(192, 192, 192, 3, act), CSPElan(256, 256, 256, 3, act)),
+        stages=(
+            CSPElan(128, 128, 128, 3, act),
+            CSPElan(192, 192, 192, 3, act),
+            CSPElan(256, 256, 256, 3, act),
+        ),
     )
     neck = Neck(
         spp=SPPElan(256, 128, 256, act),
@@ -198,7 +204,9 @@ def yolov9s(num_classes: int, activation: str = "silu") -> YOLOv9Network:
         down5=AverageDown(192, 128, act),
         bottom_up5=CSPElan(128 + 256, 256, 256, 3, act),
     )
-    return YOLOv9Network(backbone, neck, DetectionHead((128, 192, 256), num_classes, STRIDES, act), OFFICIAL_LAYERS)
+    return YOLOv9Network(
+        backbone, neck, DetectionHead((128, 192, 256), num_classes, STRIDES, act), OFFICIAL_LAYERS
+    )
 
 
 def yolov9m(num_classes: int, activation: str = "silu") -> YOLOv9Network:
@@ -208,7 +216,11 @@ def yolov9m(num_classes: int, activation: str = "silu") -> YOLOv9Network:
         stem=(ConvBlock(3, 32, 3, 2, activation=act), ConvBlock(32, 64, 3, 2, activation=act)),
         stage2=CSPElan(64, 128, 128, 1, act),
         downs=(AverageDown(128, 240, act), AverageDown(240, 360, act), AverageDown(360, 480, act)),
-        stages=(CSPElan(240, 240, 240, 1, act), CSPElan(360, 360, 360, 1, act), CSPElan(480, 480, 480, 1, act)),
+        stages=(
+            CSPElan(240, 240, 240, 1, act),
+            CSPElan(360, 360, 360, 1, act),
+            CSPElan(480, 480, 480, 1, act),
+        ),
     )
     neck = Neck(
         spp=SPPElan(480, 240, 480, act),
@@ -219,7 +231,9 @@ def yolov9m(num_classes: int, activation: str = "silu") -> YOLOv9Network:
         down5=AverageDown(360, 240, act),
         bottom_up5=CSPElan(240 + 480, 480, 480, 1, act),
     )
-    return YOLOv9Network(backbone, neck, DetectionHead((240, 360, 480), num_classes, STRIDES, act), OFFICIAL_LAYERS)
+    return YOLOv9Network(
+        backbone, neck, DetectionHead((240, 360, 480), num_classes, STRIDES, act), OFFICIAL_LAYERS
+    )
 
 
 def yolov9c(num_classes: int, activation: str = "silu") -> YOLOv9Network:
@@ -229,7 +243,11 @@ def yolov9c(num_classes: int, activation: str = "silu") -> YOLOv9Network:
         stem=(ConvBlock(3, 64, 3, 2, activation=act), ConvBlock(64, 128, 3, 2, activation=act)),
         stage2=CSPElan(128, 128, 256, 1, act),
         downs=(SplitDown(256, 256, act), SplitDown(512, 512, act), SplitDown(512, 512, act)),
-        stages=(CSPElan(256, 256, 512, 1, act), CSPElan(512, 512, 512, 1, act), CSPElan(512, 512, 512, 1, act)),
+        stages=(
+            CSPElan(256, 256, 512, 1, act),
+            CSPElan(512, 512, 512, 1, act),
+            CSPElan(512, 512, 512, 1, act),
+        ),
     )
     neck = Neck(
         spp=SPPElan(512, 256, 512, act),
@@ -240,7 +258,9 @@ def yolov9c(num_classes: int, activation: str = "silu") -> YOLOv9Network:
         down5=SplitDown(512, 512, act),
         bottom_up5=CSPElan(512 + 512, 512, 512, 1, act),
     )
-    return YOLOv9Network(backbone, neck, DetectionHead((256, 512, 512), num_classes, STRIDES, act), OFFICIAL_LAYERS)
+    return YOLOv9Network(
+        backbone, neck, DetectionHead((256, 512, 512), num_classes, STRIDES, act), OFFICIAL_LAYERS
+    )
 
 
 ARCHITECTURES: dict[str, Callable[[int, str], YOLOv9Network]] = {
@@ -269,13 +289,22 @@ def build_detector(
         ValueError: For an unknown architecture or activation, or when K and the names disagree.
     """
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"Architecture {architecture!r} is unknown; expected one of {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"Architecture {architecture!r} is unknown; expected one of {', '.join(ARCHITECTURES)}"
+        )
     if not 1 <= num_classes <= MAX_CLASSES:
         raise ValueError(f"num_classes is {num_classes}; expected 1 to {MAX_CLASSES}")
     chosen = tuple(names) if names is not None else tuple(f"class{index}" for index in range(num_classes))
     if len(chosen) != num_classes:
-        raise ValueError(f"{len(chosen)} names were given for {num_classes} classes; give one name for each class")
+        raise ValueError(
+            f"{len(chosen)} names were given for {num_classes} classes; give one name for each class"
+        )
     network = ARCHITECTURES[architecture](num_classes, activation)
     return Detector(
-        network, Decode(STRIDES), names=chosen, strides=STRIDES, architecture=architecture, activation=activation
+        network,
+        Decode(STRIDES),
+        names=chosen,
+        strides=STRIDES,
+        architecture=architecture,
+        activation=activation,
     )
