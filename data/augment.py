@@ -19,6 +19,7 @@ from data.samples import Sample
 
 Image = NDArray[np.uint8]
 Objects = tuple[NDArray[np.float32], NDArray[np.int64]]  # boxes [N, 4] xyxy pixels, labels [N]
+Fitted = tuple[Image, NDArray[np.float32], NDArray[np.int64]]  # image with its boxes and labels
 
 MIN_SIDE = 2.0  # pixels; a box whose side falls below is dropped
 MIN_VISIBLE = 0.1  # share of a box's area that must stay inside the frame
@@ -63,17 +64,17 @@ class AugmentOptions:
 
 def augment(
     first: int,
-    read: Callable[[int], Sample],
+    read: Callable[[int], Fitted],
     candidates: Sequence[int],
     size: int,
     options: AugmentOptions,
     random: np.random.Generator,
-) -> tuple[Image, NDArray[np.float32], NDArray[np.int64]]:
+) -> Fitted:
     """Make one training image.
 
     Args:
         first: index of the image to augment.
-        read: returns the sample at an index.
+        read: returns the image at an index, as `fit` made it for `size`; it is not changed.
         candidates: indices from which the mosaic's other images are drawn.
         size: side of the square result, pixels.
         options: ranges of the changes.
@@ -84,9 +85,9 @@ def augment(
     """
     if random.random() < options.mosaic:
         others = [candidates[position] for position in random.integers(0, len(candidates), 3).tolist()]
-        image, boxes, labels = _mosaic([_fit(read(index), size) for index in (first, *others)], size, random)
+        image, boxes, labels = _mosaic([read(index) for index in (first, *others)], size, random)
     else:
-        image, boxes, labels = _fit(read(first), size)
+        image, boxes, labels = read(first)
     matrix = _draw_affine((image.shape[1], image.shape[0]), size, options, random)
     image = np.asarray(
         cv2.warpAffine(
@@ -155,8 +156,8 @@ def jitter_color(image: Image, ranges: tuple[float, float, float], random: np.ra
     return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), np.uint8)
 
 
-def _fit(sample: Sample, size: int) -> tuple[Image, NDArray[np.float32], NDArray[np.int64]]:
-    """Resize a sample so that its longer side is `size`; boxes follow. Without padding."""
+def fit(sample: Sample, size: int) -> Fitted:
+    """Resize a sample so that its longer side is `size` pixels; boxes follow. Without padding or crowd regions."""
     boxes, labels = objects_of(sample)
     height, width = sample.size
     ratio = size / max(height, width)
@@ -167,9 +168,7 @@ def _fit(sample: Sample, size: int) -> tuple[Image, NDArray[np.float32], NDArray
     return image, boxes * np.float32(ratio), labels
 
 
-def _mosaic(
-    parts: list[tuple[Image, NDArray[np.float32], NDArray[np.int64]]], size: int, random: np.random.Generator
-) -> tuple[Image, NDArray[np.float32], NDArray[np.int64]]:
+def _mosaic(parts: list[Fitted], size: int, random: np.random.Generator) -> Fitted:
     """Put four images around a random centre of a canvas of twice the size; each touches the centre by a corner."""
     canvas = np.full((2 * size, 2 * size, 3), PAD_VALUE, np.uint8)
     center_x, center_y = random.integers(size // 2, size + size // 2 + 1, 2).tolist()

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from data.augment import AugmentOptions, augment, objects_of
+from data.augment import AugmentOptions, Fitted, augment, fit, objects_of
 from data.errors import DataError
 from data.letterbox import LetterboxInfo, letterbox, letterbox_boxes
 from data.samples import Batch, Dataset
+
+KEPT_BYTES = 256 * 2**20  # memory of each worker for decoded training images
 
 Key = tuple[int, int]  # epoch, position in the dataset
 # Image [3, S, S]; class and box [N, 5]; image id; placement.
@@ -111,9 +113,22 @@ class _Prepared(torch.utils.data.Dataset[Any]):
         self.size = size
         self.options = options
         self.seed = seed
+        self._kept: dict[int, Fitted] = {}
+        self._room = KEPT_BYTES
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def _read_fitted(self, index: int) -> Fitted:
+        """The image at input size, kept for the next mosaic that needs it while there is room."""
+        kept = self._kept.get(index)
+        if kept is not None:
+            return kept
+        fitted = fit(self.dataset[index], self.size)
+        if fitted[0].nbytes <= self._room:
+            self._room -= fitted[0].nbytes
+            self._kept[index] = fitted
+        return fitted
 
     def __getitem__(self, key: Key) -> Item:
         epoch, index = key
@@ -127,7 +142,7 @@ class _Prepared(torch.utils.data.Dataset[Any]):
             random = np.random.default_rng((self.seed, epoch, index))
             image, boxes, labels = augment(
                 index,
-                self.dataset.__getitem__,
+                self._read_fitted,
                 self.indices,
                 self.size,
                 self.options,
