@@ -41,7 +41,9 @@ def test_a_small_picture_is_enlarged_with_its_boxes() -> None:
     image = np.full((160, 200, 3), 100, dtype=np.uint8)
     drawn = pixels(draw_detections(image, [[50, 60, 150, 140, 0.5, 0]], NAMES))
     assert drawn.shape == (320, 400, 3)
-    assert (drawn[280, 100:301] != 100).any(axis=1).all()
+    changed = (drawn[200:] != 100).any(axis=2)  # below the label
+    assert np.flatnonzero(changed.any(axis=0))[[0, -1]].tolist() == [100, 300]
+    assert np.flatnonzero(changed.any(axis=1))[-1] + 200 == 280
 
 
 @pytest.mark.parametrize(

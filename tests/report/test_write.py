@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from report import DetectionPanel, ReportData, ReportError, Row, write_atomically, write_report
-from report.html import headline
+from report.charts import Chart
+from report.html import chart_json, headline
 from tests.report.sample import EVIL, sample_data, sample_rows
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -132,6 +133,13 @@ def test_a_malicious_name_stays_text(page: Page, written: tuple[dict, str, str])
     assert "alert(1)>" not in written[2].replace(EVIL.replace("<", "&lt;"), "")
     assert "<img" not in written[1]
     assert "<script" not in written[1]
+
+
+def test_chart_data_cannot_end_its_script() -> None:
+    traces = [{"name": EVIL + "&amp;"}]
+    text = chart_json([Chart("a", "title", "description", traces, {})])
+    assert not set("<>&") & set(text)
+    assert json.loads(text)[0]["traces"] == traces
 
 
 def test_tables_are_accessible(page: Page) -> None:
