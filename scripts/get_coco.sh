@@ -21,27 +21,33 @@ if [[ "$part" != val && "$part" != all ]]; then
     echo "Unknown part '$part': expected val or all." >&2
     exit 2
 fi
-for tool in curl unzip; do
+for tool in curl md5sum unzip; do
     command -v "$tool" >/dev/null || { echo "$tool is needed: install it first." >&2; exit 2; }
 done
 
-# fetch ADDRESS DESTINATION MARKER: unpack an archive into DESTINATION unless MARKER says that it is there.
+# fetch ADDRESS MD5 DESTINATION MARKER: unpack an archive into DESTINATION unless MARKER says that it is there.
 fetch() {
     local archive="$folder/${1##*/}"
-    if [[ -e "$3" ]]; then
+    if [[ -e "$4" ]]; then
         return
     fi
     echo "Fetching $1" >&2
     curl --fail --location --continue-at - --retry 5 --output "$archive" "$1"
-    unzip -q -o "$archive" -d "$2"
-    touch "$3"
+    if ! echo "$2  $archive" | md5sum --check --status; then
+        rm -f "$archive"
+        echo "$1 arrived damaged (its MD5 sum is not $2) and was removed: run this again." >&2
+        exit 1
+    fi
+    unzip -q -o "$archive" -d "$3"
+    touch "$4"
     rm -f "$archive"
 }
 
 mkdir -p "$folder/images"
-fetch "$base/annotations/annotations_trainval2017.zip" "$folder" "$folder/.annotations-complete"
-fetch "$base/zips/val2017.zip" "$folder/images" "$folder/.val2017-complete"
+fetch "$base/annotations/annotations_trainval2017.zip" f4bbac642086de4f52a3fdda2de5fa2c \
+    "$folder" "$folder/.annotations-complete"
+fetch "$base/zips/val2017.zip" 442b8da7639aecaf257c1dceb8ba8c80 "$folder/images" "$folder/.val2017-complete"
 if [[ "$part" == all ]]; then
-    fetch "$base/zips/train2017.zip" "$folder/images" "$folder/.train2017-complete"
+    fetch "$base/zips/train2017.zip" cced6f7f71b7629ddf16f17bbcfab6b2 "$folder/images" "$folder/.train2017-complete"
 fi
 echo "$folder"
