@@ -19,7 +19,7 @@ def run(tmp_path: Path, *arguments: str, md5_passes: bool) -> subprocess.Complet
     log = tmp_path / "log"
     for name, body in (
         ("curl", f'echo "curl ${{@: -1}}" >> {log}; while [[ $1 != --output ]]; do shift; done; touch "$2"'),
-        ("unzip", f'echo "unzip $4" >> {log}'),
+        ("unzip", f'echo "unzip $5" >> {log}'),
         ("md5sum", f"exit {0 if md5_passes else 1}"),
     ):
         (programs / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
