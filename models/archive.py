@@ -1,7 +1,7 @@
-"""Reading the containers: torch's zip archives, `.npz` and `.safetensors`, with every declared size checked before it is used.
+"""Reading the containers (torch's zip archives, `.npz`, `.safetensors`); each declared size is checked before its use.
 
-Torch stores (never compresses) its entries, so in an honest file all entries together are smaller than the file. That is the memory bound:
-nothing is allocated for a size that the file itself does not have.
+Torch stores (never compresses) its entries, so in an honest file all entries together are smaller than the file.
+That is the memory bound: nothing is allocated for a size that the file itself does not have.
 """
 
 import json
@@ -45,7 +45,8 @@ class TorchArchive:
     Use as a context manager.
 
     Raises:
-        CheckpointError: If the file isn't a torch zip archive, is damaged, or its entries claim more than the file holds.
+        CheckpointError: If the file isn't a torch zip archive, is damaged, or its entries claim more than the file
+            holds.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,8 +55,8 @@ class TorchArchive:
             self.zip = zipfile.ZipFile(path)
         except ZIP_ERRORS as error:
             raise CheckpointError(
-                f"{path} is not a torch zip checkpoint ({error}). A file that is cut off must be copied again; one from before "
-                "torch 1.6 must be saved again with a newer torch"
+                f"{path} is not a torch zip checkpoint ({error}). A file that is cut off must be copied again; "
+                "one from before torch 1.6 must be saved again with a newer torch"
             ) from error
         self.entries = {info.filename: info for info in self.zip.infolist()}
         self.root = self._check_entries()
@@ -158,7 +159,8 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     """Arrays of an `.npz` file as tensors; object arrays (which hold pickles) and lying headers are refused.
 
     Raises:
-        CheckpointError: If the file is damaged, larger than 1 GiB unpacked, or holds anything but plain numeric arrays.
+        CheckpointError: If the file is damaged, larger than 1 GiB unpacked, or holds anything but plain numeric
+            arrays.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -20,9 +20,9 @@ class Assignment(NamedTuple):
         positive_BA: True where the point is assigned to an object.
     """
 
-    boxes_BA4: Tensor
-    scores_BAK: Tensor
-    positive_BA: Tensor
+    boxes_BA4: Tensor  # noqa: N815
+    scores_BAK: Tensor  # noqa: N815
+    positive_BA: Tensor  # noqa: N815
 
 
 def pad_targets(targets_T6: Tensor, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:

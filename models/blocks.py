@@ -2,8 +2,8 @@
 
 Why they look the way they do: the networks are traced by `torch.fx`, folded, quantized and exported, so a block holds
 only leaf modules and pure functions, every tensor that a deployment engine sees is a module's output, activations are
-never in place, and nothing depends on the values in a tensor. Module names say what a part does; `OFFICIAL_NAMES` on each
-class maps the names used by the official checkpoints to them, so that a checkpoint's key can be walked down the
+never in place, and nothing depends on the values in a tensor. Module names say what a part does; `OFFICIAL_NAMES` on
+each class maps the names used by the official checkpoints to them, so that a checkpoint's key can be walked down the
 module tree.
 
 Shapes: B batch, C channels, H and W in cells of the block's own level.
@@ -35,7 +35,7 @@ def make_activation(name: str) -> nn.Module:
 
 
 class ConvNorm(nn.Module):
-    """Convolution with "same" padding and batch normalisation, without an activation. [B, C, H, W] -> [B, C', H', W']."""
+    """Convolution with "same" padding and batch normalisation, without an activation."""
 
     OFFICIAL_NAMES: ClassVar[dict[str, str]] = {"conv": "conv", "bn": "bn"}
 
@@ -49,6 +49,7 @@ class ConvNorm(nn.Module):
         self.bn: nn.Module = nn.BatchNorm2d(out_channels, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H', W']."""
         return self.bn(self.conv(x))
 
 
@@ -68,11 +69,12 @@ class ConvBlock(ConvNorm):
         self.act = make_activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H', W']."""
         return self.act(self.bn(self.conv(x)))
 
 
 class RepConvBlock(nn.Module):
-    """Two parallel convolutions, 3x3 and 1x1, summed before the activation (RepVGG, arXiv:2101.03697, without identity).
+    """Two convolutions side by side, 3x3 and 1x1, summed before the activation (RepVGG, arXiv:2101.03697).
 
     Folding replaces the whole block by one 3x3 `ConvBlock` under the same name.
     """
@@ -86,6 +88,7 @@ class RepConvBlock(nn.Module):
         self.act = make_activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H', W']."""
         return self.act(self.dense(x) + self.pointwise(x))
 
 
@@ -100,11 +103,12 @@ class RepBottleneck(nn.Module):
         self.conv = ConvBlock(channels, channels, 3, activation=activation)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H', W']."""
         return x + self.conv(self.rep(x))
 
 
 class RepCSP(nn.Module):
-    """Cross-stage partial block: a path through residual blocks beside a plain 1x1 path, joined by a 1x1 convolution."""
+    """Cross-stage partial block: a path through residual blocks beside a plain 1x1 path, joined at the exit."""
 
     OFFICIAL_NAMES: ClassVar[dict[str, str]] = {
         "cv1": "entry",
@@ -122,6 +126,7 @@ class RepCSP(nn.Module):
         self.exit = ConvBlock(2 * hidden, out_channels, 1, activation=activation)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H', W']."""
         return self.exit(torch.cat((self.bottlenecks(self.entry(x)), self.shortcut(x)), dim=1))
 
 
@@ -136,6 +141,7 @@ class CSPBranch(nn.Module):
         self.conv = ConvBlock(out_channels, out_channels, 3, activation=activation)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H', W']."""
         return self.conv(self.csp(x))
 
 
@@ -167,6 +173,7 @@ class Elan(nn.Module):
         self.exit = ConvBlock(2 * hidden, out_channels, 1, activation=activation)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H', W']."""
         halves = torch.chunk(self.entry(x), 2, dim=1)
         first = self.branch1(halves[1])
         second = self.branch2(first)
@@ -196,6 +203,7 @@ class AverageDown(nn.Module):
         self.conv = ConvBlock(in_channels, out_channels, 3, 2, activation=activation)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H', W']."""
         return self.conv(self.average(x))
 
 
@@ -212,6 +220,7 @@ class SplitDown(nn.Module):
         self.pooled_conv = ConvBlock(in_channels // 2, out_channels // 2, 1, activation=activation)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H', W']."""
         halves = torch.chunk(self.average(x), 2, dim=1)
         return torch.cat((self.conv(halves[0]), self.pooled_conv(self.pool(halves[1]))), dim=1)
 
@@ -230,6 +239,7 @@ class SPPElan(nn.Module):
         self.exit = ConvBlock(4 * hidden, out_channels, 1, activation=activation)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H', W']."""
         entry = self.entry(x)
         once = self.pool1(entry)
         twice = self.pool2(once)

@@ -1,7 +1,7 @@
 """Boxes: anchor points, the float decode of raw maps, overlap measures and non-maximum suppression.
 
-Shapes: B batch, A anchor points (all levels, fine to coarse, row-major), K classes, R bins per box side, N detections.
-Boxes are "xyxy, input pixels" unless a name says otherwise.
+Shapes: B batch, A anchor points (all levels, fine to coarse, row-major), K classes, R bins per box side, N
+detections. Boxes are "xyxy, input pixels" unless a name says otherwise.
 """
 
 import math
@@ -60,9 +60,10 @@ def expected_distances(box_BA4R: Tensor, projection_R: Tensor) -> Tensor:
 
 
 class Decode(nn.Module):
-    """Raw per-level maps to [B, 4 + K, A]: centre x, centre y, width, height in input pixels, then sigmoid class scores.
+    """Raw maps to [B, 4 + K, A]: centre x, centre y, width, height in input pixels, then sigmoid class scores.
 
-    Always a float computation: half-precision maps are raised to float32 first, since half steps are 0.5 px above 512.
+    Always a float computation: half-precision maps are raised to float32 first, since half steps are 0.5 px above
+    512.
 
     Args:
         strides: Input pixels per cell for each level, fine to coarse.
@@ -77,6 +78,7 @@ class Decode(nn.Module):
         self.register_buffer("projection", torch.arange(reg_max, dtype=torch.float32))
 
     def forward(self, raw: Raw) -> Tensor:
+        """Per level (box [B, 4R, h, w], cls [B, K, h, w]) to [B, 4 + K, A]."""
         shapes = [(box.shape[2], box.shape[3]) for box, _ in raw]
         box = torch.cat([level_box.flatten(2) for level_box, _ in raw], dim=2)
         cls = torch.cat([level_cls.flatten(2) for _, level_cls in raw], dim=2)
@@ -95,7 +97,7 @@ class Decode(nn.Module):
 
 
 def distances_to_boxes(distances_BA4: Tensor, points_A2: Tensor) -> Tensor:
-    """Left, top, right, bottom distances from the points to xyxy, all in the points' unit. [..., A, 4] -> [..., A, 4]."""
+    """Left, top, right, bottom distances from the points to xyxy; [..., A, 4], all in the points' unit."""
     left_top, right_bottom = distances_BA4[..., :2], distances_BA4[..., 2:]
     return torch.cat((points_A2 - left_top, points_A2 + right_bottom), dim=-1)
 
@@ -114,8 +116,8 @@ def centre_to_corners(boxes: Tensor) -> Tensor:
 def complete_iou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
     """Complete IoU of boxes paired by broadcasting (CIoU, arXiv:1911.08287, eq. 7-11).
 
-    IoU, less the squared centre distance over the squared diagonal of the enclosing box, less alpha * v for the aspect
-    ratio, with alpha = v / (1 - IoU + v) held constant in the gradient.
+    IoU, less the squared centre distance over the squared diagonal of the enclosing box, less alpha * v for the
+    aspect ratio, with alpha = v / (1 - IoU + v) held constant in the gradient.
 
     Args:
         a: Boxes [..., 4], xyxy.

@@ -1,7 +1,7 @@
 """What a checkpoint file holds, whatever wrote it: tensors by name and plain facts, read without running anything.
 
-Torch zip files (pickled models of the official YOLOv9 trainer and of Ultralytics, plain state dicts), `.safetensors` and `.npz` all end up as
-one `Checkpoint`. Which network it fits is `models.convert`'s business.
+Torch zip files (pickled models of the official YOLOv9 trainer and of Ultralytics, plain state dicts), `.safetensors`
+and `.npz` all end up as one `Checkpoint`. Which network it fits is `models.convert`'s business.
 """
 
 from collections.abc import Iterator
@@ -28,8 +28,8 @@ class Checkpoint:
 
     Attributes:
         state: Parameters and buffers.
-        metadata: `format` (`torch`, `npz` or `safetensors`), and where known `entry` (which of the file's models), `model_class`, `names`
-            (class names), `activation`, `epoch`, `manifest` (what `save_detector` wrote).
+        metadata: `format` (`torch`, `npz` or `safetensors`), and where known `entry` (which of the file's models),
+            `model_class`, `names` (class names), `activation`, `epoch`, `manifest` (what `save_detector` wrote).
     """
 
     state: dict[str, Tensor]
@@ -40,7 +40,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint; of several models in a file the EMA is preferred.
 
     Args:
-        path: A `.pt`/`.pth`/`.ckpt` torch zip file, a `.safetensors` or an `.npz` file. The content decides, not the ending.
+        path: A `.pt`/`.pth`/`.ckpt` torch zip file, a `.safetensors` or an `.npz` file. The content decides, not the
+            ending.
 
     Raises:
         CheckpointError: If the file is missing, damaged, holds no model, or asks for anything to be executed.
@@ -100,7 +101,8 @@ def _read_torch(archive: TorchArchive) -> Checkpoint:
         records = {}
     if not records:
         raise CheckpointError(
-            f"{archive.path} holds no model: no module and no tensors under {', '.join(ENTRIES_BY_PREFERENCE)} or at the top"
+            f"{archive.path} holds no model: no module and no tensors at the top or under "
+            + ", ".join(ENTRIES_BY_PREFERENCE)
         )
     return Checkpoint(_load_all(archive, records), metadata)
 
@@ -146,7 +148,8 @@ def _walk(root: Record) -> Iterator[tuple[str, Record]]:
         visited += 1
         if depth > MAX_DEPTH or visited > MAX_MODULES:
             raise CheckpointError(
-                f"The model's modules are nested deeper than {MAX_DEPTH} or number over {MAX_MODULES}, or contain themselves; refused"
+                f"The model's modules are nested deeper than {MAX_DEPTH} or number over {MAX_MODULES}, "
+                "or contain themselves; refused"
             )
         yield path, record
         prefix = f"{path}." if path else ""

@@ -1,8 +1,9 @@
 """From a checkpoint's keys to this package's names, and from its shapes to an architecture.
 
-Official YOLOv9 checkpoints number their layers (`model.4.cv2.0.m.1.cv1.conv1.conv.weight`). Each of our keys has exactly one
-official counterpart, found by walking our module tree: the network's table gives the layer, each block's `OFFICIAL_NAMES` the rest.
-An architecture fits when every key has its counterpart with the same shape and nothing is left over.
+Official YOLOv9 checkpoints number their layers (`model.4.cv2.0.m.1.cv1.conv1.conv.weight`). Each of our keys has
+exactly one official counterpart, found by walking our module tree: the network's table gives the layer, each block's
+`OFFICIAL_NAMES` the rest. An architecture fits when every key has its counterpart with the same shape and nothing is
+left over.
 """
 
 import re
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from models.archive import sorted_sample
+from models.detector import ARCHITECTURES, MAX_CLASSES, Detector, build_detector
 from models.errors import CheckpointError
 from models.folding import fold_network
-from models.yolov9 import ARCHITECTURES, MAX_CLASSES, Detector, YOLOv9Network, build_detector
+from models.yolov9 import YOLOv9Network
 
 _LAYER_KEY = re.compile(r"^(?:module\.|model\.)*(\d+\..+)$")
 _UNDERSCORED = ("running_mean", "running_var", "num_batches_tracked")
@@ -70,8 +72,8 @@ class Match:
 def normalise_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Bring an official state dict to the form `model.<layer>.<rest>`; ours (`network.`, `decode.`) stays as it is.
 
-    Leading `module.` and repeated `model.` are dropped, `_` for `.` (as `.npz` files have it) is undone, and grouped kernels
-    [groups, out, in, k, k] (as OpenVINO has them) become [groups * out, in, k, k].
+    Leading `module.` and repeated `model.` are dropped, `_` for `.` (as `.npz` files have it) is undone, and grouped
+    kernels [groups, out, in, k, k] (as OpenVINO has them) become [groups * out, in, k, k].
     """
     result = {}
     for key, tensor in state.items():
@@ -129,13 +131,13 @@ def recognise(state: Mapping[str, Tensor], architecture: str | None = None) -> M
         return fitting
     if fitting is not None:
         raise CheckpointError(
-            f"The checkpoint does not fit {architecture}; its keys and shapes are those of {fitting.architecture}: choose that, or leave the choice out"
+            f"The checkpoint does not fit {architecture}; its keys and shapes are those of {fitting.architecture}: "
+            "choose that, or leave the choice out"
         )
     candidates = [match for match in matches if architecture in (None, match.architecture)]
     closest = min(candidates, key=lambda match: match.num_differences)
-    raise CheckpointError(
-        f"The checkpoint does not fit {architecture or 'any known architecture; the closest is ' + closest.architecture}: {closest.explain()}"
-    )
+    wanted = architecture or f"any known architecture; the closest is {closest.architecture}"
+    raise CheckpointError(f"The checkpoint does not fit {wanted}: {closest.explain()}")
 
 
 def compare(state: Mapping[str, Tensor], architecture: str, num_classes: int) -> Match:

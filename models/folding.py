@@ -1,8 +1,9 @@
 """Batch-normalisation folding and RepConv merging: what a deployed network computes, in fewer layers.
 
 Folding a convolution W with normalisation (x - mean) / sqrt(var + eps) * gamma + beta gives, per output channel,
-W' = W * g and b' = beta - mean * g, with g = gamma / sqrt(var + eps). A 1x1 convolution beside a 3x3 one is a 3x3 kernel that is zero
-except at its centre, so both add up to one kernel. The sums are done in float64 whatever the weights' type.
+W' = W * g and b' = beta - mean * g, with g = gamma / sqrt(var + eps). A 1x1 convolution beside a 3x3 one is a 3x3
+kernel that is zero except at its centre, so both add up to one kernel. The sums are done in float64 whatever the
+weights' type.
 """
 
 import copy
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import ConvBlock, ConvNorm, RepConvBlock
-from models.yolov9 import Detector
+from models.detector import Detector
 
 
 def fold_detector(detector: Detector) -> Detector:

@@ -1,6 +1,7 @@
 """The detection head: per level one box branch (DFL logits) and one class branch (logits), nothing decoded.
 
-Decoding lives in `models.boxes.Decode`, apart from the network, because it stays in float while the network is quantized.
+Decoding lives in `models.boxes.Decode`, apart from the network, because it stays in float while the network is
+quantized.
 
 Shapes: B batch, K classes, R bins of a box side's distribution, h and w cells of a level.
 """
@@ -36,6 +37,7 @@ class HeadBranch(nn.Module):
         self.output = nn.Conv2d(hidden, out_channels, 1, groups=groups)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, out, h, w]."""
         return self.output(self.conv2(self.conv1(x)))
 
 
@@ -69,8 +71,8 @@ class DetectionHead(nn.Module):
     def initialise_biases(self, num_classes: int, strides: Sequence[int]) -> None:
         """Start from rare objects: without it the class loss of the many empty cells swamps the first steps.
 
-        The class bias is the log-odds (approximately the log) of about five objects in a 640 x 640 image spread over the
-        level's cells and the classes: stride 8, K = 3 gives log(5 / 3 / 80^2) = -8.25.
+        The class bias is the log-odds (approximately the log) of about five objects in a 640 x 640 image spread over
+        the level's cells and the classes: stride 8, K = 3 gives log(5 / 3 / 80^2) = -8.25.
         """
         for branch in self.box:
             nn.init.constant_(_output_bias(branch), INITIAL_BOX_BIAS)
@@ -79,6 +81,7 @@ class DetectionHead(nn.Module):
             nn.init.constant_(_output_bias(branch), math.log(INITIAL_OBJECTS_PER_IMAGE / num_classes / cells))
 
     def forward(self, features: Sequence[Tensor]) -> Raw:
+        """Feature maps [B, C, h, w], fine to coarse, to (box, cls) logits for each."""
         return tuple((self.box[i](features[i]), self.cls[i](features[i])) for i in range(len(self.box)))
 
 

@@ -1,17 +1,19 @@
 """A pickle reader that runs nothing: it builds plain data, and describes everything else.
 
-A `.pt` file holds a pickle, and a pickle is a program: Python's reader imports what it names and calls it. This one has no way to do so.
-It interprets the binary opcodes that torch writes (protocols 2 to 5) with its own stack, and
+A `.pt` file holds a pickle, and a pickle is a program: Python's reader imports what it names and calls it. This one
+has no way to do so. It interprets the binary opcodes that torch writes (protocols 2 to 5) with its own stack, and
 
 - plain data (numbers, text, bytes, lists, tuples, dicts, sets) is built as such;
 - a name (`models.yolo DetectionModel`) becomes a `Name`, two strings; nothing is imported;
 - an object of a class becomes a `Record`: the class's name, its arguments and its state;
-- a tensor becomes a `TensorRecord`: a checked description of where its numbers lie in the archive, read later if wanted;
-- a call (`REDUCE`) of anything but a short list of known, side-effect-free builders is refused, by name; so are names from modules
-  that a model has no business with (`os`, `subprocess`, `builtins.eval`, `torch.load`, ...), even if they are not called.
+- a tensor becomes a `TensorRecord`: a checked description of where its numbers lie in the archive, read later if
+  wanted;
+- a call (`REDUCE`) of anything but a short list of known, side-effect-free builders is refused, by name; so are
+  names from modules that a model has no business with (`os`, `subprocess`, `builtins.eval`, `torch.load`, ...), even
+  if they are not called.
 
-Bounds: size of the pickle, number of opcodes, size of integers, number of dictionary keys that are not text. The structures may be cyclic and
-deep; whoever walks them must bound the walk.
+Bounds: size of the pickle, number of opcodes, size of integers, number of dictionary keys that are not text. The
+structures may be cyclic and deep; whoever walks them must bound the walk.
 """
 
 import struct
@@ -49,8 +51,8 @@ def read_pickle(data: bytes) -> Any:
         Plain data, with `Name`, `Record` and `TensorRecord` where the pickle has classes, objects and tensors.
 
     Raises:
-        CheckpointError: If the pickle is damaged, too large, uses an opcode that torch does not write, or asks for a call or a name
-            that is refused.
+        CheckpointError: If the pickle is damaged, too large, uses an opcode that torch does not write, or asks for a
+            call or a name that is refused.
     """
     if len(data) > MAX_PICKLE_BYTES:
         raise CheckpointError(f"The pickle has {len(data)} bytes; at most {MAX_PICKLE_BYTES} are read")
@@ -78,7 +80,8 @@ class _Machine:
                 handler = _HANDLERS.get(opcode)
                 if handler is None:
                     raise CheckpointError(
-                        f"Refused pickle opcode {bytes([opcode])!r} at byte {self.position - 1}: torch does not write it"
+                        f"Refused pickle opcode {bytes([opcode])!r} at byte {self.position - 1}; "
+                        "torch does not write it"
                     )
                 handler(self)
         except (IndexError, KeyError, TypeError, struct.error, UnicodeDecodeError, OverflowError) as error:
@@ -87,7 +90,7 @@ class _Machine:
             ) from error
         raise CheckpointError(f"The pickle has more than {MAX_OPCODES} opcodes; refused")
 
-    # --- reading -------------------------------------------------------------------------------------------------------
+    # --- reading
 
     def take(self, count: int) -> bytes:
         end = self.position + count
@@ -113,7 +116,7 @@ class _Machine:
         self.stack = self.marks.pop()
         return items
 
-    # --- opcodes that need more than a line ------------------------------------------------------------------------------
+    # --- opcodes that need more than a line
 
     def protocol(self) -> None:
         version = self.take(1)[0]

@@ -1,7 +1,7 @@
 """What an inert pickle reader may build: descriptions of objects and tensors, and the few builders that run for them.
 
-`models.inert_pickle` interprets the opcodes; here stand the decisions: which names are refused, which calls are known, which keys are
-accepted.
+`models.inert_pickle` interprets the opcodes; here stand the decisions: which names are refused, which calls are
+known, which keys are accepted.
 """
 
 from collections.abc import Callable
@@ -93,14 +93,14 @@ REFUSED_MODULES = frozenset(
 
 REFUSED_TORCH_MODULES = (
     "torch.serialization", "torch.hub", "torch.jit", "torch.package", "torch.utils", "torch.distributed",
-    "torch.multiprocessing", "torch.testing", "torch.onnx", "torch.compiler", "torch.library", "torch.ops", "torch.classes",
-    "torch._ops", "torch._C", "torch._inductor", "torch._dynamo", "torch.fx", "torch.storage",
+    "torch.multiprocessing", "torch.testing", "torch.onnx", "torch.compiler", "torch.library", "torch.ops",
+    "torch.classes",     "torch._ops", "torch._C", "torch._inductor", "torch._dynamo", "torch.fx", "torch.storage",
 )  # fmt: skip
 
 TORCH_NAMES = frozenset(STORAGE_DTYPES) | {
-    "Size", "device", "Tensor", "dtype", "memory_format", "strided", "contiguous_format", "preserve_format", "channels_last",
-    "float32", "float", "float64", "double", "float16", "half", "bfloat16", "int64", "long", "int32", "int", "int16",
-    "short", "int8", "uint8", "bool",
+    "Size", "device", "Tensor", "dtype", "memory_format", "strided", "contiguous_format", "preserve_format",
+    "channels_last", "float32", "float", "float64", "double", "float16", "half", "bfloat16", "int64", "long",
+    "int32", "int", "int16", "short", "int8", "uint8", "bool",
 }  # fmt: skip
 
 
@@ -148,7 +148,8 @@ def call_builder(function: Any, arguments: Any) -> Any:
 def check_key(key: Any, present: int) -> None:
     """Accept a key for a container of `present` keys, or refuse it.
 
-    Keys are short text, numbers, None or flat tuples of those: hashing anything deeper, or comparing anything longer, could hang.
+    Keys are short text, numbers, None or flat tuples of those: hashing anything deeper, or comparing anything
+    longer, could hang.
     """
     if type(key) is str and len(key) <= MAX_KEY_LENGTH:
         return
@@ -200,7 +201,8 @@ def _rebuild_tensor(arguments: tuple[Any, ...]) -> TensorRecord:
         last += max(length - 1, 0) * step
     if count > storage.numel or (count and last >= storage.numel):
         raise CheckpointError(
-            f"A tensor of size {shape} at offset {offset} doesn't fit its storage {storage.key!r} of {storage.numel} numbers"
+            f"A tensor of size {shape} at offset {offset} doesn't fit its storage {storage.key!r} "
+            f"of {storage.numel} numbers"
         )
     return TensorRecord(storage, offset, shape, steps)
 

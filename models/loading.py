@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from torch import Tensor
 from models.blocks import ACTIVATIONS
 from models.checkpoint import Checkpoint, manifest_path, read_checkpoint
 from models.convert import Match, build_empty, normalise_state, recognise
+from models.detector import Detector
+from models.dual_head import to_single_head
 from models.errors import CheckpointError
 from models.head import REG_MAX
-from models.yolov9 import Detector
 
 MANIFEST_FORMAT = "octet-detector-1"
 PROJECTION_TOLERANCE = 0.06  # half a step of 0 .. 15 in 8 bits, for weights that were quantized once
@@ -56,6 +56,13 @@ def detector_from_checkpoint(
 ) -> Detector:
     """Build the detector that a checkpoint's keys and shapes describe; arguments and errors as for `load_detector`."""
     state = normalise_state(checkpoint.state)
+    try:
+        conversion = to_single_head(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    if conversion is not None:
+        _logger.info("%s: %s", source, conversion.describe())
+        state = conversion.state
     projection = _take_projection(state, source)
     manifest = checkpoint.metadata.get("manifest", {})
     try:
@@ -65,7 +72,8 @@ def detector_from_checkpoint(
     names = _choose_names(checkpoint.metadata, manifest, state, match, source)
     if num_classes is not None and num_classes != len(names):
         raise CheckpointError(
-            f"{source} has {len(names)} classes ({', '.join(names[:12])}); {num_classes} are expected: use weights and data of the same classes"
+            f"{source} has {len(names)} classes ({', '.join(names[:12])}); {num_classes} are expected: "
+            "use weights and data of the same classes"
         )
     chosen = _choose_activation(checkpoint.metadata, manifest, activation, source)
     detector = build_empty(match.architecture, len(names), chosen, match.folded)
@@ -115,8 +123,8 @@ def save_detector(detector: Detector, path: str | Path) -> None:
         weights_part,
     )
     manifest_part.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(manifest_part, manifest_path(path))
-    os.replace(weights_part, path)
+    manifest_part.replace(manifest_path(path))
+    weights_part.replace(path)
 
 
 def _take_projection(state: dict[str, Tensor], source: str) -> Tensor:

@@ -1,7 +1,7 @@
 """The detection loss of YOLOv9's main head: classification, box overlap and box distribution, each normalised.
 
-Every term is divided by the sum of the soft class targets (at least 1) and multiplied by its gain, so its size does not depend on
-the batch, the image size or the number of objects, and terms can be compared in a log.
+Every term is divided by the sum of the soft class targets (at least 1) and multiplied by its gain, so its size does
+not depend on the batch, the image size or the number of objects, and terms can be compared in a log.
 
 Shapes: B batch, A anchor points, K classes, R bins, T objects, P positive points.
 """
@@ -76,7 +76,8 @@ class DetectionLoss(nn.Module):
             image_size: (h, w) of the input in pixels; must be the maps' sizes times the strides.
 
         Raises:
-            ValueError: If maps, strides, classes and `image_size` disagree, or a target's class or image is out of range.
+            ValueError: If maps, strides, classes and `image_size` disagree, or a target's class or image is out of
+                range.
         """
         self._check(raw, targets, image_size)
         device = raw[0][0].device

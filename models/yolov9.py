@@ -1,22 +1,22 @@
-"""The YOLOv9 family in its deployed, single-head form: one function per size, with its numbers in sight.
+"""YOLOv9 t, s, m and c in their deployed, single-head form: one function per size, with its numbers in sight.
 
-Each size is a backbone (features at strides 8, 16, 32), one neck layout for all sizes and a detection head. The training form with
-its auxiliary branch computes the same function; `models.convert` drops the branch when such a checkpoint is loaded.
+Each size is a backbone (features at strides 8, 16, 32), one neck layout for all sizes and a detection head. The
+training form with its auxiliary branch computes the same function; `models.convert` drops the branch when such a
+checkpoint is loaded.
 
-`OFFICIAL_LAYERS` tables give, for each part, the layer index it has in the official single-head ("gelan") checkpoints.
+`OFFICIAL_LAYERS` tables give, for each part, the layer index it has in the official single-head ("gelan")
+checkpoints.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from models.blocks import AverageDown, ConvBlock, CSPElan, Elan, SplitDown, SPPElan
-from models.boxes import Decode
 from models.head import DetectionHead, Raw
 
 STRIDES = (8, 16, 32)
-MAX_CLASSES = 10_000
 
 
 class Backbone(nn.Module):
@@ -36,6 +36,7 @@ class Backbone(nn.Module):
         self.stage3, self.stage4, self.stage5 = stages
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, 3, H, W] to features at strides 8, 16, 32."""
         stage2 = self.stage2(self.stem2(self.stem1(images)))
         stage3 = self.stage3(self.down3(stage2))
         stage4 = self.stage4(self.down4(stage3))
@@ -68,6 +69,7 @@ class Neck(nn.Module):
         self.bottom_up5 = bottom_up5
 
     def forward(self, stage3: Tensor, stage4: Tensor, stage5: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features at strides 8, 16, 32 to as many that have seen each other."""
         spp = self.spp(stage5)
         top_down4 = self.top_down4(torch.cat((self.upsample5(spp), stage4), dim=1))
         top_down3 = self.top_down3(torch.cat((self.upsample4(top_down4), stage3), dim=1))
@@ -89,53 +91,9 @@ class YOLOv9Network(nn.Module):
         self.official_layers = dict(official_layers)
 
     def forward(self, images: Tensor) -> Raw:
+        """[B, 3, H, W] to (box, cls) logits per level."""
         features = self.backbone(images)
         return self.head(self.neck(features[0], features[1], features[2]))
-
-
-class Detector(nn.Module):
-    """A network with its float decode and what a user must know about both.
-
-    `detector(images)` gives [B, 4 + K, A]: cx, cy, w, h in input pixels, then class scores in [0, 1].
-
-    Attributes:
-        network: Images to raw per-level maps; the part that is traced and quantized.
-        decode: Raw maps to the decoded output; always float.
-        num_classes: K.
-        names: K class names.
-        strides: Input pixels per cell for each level, fine to coarse.
-        architecture: A key of `ARCHITECTURES`.
-        activation: `silu` or `relu`.
-        folded: True once batch normalisation is folded and parallel branches are merged.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        decode: nn.Module,
-        *,
-        names: Sequence[str],
-        strides: Sequence[int],
-        architecture: str,
-        activation: str,
-        folded: bool = False,
-    ) -> None:
-        super().__init__()
-        self.network = network
-        self.decode = decode
-        self.names = tuple(names)
-        self.strides = tuple(strides)
-        self.architecture = architecture
-        self.activation = activation
-        self.folded = folded
-
-    @property
-    def num_classes(self) -> int:
-        """K, the number of classes."""
-        return len(self.names)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.decode(self.network(images))
 
 
 OFFICIAL_LAYERS = {
@@ -260,51 +218,4 @@ def yolov9c(num_classes: int, activation: str = "silu") -> YOLOv9Network:
     )
     return YOLOv9Network(
         backbone, neck, DetectionHead((256, 512, 512), num_classes, STRIDES, act), OFFICIAL_LAYERS
-    )
-
-
-ARCHITECTURES: dict[str, Callable[[int, str], YOLOv9Network]] = {
-    "yolov9t": yolov9t,
-    "yolov9s": yolov9s,
-    "yolov9m": yolov9m,
-    "yolov9c": yolov9c,
-}
-
-
-def build_detector(
-    architecture: str, num_classes: int, activation: str = "silu", names: Sequence[str] | None = None
-) -> Detector:
-    """Build a detector with random weights and the head's biases set for training from scratch.
-
-    Args:
-        architecture: A key of `ARCHITECTURES`, e.g. `yolov9t`.
-        num_classes: K, at least 1.
-        activation: `silu` or `relu`.
-        names: K class names; `class0`, `class1`, ... when None.
-
-    Returns:
-        A detector in training mode, with batch normalisation and parallel branches.
-
-    Raises:
-        ValueError: For an unknown architecture or activation, or when K and the names disagree.
-    """
-    if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"Architecture {architecture!r} is unknown; expected one of {', '.join(ARCHITECTURES)}"
-        )
-    if not 1 <= num_classes <= MAX_CLASSES:
-        raise ValueError(f"num_classes is {num_classes}; expected 1 to {MAX_CLASSES}")
-    chosen = tuple(names) if names is not None else tuple(f"class{index}" for index in range(num_classes))
-    if len(chosen) != num_classes:
-        raise ValueError(
-            f"{len(chosen)} names were given for {num_classes} classes; give one name for each class"
-        )
-    network = ARCHITECTURES[architecture](num_classes, activation)
-    return Detector(
-        network,
-        Decode(STRIDES),
-        names=chosen,
-        strides=STRIDES,
-        architecture=architecture,
-        activation=activation,
     )

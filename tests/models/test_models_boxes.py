@@ -100,7 +100,7 @@ def test_suppression_of_an_empty_image() -> None:
 
 
 def test_suppression_refuses_odd_arguments() -> None:
-    with pytest.raises(ValueError, match="expected \\[B, 4 \\+ classes"):
+    with pytest.raises(ValueError, match=r"expected \[B, 4 \+ classes"):
         non_max_suppression(torch.zeros(1, 4, 10), 0.1, 0.5)
-    with pytest.raises(ValueError, match="confidence=1.5"):
+    with pytest.raises(ValueError, match=r"confidence=1\.5"):
         non_max_suppression(torch.zeros(1, 7, 10), 1.5, 0.5)

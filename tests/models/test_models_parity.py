@@ -4,17 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_fixtures import fixture_images, fixture_output, fixture_state
 
 from models import fold_detector, load_detector
 from models.checkpoint import Checkpoint
 from models.loading import detector_from_checkpoint
-from model_fixtures import fixture_images, fixture_output, fixture_state
 
-SINGLE_HEAD = {"gelan-t": "yolov9t", "gelan-s": "yolov9s", "gelan-m": "yolov9m", "gelan-c": "yolov9c"}
+FIXTURES = [f"{form}-{size}" for form in ("gelan", "yolov9") for size in "tsmce"]
 
 
-@pytest.mark.parametrize(("fixture", "architecture"), SINGLE_HEAD.items())
-def test_output_equals_the_official_network(shared_data: Path, fixture: str, architecture: str) -> None:
+@pytest.mark.parametrize("fixture", FIXTURES)
+def test_output_equals_the_official_network(shared_data: Path, fixture: str) -> None:
     folder = shared_data / "parity"
     detector = detector_from_checkpoint(
         Checkpoint(fixture_state(folder, fixture)), fixture, activation="silu"
@@ -23,7 +23,7 @@ def test_output_equals_the_official_network(shared_data: Path, fixture: str, arc
     with torch.no_grad():
         as_loaded = detector(images)
         folded = fold_detector(detector)(images)
-    assert detector.architecture == architecture
+    assert detector.architecture == f"yolov9{fixture[-1]}"
     assert (as_loaded - expected).abs().max() < 1e-6
     assert (folded - expected).abs().max() < 1e-4
 

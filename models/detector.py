@@ -1,0 +1,105 @@
+"""A detector: a network, its float decode, and what a user must know about both; and the list of what can be built."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from models.boxes import Decode
+from models.yolov9 import STRIDES, YOLOv9Network, yolov9c, yolov9m, yolov9s, yolov9t
+from models.yolov9e import yolov9e
+
+MAX_CLASSES = 10_000
+
+
+class Detector(nn.Module):
+    """A network with its float decode and what a user must know about both.
+
+    `detector(images)` gives [B, 4 + K, A]: cx, cy, w, h in input pixels, then class scores in [0, 1].
+
+    Attributes:
+        network: Images to raw per-level maps; the part that is traced and quantized.
+        decode: Raw maps to the decoded output; always float.
+        num_classes: K.
+        names: K class names.
+        strides: Input pixels per cell for each level, fine to coarse.
+        architecture: A key of `ARCHITECTURES`.
+        activation: `silu` or `relu`.
+        folded: True once batch normalisation is folded and parallel branches are merged.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        decode: nn.Module,
+        *,
+        names: Sequence[str],
+        strides: Sequence[int],
+        architecture: str,
+        activation: str,
+        folded: bool = False,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.decode = decode
+        self.names = tuple(names)
+        self.strides = tuple(strides)
+        self.architecture = architecture
+        self.activation = activation
+        self.folded = folded
+
+    @property
+    def num_classes(self) -> int:
+        """K, the number of classes."""
+        return len(self.names)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] to the decoded output [B, 4 + K, A]."""
+        return self.decode(self.network(images))
+
+
+ARCHITECTURES: dict[str, Callable[[int, str], YOLOv9Network]] = {
+    "yolov9t": yolov9t,
+    "yolov9s": yolov9s,
+    "yolov9m": yolov9m,
+    "yolov9c": yolov9c,
+    "yolov9e": yolov9e,
+}
+
+
+def build_detector(
+    architecture: str, num_classes: int, activation: str = "silu", names: Sequence[str] | None = None
+) -> Detector:
+    """Build a detector with random weights and the head's biases set for training from scratch.
+
+    Args:
+        architecture: A key of `ARCHITECTURES`, e.g. `yolov9t`.
+        num_classes: K, at least 1.
+        activation: `silu` or `relu`.
+        names: K class names; `class0`, `class1`, ... when None.
+
+    Returns:
+        A detector in training mode, with batch normalisation and parallel branches.
+
+    Raises:
+        ValueError: For an unknown architecture or activation, or when K and the names disagree.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"Architecture {architecture!r} is unknown; expected one of {', '.join(ARCHITECTURES)}"
+        )
+    if not 1 <= num_classes <= MAX_CLASSES:
+        raise ValueError(f"num_classes is {num_classes}; expected 1 to {MAX_CLASSES}")
+    chosen = tuple(names) if names is not None else tuple(f"class{index}" for index in range(num_classes))
+    if len(chosen) != num_classes:
+        raise ValueError(
+            f"{len(chosen)} names were given for {num_classes} classes; give one name for each class"
+        )
+    network = ARCHITECTURES[architecture](num_classes, activation)
+    return Detector(
+        network,
+        Decode(STRIDES),
+        names=chosen,
+        strides=STRIDES,
+        architecture=architecture,
+        activation=activation,
+    )
