@@ -25,6 +25,7 @@ from deploy import passes
 from deploy.errors import DeployError
 from deploy.graph import opset_of, save_onnx
 from deploy.passes import GraphPass, PassCount, count_qdq, run_pass
+from deploy.unsigned import unsigned_activations
 
 Target = Literal["openvino", "onnxruntime", "trt10", "trt11"]
 TARGETS: tuple[str, ...] = get_args(Target)
@@ -40,6 +41,11 @@ COMMON_PASSES: tuple[GraphPass, ...] = (
     passes.merge_identical,
     passes.name_quantizers,
 )
+
+TARGET_PASSES: Mapping[str, tuple[GraphPass, ...]] = {
+    "openvino": (unsigned_activations,),
+    "onnxruntime": (unsigned_activations,),
+}
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ def export_onnx(
 
 def target_passes(target: str) -> tuple[GraphPass, ...]:
     """Passes that only this target needs, in order, after the common ones."""
-    return ()
+    return TARGET_PASSES.get(target, ())
 
 
 def _trace(

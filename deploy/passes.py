@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from onnx import ModelProto, NodeProto, helper
 from onnx.reference import ReferenceEvaluator
 
@@ -121,6 +122,8 @@ def fold_constants(graph: Graph) -> PassResult:
 
 
 def _evaluate(node: NodeProto, graph: Graph, opset: int) -> list[Array]:
+    if node.op_type == "Exp":  # scales stored as logarithms: numpy's exp differs from torch's in the last bit
+        return [torch.exp(torch.from_numpy(graph.constants[node.input[0]].copy())).numpy()]
     names = list(dict.fromkeys(name for name in node.input if name))
     inputs = [
         helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(graph.constants[n].dtype), None)
@@ -307,8 +310,8 @@ def quantize_constant(graph: Graph, node: NodeProto, lowest: int = -128) -> Arra
         axis = attributes(node).get("axis", 1)
         assert isinstance(axis, int)
         shape[axis] = scale.size
-    # division and rounding in float32, half to even, as the runtimes do it
-    steps = np.rint(value / scale.reshape(shape if scale.size > 1 else ()))
+    # torch.fake_quantize_* multiplies by the reciprocal in float32 and rounds half to even: the same codes come out
+    steps = np.rint(value * (np.float32(1) / scale).reshape(shape if scale.size > 1 else ()))
     steps += zero_point.astype(np.float32).reshape(shape if zero_point.size > 1 else ())
     if zero_point.dtype == np.int8:
         return np.clip(steps, lowest, 127).astype(np.int8)

@@ -71,6 +71,30 @@ class SmallDetector(nn.Module):
         return self.decode(self.network(images))
 
 
+class SplitConcat(nn.Module):
+    """An ELAN block: a split tensor and two convs on it meet in one concat, all on one scale, and feed a 1x1 conv."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.entry = QuantizedConv(3, 32, 1 / 127, 2)
+        self.first = QuantizedConv(16, 16, 0.02)
+        self.second = QuantizedConv(16, 16, 0.02)
+        self.exit = QuantizedConv(64, 32, 0.02, kernel=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        shared = self.exit.quantized_input
+        x = shared(self.entry(images))
+        left, right = x.chunk(2, 1)
+        first = shared(F.silu(self._conv(self.first, right)))
+        second = shared(F.silu(self._conv(self.second, first)))
+        return F.silu(self._conv(self.exit, torch.cat([left, right, first, second], 1)))
+
+    @staticmethod
+    def _conv(module: QuantizedConv, x: Tensor) -> Tensor:
+        return F.conv2d(x, module.quantized_weight(), module.conv.bias, 1, module.conv.padding)
+
+
 class FloatDetector(SmallDetector):
     """The same with the quantizers away."""
 

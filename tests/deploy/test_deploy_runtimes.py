@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from deploy_networks import FloatDetector, SmallDetector
+from deploy_networks import FloatDetector, SmallDetector, SplitConcat
 
 from deploy import (
     DeployError,
@@ -64,6 +64,18 @@ def test_openvino_runs_the_quantized_convs_in_int8(exported):
     assert sorted(convs)[0] == "f32"  # the head
     assert len(convs) == 6
     assert set(sorted(convs)[1:]) <= {"i8", "u8"}
+
+
+def test_openvino_keeps_zero_points_behind_a_concat_of_a_split(tmp_path):
+    # OpenVINO 2026.4 gets this block wrong from signed activations on CPUs without AMX
+    module = SplitConcat().eval()
+    path = export_onnx(module, tmp_path / "m.onnx", SIZE, "openvino", output_names=("x",)).path
+    images = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        expected = module(images).numpy()
+    with OpenVINORuntime(path, threads=1) as runtime:
+        difference = np.abs(runtime.infer(images.numpy()) - expected)
+    assert difference.mean() < 0.01 * np.abs(expected).mean()
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp32"])
