@@ -111,7 +111,19 @@ def read_header(path: Path, verify: bool = True) -> ImageHeader:
             # Only JPEG has a draft mode: an eighth of the resolution skips most of the arithmetic.
             image.draft("L", (max(width // 8, 1), max(height // 8, 1)))
             image.load()
+        is_jpeg = image.format == "JPEG"
+    if verify and is_jpeg and _ends_in_zeros(path):
+        raise OSError("its end is filled with zeros, as by a download that was cut off")
     return ImageHeader(height, width, transposed)
+
+
+def _ends_in_zeros(path: Path) -> bool:
+    """Whether zeros stand where a JPEG's end marker should be; decoders take them for grey and say nothing."""
+    with path.open("rb") as stream:
+        stream.seek(-2, os.SEEK_END)
+        if stream.read() != b"\0\0":
+            return False
+    return not path.read_bytes().rstrip(b"\0").endswith(b"\xff\xd9")
 
 
 def scan_images(

@@ -112,8 +112,13 @@ def test_verified_images_are_remembered_and_changes_noticed(yolo_root: Path, tmp
     with monkeypatch.context() as patched:
         patched.setattr("data.images.read_header", lambda *_: pytest.fail("read again"))
         assert scan_images(paths, cache_dir=tmp_path / "cache") == first
-    truncate(paths[1], 0.9)
+    content = paths[1].read_bytes()
+    paths[1].write_bytes(content[:-200] + bytes(200))  # the same size, but later
+    os.utime(paths[1], ns=(0, before[paths[1]] + 1))
     with pytest.raises(DataError, match=paths[1].name):
+        scan_images(paths, cache_dir=tmp_path / "cache")
+    truncate(paths[0], 0.9)
+    with pytest.raises(DataError, match=paths[0].name):
         scan_images(paths, cache_dir=tmp_path / "cache")
 
 

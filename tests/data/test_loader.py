@@ -96,6 +96,16 @@ def test_epochs_and_seeds_differ_and_repeat():
     )
 
 
+@pytest.mark.parametrize(("options", "shuffle"), [(AugmentOptions(), False), (None, True)])
+def test_order_and_augmentation_each_follow_the_epoch(options, shuffle):
+    loader = build_loader(Squares(), 64, 4, 0, options, shuffle=shuffle, seed=1)
+    first = collect(loader)
+    loader.set_epoch(1)
+    second = collect(loader)
+    assert not same(first, second)
+    assert (first[0][2] == second[0][2]) == (not shuffle)
+
+
 def test_a_stopped_epoch_continues_with_the_same_batches():
     loader = build_loader(Squares(), 64, 4, 0, AugmentOptions(), shuffle=True, seed=1)
     loader.set_epoch(3)

@@ -258,6 +258,14 @@ def test_hand_worked_operating_point():
     assert metrics.recall == pytest.approx(0.75, abs=0.01)
 
 
+def test_a_class_without_detections_above_the_confidence_counts_as_precise():
+    """Class 0: hit at 0.9, misses at 0.3. Class 1: only misses, at 0.2. Best near 0.9: P (1 + 1) / 2, R (1 + 0) / 2."""
+    truth = truth_of((1, 0, 0, 0, 40, 40), (1, 1, 0, 0, 40, 40))
+    misses = [(1, 100, 10 * i, 140, 10 * i + 40, 0.3 - 0.1 * k, k) for i in range(9) for k in (0, 1)]
+    metrics = compute_metrics(found((1, 0, 0, 40, 40, 0.9, 0), *misses), [1], truth)
+    assert (metrics.precision, metrics.recall) == pytest.approx((1.0, 0.5), abs=0.05)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_perfect_predictions_through_the_whole_path(engine: str):
     """Targets of the loader, given back as detections, are found at their places in the original images."""
