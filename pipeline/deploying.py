@@ -181,7 +181,8 @@ def open_engines(job: Job) -> list[Runtime]:
     for runtime in config.runtimes:
         if runtime == "tensorrt":
             raise DeployError(
-                "the stage `engine` times CPU runtimes; build TensorRT engines with scripts/val_trt.sh in NVIDIA's container"
+                "deploy.runtimes=[tensorrt]: the stage `engine` builds CPU engines; TensorRT engines are built by "
+                "scripts/val_trt.sh in NVIDIA's container"
             )
         int8 = job.run.need(model_name(job, target_of(runtime)), "export")
         plain = job.run.need(FLOAT_ONNX, "export")
@@ -246,7 +247,8 @@ def check_parity(job: Job, engine: Runtime) -> dict[str, object]:
     exact = engine.precision == "fp32"
     say(
         f"parity {engine_row(engine)} {engine.path.name}: boxes within {report.box_max_px_confident:.3f} px at "
-        f"{report.confident_anchors} confident anchors, scores within {report.score_max:.4f} (mean {report.score_mean:.6f})"
+        f"{report.confident_anchors} confident anchors, scores within {report.score_max:.4f} "
+        f"(mean {report.score_mean:.6f})"
     )
     report.require(box_px=0.05 if exact else 16.0, score=0.001 if exact else 0.3)
     return report.as_dict()

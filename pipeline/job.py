@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -167,13 +167,13 @@ class Job:
         )
         if detector.num_classes != len(names):
             raise CheckpointError(
-                f"{self.config.weights} predicts {detector.num_classes} classes ({', '.join(detector.names[:5])}, ...), but "
-                f"{self.data_root} has {len(names)} ({', '.join(names[:5])}, ...): give the weights trained on this data, or "
-                "map its classes with data.merge_classes"
+                f"{self.config.weights} predicts {detector.num_classes} classes ({first(detector.names)}), but "
+                f"{self.data_root} has {len(names)} ({first(names)}): give the weights trained on this data, or map "
+                "its classes with data.merge_classes"
             )
         if tuple(name.lower() for name in detector.names) != tuple(name.lower() for name in names):
             say(
-                f"class names differ: weights {list(detector.names)[:5]}, data {list(names)[:5]}; the order must be the same"
+                f"class names differ: weights {first(detector.names)}, data {first(names)}; the order must be the same"
             )
         return detector
 
@@ -258,6 +258,11 @@ class Job:
         say(
             f"{name}: AP {metrics.ap:.4f}  AP50 {metrics.ap50:.4f}  P {metrics.precision:.3f}  R {metrics.recall:.3f}"
         )
+
+
+def first(names: Sequence[str], count: int = 5) -> str:
+    """The first few names, for a message."""
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def choose_device(name: str) -> torch.device:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from configs.compose import dump, read
 from configs.errors import ConfigError
 from configs.schema import STAGES, Config
 from pipeline.deploying import engine_stage, export_stage
@@ -17,7 +17,7 @@ from pipeline.job import Job
 from pipeline.progress import say
 from pipeline.quantizing import calibrate_stage, float_stage
 from pipeline.reporting import check_gates, report_stage
-from pipeline.run import Run
+from pipeline.run import CONFIG, Run
 from pipeline.terminal import print_result, quit_on_termination
 from pipeline.training import finetune_stage, train_stage
 
@@ -67,13 +67,12 @@ def open_run(config: Config) -> Run:
     """
     if not config.resume:
         run = Run.create(Path(config.run_dir) if config.run_dir else None, config.experiment)
-        run.write_json("config.json", dataclasses.asdict(config))
+        run.write_text(CONFIG, dump(config))
         return run
     directory = Path(config.run_dir) if config.run_dir else Path("runs") / config.experiment / "latest"
     run = Run.open(directory)
-    differing = different_keys(
-        run.read_json("config.json"), json.loads(json.dumps(dataclasses.asdict(config)))
-    )
+    made_with = read(run.path(CONFIG))
+    differing = different_keys(dataclasses.asdict(made_with), dataclasses.asdict(config))
     if differing:
         raise RunError(
             f"resume=true, but {run.directory} was made with other settings ({', '.join(differing[:5])}): repeat "

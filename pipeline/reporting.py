@@ -67,7 +67,8 @@ def check_gates(job: Job) -> None:
         if drop > config.max_ap_drop:
             raise GateError(
                 f"{shipped['name']} loses {drop:.4f} AP against float ({rows['float']['ap']:.4f}), more than "
-                f"max_ap_drop={config.max_ap_drop}: fine-tune longer, or leave sensitive layers float (quant.float_patterns)"
+                f"max_ap_drop={config.max_ap_drop}: fine-tune longer, or leave "
+                "sensitive layers float (quant.float_patterns)"
             )
 
 

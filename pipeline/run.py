@@ -24,6 +24,18 @@ from typing import Any
 
 from pipeline.errors import RunError
 
+CONFIG = "config.yaml"
+_FIGURES = (
+    "ap",
+    "ap50",
+    "precision",
+    "recall",
+    "latency_ms_median",
+    "latency_ms_p99",
+    "images_per_second",
+    "size_bytes",
+)
+
 
 class Run:
     """One run directory.
@@ -52,19 +64,21 @@ class Run:
         parent = root / experiment
         parent.mkdir(parents=True, exist_ok=True)
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        for attempt in range(1000):
-            directory = parent / (stamp if attempt == 0 else f"{stamp}_{attempt}")
+        fresh_name = stamp
+        attempt = 0
+        while True:
             try:
-                directory.mkdir()
+                (parent / fresh_name).mkdir()
                 break
             except FileExistsError:
-                continue
+                attempt += 1
+                fresh_name = f"{stamp}_{attempt}"
         link = parent / "latest"
         fresh = parent / f".latest-{os.getpid()}"
         fresh.unlink(missing_ok=True)
-        fresh.symlink_to(directory.name)
+        fresh.symlink_to(fresh_name)
         fresh.replace(link)
-        return cls(directory)
+        return cls(parent / fresh_name)
 
     @classmethod
     def open(cls, directory: Path) -> Run:
@@ -73,9 +87,9 @@ class Run:
         Raises:
             RunError: it is no run directory.
         """
-        if not (directory / "config.json").is_file():
+        if not (directory / CONFIG).is_file():
             raise RunError(
-                f"{directory} is no run directory: expected config.json in it, as train_qat.py leaves it"
+                f"{directory} is no run directory: expected config.yaml in it, as train_qat.py leaves it"
             )
         return cls(directory.resolve())
 
@@ -141,18 +155,8 @@ class Run:
 
     def write_row(self, name: str, **figures: Any) -> None:
         """Write one row of the result table; figures that are missing stay null."""
-        keys = (
-            "ap",
-            "ap50",
-            "precision",
-            "recall",
-            "latency_ms_median",
-            "latency_ms_p99",
-            "images_per_second",
-            "size_bytes",
-        )
-        extras = {key: value for key, value in figures.items() if key not in keys}
-        row = {"name": name, **{key: figures.get(key) for key in keys}, "extras": extras}
+        extras = {key: value for key, value in figures.items() if key not in _FIGURES}
+        row = {"name": name, **{key: figures.get(key) for key in _FIGURES}, "extras": extras}
         self.write_json(f"rows/{name.replace(':', '-')}.json", row)
 
     def rows(self) -> list[dict[str, Any]]:

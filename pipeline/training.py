@@ -94,7 +94,8 @@ def finetune_stage(job: Job) -> None:
         best.offer(model, "before fine-tuning")
     batches = job.epoch_batches(loader, "finetune", config.epochs)
     teacher = copy.deepcopy(job.detector.network)
-    for state in train_epochs(model, batches, len(loader), job.loss(), options, teacher, state):
+    epochs = train_epochs(model, batches, len(loader), job.loss(), options, teacher, state)
+    for _ in epochs:
         averaged = state.average.model if state.average is not None else model
         say(_progress(state))
         best.offer(averaged, f"epoch {state.epoch}")

@@ -1,0 +1,15 @@
+"""Writes the ONNX of a run for a target, and builds the engine on request: see README.md."""
+
+from configs.entry import hydra_entry
+from configs.schema import ExportConfig
+from pipeline import EXIT_CODES, run_export
+
+
+@hydra_entry("export", errors=EXIT_CODES)
+def main(config: ExportConfig) -> None:
+    """Export the run's best quantized model."""
+    run_export(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""What `export.py` does: a finished run's quantized model as ONNX for any target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from configs.compose import read
+from configs.errors import ConfigError
+from configs.schema import ExportConfig
+from deploy import build_engine
+from pipeline.deploying import Target, export_quantized
+from pipeline.job import Job
+from pipeline.progress import say
+from pipeline.run import CONFIG, Run
+
+
+def run_export(request: ExportConfig) -> Path:
+    """Export the best quantized model of a run; returns the path of the ONNX file and prints it.
+
+    Raises:
+        RunError: no run directory, or one without a quantized model.
+        ConfigError: a setting that the target does not support.
+        DeployError: the exporter or the runtime refuses.
+    """
+    run = Run.open(Path(request.run))
+    config = read(run.path(CONFIG))
+    config.device = request.device
+    config.deploy.target = request.target
+    target = cast(Target, request.target)
+    if request.build and target in {"trt10", "trt11"}:
+        raise ConfigError(
+            f"build=true: TensorRT engines are built by scripts/val_trt.sh in NVIDIA's container; export "
+            f"target={target} without build=true"
+        )
+    path = Path(request.output) if request.output else run.path("export") / f"model-{target}.onnx"
+    job = Job(config, run)
+    report = export_quantized(job, target, path, request.dynamic_batch)
+    if request.build:
+        say(f"engine: {build_engine(target, path, path.parent)}")
+    print(report.path)
+    return report.path
