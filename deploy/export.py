@@ -22,9 +22,13 @@ from onnx import ModelProto
 from torch import nn
 
 from deploy import passes
+from deploy.compare import CompareReport, compare_arrays
 from deploy.errors import DeployError
-from deploy.graph import opset_of, save_onnx
+from deploy.graph import Graph, opset_of, save_onnx
+from deploy.onnx_runtime import record_histograms, run_model
+from deploy.onnxruntime_target import Histogram, integer_operators, preactivations
 from deploy.passes import GraphPass, PassCount, count_qdq, run_pass
+from deploy.runtime import FloatArray
 from deploy.unsigned import unsigned_activations
 
 Target = Literal["openvino", "onnxruntime", "trt10", "trt11"]
@@ -44,7 +48,7 @@ COMMON_PASSES: tuple[GraphPass, ...] = (
 
 TARGET_PASSES: Mapping[str, tuple[GraphPass, ...]] = {
     "openvino": (unsigned_activations,),
-    "onnxruntime": (unsigned_activations,),
+    "onnxruntime": (unsigned_activations,),  # and integer_operators, see _for_onnxruntime
 }
 
 
@@ -60,6 +64,7 @@ class ExportReport:
         num_int8_weights: INT8 initializers that a DQ reads.
         size_bytes: size of the file.
         passes: Q/DQ counts before and after every pass, in order.
+        parity: onnxruntime with `images` only: the file against the same graph before `integer_operators`.
     """
 
     path: Path
@@ -70,6 +75,7 @@ class ExportReport:
     num_int8_weights: int
     size_bytes: int
     passes: tuple[PassCount, ...]
+    parity: CompareReport | None = None
 
 
 def export_onnx(
@@ -82,6 +88,7 @@ def export_onnx(
     dynamic_batch: bool = True,
     quantized: bool = True,
     dynamic_size: bool = False,
+    images: Sequence[FloatArray] = (),
 ) -> ExportReport:
     """Write `module` as an ONNX file for `target`; `path` is touched only when everything went well.
 
@@ -98,6 +105,8 @@ def export_onnx(
         dynamic_batch: leave the batch open; otherwise it is 1.
         quantized: whether Q/DQ nodes have to be there (True) or must not be (False).
         dynamic_size: leave height and width open as well; the shape arithmetic then stays in the graph.
+        images: batches for the onnxruntime target, float32 [B, 3, H, W] in [0, 1]: conv results get the range they
+            have there (a normal distribution is assumed without images), and the first batch measures the parity.
 
     Raises:
         DeployError: unknown target, wrong opset in the result, Q/DQ missing or unexpected, or a pass that
@@ -108,6 +117,10 @@ def export_onnx(
     model = _trace(module, image_size, OPSETS[target], tuple(output_names), dynamic_batch, dynamic_size)
     counts = [run_pass(model, graph_pass) for graph_pass in COMMON_PASSES]
     counts += [run_pass(model, graph_pass) for graph_pass in target_passes(target)]
+    parity = None
+    if target == "onnxruntime" and quantized:
+        count, parity = _for_onnxruntime(model, images, len(output_names))
+        counts.append(count)
     _check_result(model, target, quantized)
     _add_metadata(
         model,
@@ -124,12 +137,28 @@ def export_onnx(
         num_int8_weights=count_int8_weights(model),
         size_bytes=path.stat().st_size,
         passes=tuple(counts),
+        parity=parity,
     )
 
 
 def target_passes(target: str) -> tuple[GraphPass, ...]:
     """Passes that only this target needs, in order, after the common ones."""
     return TARGET_PASSES.get(target, ())
+
+
+def _for_onnxruntime(
+    model: ModelProto, images: Sequence[FloatArray], num_outputs: int
+) -> tuple[PassCount, CompareReport | None]:
+    """Run `integer_operators` with the ranges seen on `images`, and compare with the graph before it."""
+    histograms, before = {}, None
+    if images:
+        recorded = record_histograms(model, preactivations(Graph(model)), images)
+        histograms = {name: Histogram(*parts) for name, parts in recorded.items()}
+        before = run_model(model, images[0])
+    count = run_pass(model, integer_operators(histograms))
+    if before is None or num_outputs != 1 or before.ndim != 3:
+        return count, None
+    return count, compare_arrays(run_model(model, images[0]), before, label="the onnxruntime graph")
 
 
 def _trace(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, helper
 
 from deploy.errors import DeployError
 from deploy.graph import load_onnx, verify_onnx
@@ -151,3 +153,47 @@ def _errors(onnxruntime: Any) -> tuple[type[Exception], ...]:
         state.NotImplemented,
         state.RuntimeException,
     )
+
+
+def record_histograms(
+    model: ModelProto, tensors: Sequence[str], batches: Iterable[FloatArray], bins: int = 1024
+) -> dict[str, tuple[float, float, NDArray[np.float64]]]:
+    """Run a graph on images and return (low, high, counts [bins]) of each named tensor.
+
+    The first batch fixes the range, doubled on both sides; what falls outside later is counted at the ends.
+    """
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    present = {value.name for value in copy.graph.output}
+    copy.graph.output.extend(
+        helper.make_empty_tensor_value_info(name) for name in tensors if name not in present
+    )
+    session = _memory_session(copy)
+    feed = session.get_inputs()[0].name
+    found: dict[str, tuple[float, float, NDArray[np.float64]]] = {}
+    for images in batches:
+        for name, value in zip(tensors, session.run(list(tensors), {feed: images}), strict=True):
+            if name not in found:
+                found[name] = (
+                    2 * min(float(value.min()), -0.05),
+                    2 * max(float(value.max()), 0.05),
+                    np.zeros(bins),
+                )
+            low, high, counts = found[name]
+            counts += np.histogram(np.clip(value, low, high), bins, (low, high))[0]
+    if not found and tensors:
+        raise DeployError("No images to measure ranges on; give at least one batch.")
+    return found
+
+
+def run_model(model: ModelProto, images: FloatArray) -> FloatArray:
+    """First output of a graph in memory, computed node by node without optimizations: the integer reference."""
+    session = _memory_session(model)
+    (result, *_) = session.run(None, {session.get_inputs()[0].name: check_images(images, "ONNX Runtime")})
+    return np.asarray(result)
+
+
+def _memory_session(model: ModelProto) -> Any:
+    onnxruntime = _onnxruntime()
+    options = _session_options(onnxruntime, None, False, None)
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS["cpu"]])

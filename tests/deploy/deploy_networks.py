@@ -31,6 +31,31 @@ class QuantizedConv(nn.Module):
         return F.silu(x)
 
 
+class ReluResidual(nn.Module):
+    """Two ReLU convs with a residual sum and a max-pool; skip, branch and sum are quantized."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.entry = QuantizedConv(3, 16, 1 / 127, 2)
+        self.first = QuantizedConv(16, 16, 0.004)
+        self.second = QuantizedConv(16, 16, 0.003)
+        self.exit = QuantizedConv(16, 8, 0.007)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.first.quantized_input(F.relu(self._conv(self.entry, self.entry.quantized_input(images))))
+        y = self.second.quantized_input(F.relu(self._conv(self.first, x)))
+        y = F.relu(self._conv(self.second, y))
+        z = F.max_pool2d(self.exit.quantized_input(x + self.exit.quantized_input(y)), 2)
+        return self._conv(self.exit, z)
+
+    @staticmethod
+    def _conv(module: QuantizedConv, x: Tensor) -> Tensor:
+        return F.conv2d(
+            x, module.quantized_weight(), module.conv.bias, module.conv.stride, module.conv.padding
+        )
+
+
 class Decode(nn.Module):
     """A box and score head in the shape of a detector's: [B, 4 * 16 + K, h, w] -> [B, 4 + K, h * w], stride 4."""
 
