@@ -29,6 +29,7 @@ from deploy.onnx_runtime import record_histograms, run_model
 from deploy.onnxruntime_target import Histogram, integer_operators, preactivations
 from deploy.passes import GraphPass, PassCount, count_qdq, run_pass
 from deploy.runtime import FloatArray
+from deploy.typed_target import SCALE_TYPES, TYPED_OPSETS, strongly_typed
 from deploy.unsigned import unsigned_activations
 
 Target = Literal["openvino", "onnxruntime", "trt10", "trt11"]
@@ -89,6 +90,7 @@ def export_onnx(
     quantized: bool = True,
     dynamic_size: bool = False,
     images: Sequence[FloatArray] = (),
+    scale_type: str = "fp16",
 ) -> ExportReport:
     """Write `module` as an ONNX file for `target`; `path` is touched only when everything went well.
 
@@ -107,6 +109,7 @@ def export_onnx(
         dynamic_size: leave height and width open as well; the shape arithmetic then stays in the graph.
         images: batches for the onnxruntime target, float32 [B, 3, H, W] in [0, 1]: conv results get the range they
             have there (a normal distribution is assumed without images), and the first batch measures the parity.
+        scale_type: for trt11, type of the scale tensors, "fp16" or "fp32"; see `deploy.typed_target`.
 
     Raises:
         DeployError: unknown target, wrong opset in the result, Q/DQ missing or unexpected, or a pass that
@@ -114,14 +117,17 @@ def export_onnx(
     """
     if target not in TARGETS:
         raise DeployError(f"Unknown target '{target}'; expected one of {', '.join(TARGETS)}.")
-    model = _trace(module, image_size, OPSETS[target], tuple(output_names), dynamic_batch, dynamic_size)
+    if scale_type not in SCALE_TYPES:
+        raise DeployError(f"Unknown scale type '{scale_type}'; expected one of {', '.join(SCALE_TYPES)}.")
+    opset = target_opset(target, scale_type)
+    model = _trace(module, image_size, opset, tuple(output_names), dynamic_batch, dynamic_size)
     counts = [run_pass(model, graph_pass) for graph_pass in COMMON_PASSES]
-    counts += [run_pass(model, graph_pass) for graph_pass in target_passes(target)]
+    counts += [run_pass(model, graph_pass) for graph_pass in target_passes(target, scale_type)]
     parity = None
     if target == "onnxruntime" and quantized:
         count, parity = _for_onnxruntime(model, images, len(output_names))
         counts.append(count)
-    _check_result(model, target, quantized)
+    _check_result(model, target, opset, quantized)
     _add_metadata(
         model,
         {"octet.target": target, "octet.image_size": f"{image_size[0]}x{image_size[1]}", **(metadata or {})},
@@ -141,9 +147,16 @@ def export_onnx(
     )
 
 
-def target_passes(target: str) -> tuple[GraphPass, ...]:
+def target_passes(target: str, scale_type: str = "fp16") -> tuple[GraphPass, ...]:
     """Passes that only this target needs, in order, after the common ones."""
+    if target == "trt11":
+        return (strongly_typed(scale_type),)
     return TARGET_PASSES.get(target, ())
+
+
+def target_opset(target: str, scale_type: str = "fp16") -> int:
+    """Operator set version of a target's files."""
+    return TYPED_OPSETS[scale_type] if target == "trt11" else OPSETS[target]
 
 
 def _for_onnxruntime(
@@ -218,7 +231,7 @@ def _dynamic_axes(
     return axes
 
 
-def _check_result(model: ModelProto, target: str, quantized: bool) -> None:
+def _check_result(model: ModelProto, target: str, opset: int, quantized: bool) -> None:
     num_quantize, num_dequantize = count_qdq(model)
     if quantized and not (num_quantize and num_dequantize):
         raise DeployError(
@@ -232,8 +245,8 @@ def _check_result(model: ModelProto, target: str, quantized: bool) -> None:
             "off, or export "
             "with quantized=True."
         )
-    if opset_of(model) != OPSETS[target]:
-        raise DeployError(f"The graph for {target} has opset {opset_of(model)}; {OPSETS[target]} is wanted.")
+    if opset_of(model) != opset:
+        raise DeployError(f"The graph for {target} has opset {opset_of(model)}; {opset} is wanted.")
     model.producer_name, model.producer_version = "octet", f"torch {torch.__version__}"
     onnx.checker.check_model(model, full_check=True)
 
