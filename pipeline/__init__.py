@@ -1,4 +1,13 @@
-"""The hall: ties the rooms together into the main job."""
+"""The hall: ties the rooms together into the main job.
+
+Waiting OpenMP threads sleep instead of spinning: with data workers or any other busy process beside it, a spinning
+torch was measured six to fifteen times slower on two cores (benchmarks/torch_waiting.py). The variable must be set
+before torch is imported, which is why it stands here; a value that the user sets wins.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from pipeline.errors import EXIT_CODES
 from pipeline.exporting import run_export
