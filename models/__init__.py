@@ -1,12 +1,12 @@
 """Float detectors: networks, decode, loss, and loading of checkpoints without running anything they name."""
 
 from models.boxes import Decode, non_max_suppression
-from models.checkpoint import Checkpoint, read_checkpoint
 from models.detector import ARCHITECTURES, Detector, build_detector
 from models.errors import CheckpointError
 from models.folding import fold_detector
 from models.loading import load_detector, save_detector
 from models.loss import DetectionLoss
+from models.reading import Checkpoint, read_checkpoint
 
 __all__ = [
     "ARCHITECTURES",

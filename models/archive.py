@@ -1,4 +1,4 @@
-"""Reading the containers (torch's zip archives, `.npz`, `.safetensors`); each declared size is checked before its use.
+"""Reading the containers (torch's zip archives, `.npz`, `.safetensors`), with a check of each declared size.
 
 Torch stores (never compresses) its entries, so in an honest file all entries together are smaller than the file.
 That is the memory bound: nothing is allocated for a size that the file itself does not have.

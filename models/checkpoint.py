@@ -1,197 +1,117 @@
-"""What a checkpoint file holds, whatever wrote it: tensors by name and plain facts, read without running anything.
+"""Look into a checkpoint: `python -m models.checkpoint FILE [--convert OUT.safetensors]`.
 
-Torch zip files (pickled models of the official YOLOv9 trainer and of Ultralytics, plain state dicts), `.safetensors`
-and `.npz` all end up as one `Checkpoint`. Which network it fits is `models.convert`'s business.
+Prints what the file holds (format, which of its models, network, classes, parameters, types, quantized or not)
+without building a model and without running anything that the file names. `--convert` loads the detector and writes
+it as `.safetensors` with a manifest.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import argparse
+import collections
+import logging
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from models.archive import TorchArchive, read_json, read_npz, read_safetensors
+from models.convert import count_classes, is_folded
 from models.errors import CheckpointError
-from models.inert_records import Record, TensorRecord
+from models.interpretation import interpret
+from models.loading import load_detector, save_detector
+from models.reading import Checkpoint, read_checkpoint
 
-MAX_MODULES = 50_000
-MAX_DEPTH = 64
-MAX_NAMES = 10_000
-ENTRIES_BY_PREFERENCE = ("ema", "model", "state_dict", "model_state_dict")
-ACTIVATION_CLASSES = {"torch.nn.modules.activation.SiLU": "silu", "torch.nn.modules.activation.ReLU": "relu"}
-
-
-@dataclass
-class Checkpoint:
-    """Tensors by the names the file uses, in the types it stores, and what else is known.
-
-    Attributes:
-        state: Parameters and buffers.
-        metadata: `format` (`torch`, `npz` or `safetensors`), and where known `entry` (which of the file's models),
-            `model_class`, `names` (class names), `activation`, `epoch`, `manifest` (what `save_detector` wrote).
-    """
-
-    state: dict[str, Tensor]
-    metadata: dict[str, Any] = field(default_factory=dict)
+EXIT_OK = 0
+EXIT_CHECKPOINT = 3
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint; of several models in a file the EMA is preferred.
+def describe_checkpoint(path: str | Path) -> dict[str, str]:
+    """What a checkpoint holds, as label -> text, in the order for printing.
 
-    Args:
-        path: A `.pt`/`.pth`/`.ckpt` torch zip file, a `.safetensors` or an `.npz` file. The content decides, not the
-            ending.
+    A file whose keys fit no known network is described too; then `network` says why.
 
     Raises:
-        CheckpointError: If the file is missing, damaged, holds no model, or asks for anything to be executed.
+        CheckpointError: If the file can't be read.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(
-            f"Checkpoint {path} does not exist or is not a file; give the path of a weights file"
-        )
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix == ".npz":
-        return Checkpoint(read_npz(path), {"format": "npz"})
-    with TorchArchive(path) as archive:
-        return _read_torch(archive)
-
-
-def manifest_path(path: Path) -> Path:
-    """Where the manifest of a `.safetensors` file lies: `x.safetensors` -> `x.safetensors.json`."""
-    return path.with_name(path.name + ".json")
-
-
-def _read_safetensors(path: Path) -> Checkpoint:
-    state, header = read_safetensors(path)
-    metadata: dict[str, Any] = {
-        "format": "safetensors",
-        **{f"header.{key}": value for key, value in header.items()},
+    checkpoint = read_checkpoint(path)
+    metadata, state = checkpoint.metadata, checkpoint.state
+    weights = {
+        key: tensor
+        for key, tensor in state.items()
+        if "_quantizer." not in key and not key.startswith("amax.")
     }
-    if manifest_path(path).is_file():
-        metadata["manifest"] = read_json(manifest_path(path))
-    return Checkpoint(state, metadata)
-
-
-def _read_torch(archive: TorchArchive) -> Checkpoint:
-    content = archive.pickle()
-    metadata: dict[str, Any] = {"format": "torch"}
-    chosen = content
-    if type(content) is dict:
-        metadata["epoch"] = content.get("epoch") if type(content.get("epoch")) is int else None
-        for entry in ENTRIES_BY_PREFERENCE:
-            if isinstance(content.get(entry), Record | dict):
-                chosen = content[entry]
-                metadata["entry"] = entry
-                break
-    if isinstance(chosen, Record) and "_modules" not in _attributes(chosen):
-        chosen = _attributes(chosen).get("ema", chosen)
-    if isinstance(chosen, Record):
-        records = dict(_module_tensors(chosen))
-        metadata.update(_describe_model(chosen))
-    elif type(chosen) is dict:
-        records = {
-            key: value
-            for key, value in chosen.items()
-            if type(key) is str and isinstance(value, TensorRecord)
-        }
-    else:
-        records = {}
-    if not records:
-        raise CheckpointError(
-            f"{archive.path} holds no model: no module and no tensors at the top or under "
-            + ", ".join(ENTRIES_BY_PREFERENCE)
-        )
-    return Checkpoint(_load_all(archive, records), metadata)
-
-
-def _load_all(archive: TorchArchive, records: dict[str, TensorRecord]) -> dict[str, Tensor]:
-    """Read the tensors; tensors that share a storage may not together claim more than twice the file."""
-    declared = 0
-    bound = 2 * archive.path.stat().st_size + 2**20
-    state = {}
-    for key, record in records.items():
-        tensor = archive.tensor(record)
-        declared += tensor.numel() * tensor.element_size()
-        if declared > bound:
-            raise CheckpointError(
-                f"{archive.path}: its tensors claim more than {bound} bytes, twice what the file holds; refused"
-            )
-        state[key] = tensor
-    return state
-
-
-def _attributes(record: Record) -> dict[Any, Any]:
-    """An object's attributes: its state, if that is a dictionary."""
-    return record.state if type(record.state) is dict else {}
-
-
-def _children(record: Record) -> dict[str, Record]:
-    modules = _attributes(record).get("_modules")
-    if type(modules) is not dict:
-        return {}
-    return {key: child for key, child in modules.items() if type(key) is str and isinstance(child, Record)}
-
-
-def _walk(root: Record) -> Iterator[tuple[str, Record]]:
-    """All modules with their dotted paths, parents first.
-
-    Raises:
-        CheckpointError: If the tree is deeper than 64, larger than 50,000 modules, or contains itself.
-    """
-    pending: list[tuple[str, Record, int]] = [("", root, 0)]
-    visited = 0
-    while pending:
-        path, record, depth = pending.pop()
-        visited += 1
-        if depth > MAX_DEPTH or visited > MAX_MODULES:
-            raise CheckpointError(
-                f"The model's modules are nested deeper than {MAX_DEPTH} or number over {MAX_MODULES}, "
-                "or contain themselves; refused"
-            )
-        yield path, record
-        prefix = f"{path}." if path else ""
-        children = [(prefix + name, child, depth + 1) for name, child in _children(record).items()]
-        pending.extend(reversed(children))
-
-
-def _module_tensors(root: Record) -> Iterator[tuple[str, TensorRecord]]:
-    for path, record in _walk(root):
-        attributes = _attributes(record)
-        for group in ("_parameters", "_buffers"):
-            tensors = attributes.get(group)
-            for name, value in tensors.items() if type(tensors) is dict else ():
-                if type(name) is str and isinstance(value, TensorRecord):
-                    yield (f"{path}.{name}" if path else name), value
-
-
-def _describe_model(root: Record) -> dict[str, Any]:
-    facts: dict[str, Any] = {"model_class": root.kind, "names": _class_names(_attributes(root).get("names"))}
-    kinds = {child.kind for path, child in _walk(root) if path.rpartition(".")[2] == "act"} - {
-        "torch.nn.modules.linear.Identity"
-    }
-    unknown = kinds - set(ACTIVATION_CLASSES)
-    if unknown or len(kinds) > 1:
-        raise CheckpointError(
-            f"The model's activations are {', '.join(sorted(kinds)[:8])}; expected SiLU or ReLU throughout"
-        )
-    facts["activation"] = ACTIVATION_CLASSES[kinds.pop()] if kinds else None
+    facts = {"file": str(path), "format": str(metadata["format"])}
+    if metadata.get("entry"):
+        facts["entry"] = str(metadata["entry"])
+    if metadata.get("model_class"):
+        facts["model class"] = str(metadata["model_class"])
+    facts["network"] = _describe_network(checkpoint)
+    facts["classes"] = _describe_classes(checkpoint)
+    activation = metadata.get("manifest", {}).get("activation") or metadata.get("activation")
+    facts["activation"] = str(activation or "not stated")
+    facts["parameters"] = f"{sum(tensor.numel() for key, tensor in weights.items() if _is_parameter(key)):,}"
+    facts["tensors"] = f"{len(weights)} ({_describe_types(weights)})"
+    quantizers = len(checkpoint.amax) + sum(key.startswith("amax.") for key in state)
+    facts["quantized"] = f"yes, {quantizers} ranges" if quantizers else "no"
     return facts
 
 
-def _class_names(names: Any) -> tuple[str, ...] | None:
-    """Class names from a list, or from a dictionary by index; None if there are none that make sense."""
-    if type(names) is dict:
-        if len(names) > MAX_NAMES or set(names) != set(range(len(names))):
-            return None
-        names = [names[index] for index in range(len(names))]
-    if (
-        type(names) is not list
-        or not names
-        or len(names) > MAX_NAMES
-        or any(type(name) is not str for name in names)
-    ):
-        return None
-    return tuple(names)
+def _describe_network(checkpoint: Checkpoint) -> str:
+    try:
+        meaning = interpret(checkpoint, "the file")
+    except CheckpointError as error:
+        return f"not recognised: {error}"
+    match = meaning.match
+    form = "folded" if match.folded else "with batch normalisation"
+    training = f"; {meaning.conversion.describe()}" if meaning.conversion is not None else ""
+    return f"{match.architecture} ({match.head_style} head, {form}{training})"
+
+
+def _describe_classes(checkpoint: Checkpoint) -> str:
+    names = checkpoint.metadata.get("manifest", {}).get("names") or checkpoint.metadata.get("names")
+    if names:
+        shown = ", ".join(str(name) for name in names[:12]) + (", ..." if len(names) > 12 else "")
+        return f"{len(names)}: {shown}"
+    try:
+        match = interpret(checkpoint, "the file")
+    except CheckpointError:
+        return "unknown"
+    return f"{count_classes(match.state)}, without names"
+
+
+def _describe_types(state: dict[str, Tensor]) -> str:
+    counts = collections.Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state.values())
+    folded = ", no normalisation statistics" if is_folded(state) else ""
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common()) + folded
+
+
+def _is_parameter(key: str) -> bool:
+    return not key.endswith(("running_mean", "running_var", "num_batches_tracked", "decode.projection"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of `python -m models.checkpoint`; returns the exit code (0, or 3 for a problem with the checkpoint)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m models.checkpoint", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("file", type=Path, help="a .pt, .safetensors or .npz checkpoint")
+    parser.add_argument(
+        "--convert", type=Path, metavar="OUT", help="write OUT (.safetensors) and its manifest"
+    )
+    parser.add_argument("--activation", choices=("silu", "relu"), help="for files that do not say theirs")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        facts = describe_checkpoint(options.file)
+        for label, text in facts.items():
+            print(f"{label:>12}  {text}")
+        if options.convert is not None:
+            save_detector(load_detector(options.file, activation=options.activation), options.convert)
+            print(f"{'written':>12}  {options.convert}")
+    except (CheckpointError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CHECKPOINT
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,7 +7,7 @@ left over.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -18,12 +18,15 @@ from models.archive import sorted_sample
 from models.detector import ARCHITECTURES, MAX_CLASSES, Detector, build_detector
 from models.errors import CheckpointError
 from models.folding import fold_network
+from models.head import BOX_GROUPS
 from models.yolov9 import YOLOv9Network
 
 _LAYER_KEY = re.compile(r"^(?:module\.|model\.)*(\d+\..+)$")
 _UNDERSCORED = ("running_mean", "running_var", "num_batches_tracked")
 _CLASS_BIAS = re.compile(r"^model\.(\d+)\.cv3\.0\.2\.bias$")
 _OWN_CLASS_BIAS = "network.head.cls.0.output.bias"
+_SEPARABLE = re.compile(r"^(?:model\.\d+\.cv3|network\.head\.cls)\.0\.(?:0\.0|conv1\.depthwise)\.")
+_BOX_OUTPUT = re.compile(r"^(?:model\.\d+\.cv2|network\.head\.box)\.0\.(?:2|output)\.weight$")
 _OPTIONAL = "num_batches_tracked"
 
 
@@ -33,19 +36,21 @@ class Match:
 
     Attributes:
         architecture: The candidate.
+        head_style: The trainer whose head it has, a key of `models.head.HEADS`.
         folded: Whether it was compared in folded form.
         keys: Our state-dict key -> the checkpoint's key, for what agrees.
         missing: Checkpoint keys that the architecture needs and that are absent.
         unexpected: Checkpoint keys that the architecture has no place for.
-        misshapen: Key, found shape and expected shape, as text.
+        misshapen: Key, found shape and expected shape.
     """
 
     architecture: str
+    head_style: str
     folded: bool
     keys: dict[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
-    misshapen: tuple[str, ...] = ()
+    misshapen: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -57,36 +62,37 @@ class Match:
         """How far it is from fitting."""
         return len(self.missing) + len(self.unexpected) + len(self.misshapen)
 
-    def explain(self) -> str:
-        """The differences, for a message."""
+    def explain(self, name: Callable[[str], str] = str) -> str:
+        """The differences, for a message; `name` gives the name that a key has in the file."""
         parts = []
         if self.missing:
-            parts.append(f"missing: {sorted_sample(self.missing)}")
+            parts.append(f"missing: {sorted_sample(map(name, self.missing))}")
         if self.unexpected:
-            parts.append(f"left over: {sorted_sample(self.unexpected)}")
+            parts.append(f"left over: {sorted_sample(map(name, self.unexpected))}")
         if self.misshapen:
-            parts.append(f"of another shape: {sorted_sample(self.misshapen)}")
+            texts = (f"{name(key)} {found} instead of {shape}" for key, found, shape in self.misshapen)
+            parts.append(f"of another shape: {sorted_sample(texts)}")
         return "; ".join(parts)
 
 
-def normalise_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Bring an official state dict to the form `model.<layer>.<rest>`; ours (`network.`, `decode.`) stays as it is.
+def normalise_key(key: str) -> str:
+    """Bring an official key to the form `model.<layer>.<rest>`; ours (`network.`, `decode.`) stays as it is.
 
-    Leading `module.` and repeated `model.` are dropped, `_` for `.` (as `.npz` files have it) is undone, and grouped
-    kernels [groups, out, in, k, k] (as OpenVINO has them) become [groups * out, in, k, k].
+    Leading `module.` and repeated `model.` are dropped, and `_` for `.` (as `.npz` files have it) is undone:
+    `model_4_cv1_bn_running_mean` -> `model.4.cv1.bn.running_mean`.
     """
-    result = {}
-    for key, tensor in state.items():
-        name = key
-        if "." not in key:
-            name = key.replace("_", ".")
-            for word in _UNDERSCORED:
-                name = name.replace(word.replace("_", "."), word)
-        numbered = _LAYER_KEY.match(name)
-        result[f"model.{numbered[1]}" if numbered else name] = (
-            tensor.flatten(0, 1) if tensor.ndim == 5 else tensor
-        )
-    return result
+    name = key
+    if "." not in key:
+        name = key.replace("_", ".")
+        for word in _UNDERSCORED:
+            name = name.replace(word.replace("_", "."), word)
+    numbered = _LAYER_KEY.match(name)
+    return f"model.{numbered[1]}" if numbered else name
+
+
+def normalise_tensor(tensor: Tensor) -> Tensor:
+    """Grouped kernels [groups, out, in, k, k] (as OpenVINO has them) become [groups * out, in, k, k]."""
+    return tensor.flatten(0, 1) if tensor.ndim == 5 else tensor
 
 
 def count_classes(state: Mapping[str, Tensor]) -> int | None:
@@ -97,17 +103,30 @@ def count_classes(state: Mapping[str, Tensor]) -> int | None:
     return biases[0].numel()
 
 
+def find_head_style(state: Mapping[str, Tensor]) -> str:
+    """Which trainer's head the keys and shapes show: a key of `models.head.HEADS`."""
+    if any(_SEPARABLE.match(key) for key in state):
+        return "ultralytics"
+    for key, tensor in state.items():
+        if _BOX_OUTPUT.match(key) and tensor.ndim == 4:
+            return "official" if tensor.shape[1] * BOX_GROUPS == tensor.shape[0] else "ultralytics-legacy"
+    return "official"
+
+
 def is_folded(state: Mapping[str, Tensor]) -> bool:
     """True if there are no normalisation statistics."""
     return not any(key.endswith("running_mean") for key in state)
 
 
-def recognise(state: Mapping[str, Tensor], architecture: str | None = None) -> Match:
+def recognise(
+    state: Mapping[str, Tensor], architecture: str | None = None, name: Callable[[str], str] = str
+) -> Match:
     """Find the architecture that fits a normalised state dict.
 
     Args:
         state: From `normalise_state`.
         architecture: Accept only this one.
+        name: Gives the name that a key has in the file, for messages.
 
     Raises:
         CheckpointError: If none fits (with the differences to the closest), or if another than the wanted one does.
@@ -123,11 +142,14 @@ def recognise(state: Mapping[str, Tensor], architecture: str | None = None) -> M
             "The checkpoint has no class branch of a YOLOv9 head (model.<last>.cv3.0.2.bias); its keys start with: "
             + sorted_sample(state, 6)
         )
-    matches = [compare(state, name, num_classes) for name in ARCHITECTURES]
-    fitting = next((match for match in matches if match.fits), None)
-    if architecture is None and fitting is not None:
-        return fitting
-    if fitting is not None and fitting.architecture == architecture:
+    style = find_head_style(state)
+    matches = []
+    for candidate in sorted(ARCHITECTURES, key=lambda known: known != architecture):
+        matches.append(compare(state, candidate, num_classes, style))
+        if matches[-1].fits:
+            break
+    fitting = matches[-1] if matches[-1].fits else None
+    if fitting is not None and architecture in (None, fitting.architecture):
         return fitting
     if fitting is not None:
         raise CheckpointError(
@@ -137,15 +159,17 @@ def recognise(state: Mapping[str, Tensor], architecture: str | None = None) -> M
     candidates = [match for match in matches if architecture in (None, match.architecture)]
     closest = min(candidates, key=lambda match: match.num_differences)
     wanted = architecture or f"any known architecture; the closest is {closest.architecture}"
-    raise CheckpointError(f"The checkpoint does not fit {wanted}: {closest.explain()}")
+    raise CheckpointError(f"The checkpoint does not fit {wanted}: {closest.explain(name)}")
 
 
-def compare(state: Mapping[str, Tensor], architecture: str, num_classes: int) -> Match:
+def compare(
+    state: Mapping[str, Tensor], architecture: str, num_classes: int, style: str = "official"
+) -> Match:
     """Compare a normalised state dict with one architecture, by names and shapes."""
     folded = is_folded(state)
     own = any(key.startswith("network.") for key in state)
     keys, missing, misshapen = {}, [], []
-    expected = _signature(architecture, num_classes, folded)
+    expected = _signature(architecture, num_classes, style, folded)
     wanted = {}
     for ours, (official, shape) in expected.items():
         theirs = ours if own else official
@@ -154,17 +178,19 @@ def compare(state: Mapping[str, Tensor], architecture: str, num_classes: int) ->
             if not theirs.endswith(_OPTIONAL):
                 missing.append(theirs)
         elif tuple(state[theirs].shape) != shape:
-            misshapen.append(f"{theirs} {tuple(state[theirs].shape)} instead of {shape}")
+            misshapen.append((theirs, tuple(state[theirs].shape), shape))
         else:
             keys[ours] = theirs
     unexpected = tuple(key for key in state if key not in wanted)
-    return Match(architecture, folded, keys, tuple(missing), unexpected, tuple(misshapen))
+    return Match(architecture, style, folded, keys, tuple(missing), unexpected, tuple(misshapen))
 
 
 @lru_cache(maxsize=64)
-def _signature(architecture: str, num_classes: int, folded: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _signature(
+    architecture: str, num_classes: int, style: str, folded: bool
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Our key -> (official key, official shape) for one architecture."""
-    detector = build_empty(architecture, num_classes, "silu", folded)
+    detector = build_empty(architecture, num_classes, "silu", folded, style)
     network = detector.network
     assert isinstance(network, YOLOv9Network)
     names = official_keys(network)
@@ -174,10 +200,12 @@ def _signature(architecture: str, num_classes: int, folded: bool) -> dict[str, t
     return result
 
 
-def build_empty(architecture: str, num_classes: int, activation: str, folded: bool) -> Detector:
+def build_empty(
+    architecture: str, num_classes: int, activation: str, folded: bool, head_style: str = "official"
+) -> Detector:
     """A detector on the meta device: all shapes, no numbers."""
     with torch.device("meta"):
-        detector = build_detector(architecture, num_classes, activation)
+        detector = build_detector(architecture, num_classes, activation, head_style=head_style)
         if folded:
             fold_network(detector.network)
             detector.folded = True

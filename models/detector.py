@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from models.boxes import Decode
+from models.head import HEADS, HeadBuilder
 from models.yolov9 import STRIDES, YOLOv9Network, yolov9c, yolov9m, yolov9s, yolov9t
 from models.yolov9e import yolov9e
 
@@ -24,7 +25,10 @@ class Detector(nn.Module):
         strides: Input pixels per cell for each level, fine to coarse.
         architecture: A key of `ARCHITECTURES`.
         activation: `silu` or `relu`.
+        head_style: A key of `HEADS`.
         folded: True once batch normalisation is folded and parallel branches are merged.
+        amax: Largest magnitudes that a quantized checkpoint carried, by `<path of a convolution in network>.input`
+            (scalar) and `.weight` (per output channel); empty otherwise.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class Detector(nn.Module):
         strides: Sequence[int],
         architecture: str,
         activation: str,
+        head_style: str = "official",
         folded: bool = False,
     ) -> None:
         super().__init__()
@@ -45,7 +50,9 @@ class Detector(nn.Module):
         self.strides = tuple(strides)
         self.architecture = architecture
         self.activation = activation
+        self.head_style = head_style
         self.folded = folded
+        self.amax: dict[str, Tensor] = {}
 
     @property
     def num_classes(self) -> int:
@@ -57,7 +64,7 @@ class Detector(nn.Module):
         return self.decode(self.network(images))
 
 
-ARCHITECTURES: dict[str, Callable[[int, str], YOLOv9Network]] = {
+ARCHITECTURES: dict[str, Callable[[int, str, HeadBuilder], YOLOv9Network]] = {
     "yolov9t": yolov9t,
     "yolov9s": yolov9s,
     "yolov9m": yolov9m,
@@ -67,7 +74,11 @@ ARCHITECTURES: dict[str, Callable[[int, str], YOLOv9Network]] = {
 
 
 def build_detector(
-    architecture: str, num_classes: int, activation: str = "silu", names: Sequence[str] | None = None
+    architecture: str,
+    num_classes: int,
+    activation: str = "silu",
+    names: Sequence[str] | None = None,
+    head_style: str = "official",
 ) -> Detector:
     """Build a detector with random weights and the head's biases set for training from scratch.
 
@@ -76,17 +87,20 @@ def build_detector(
         num_classes: K, at least 1.
         activation: `silu` or `relu`.
         names: K class names; `class0`, `class1`, ... when None.
+        head_style: A key of `HEADS`: which trainer's head it has.
 
     Returns:
         A detector in training mode, with batch normalisation and parallel branches.
 
     Raises:
-        ValueError: For an unknown architecture or activation, or when K and the names disagree.
+        ValueError: For an unknown architecture, activation or head, or when K and the names disagree.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(
             f"Architecture {architecture!r} is unknown; expected one of {', '.join(ARCHITECTURES)}"
         )
+    if head_style not in HEADS:
+        raise ValueError(f"Head {head_style!r} is unknown; expected one of {', '.join(HEADS)}")
     if not 1 <= num_classes <= MAX_CLASSES:
         raise ValueError(f"num_classes is {num_classes}; expected 1 to {MAX_CLASSES}")
     chosen = tuple(names) if names is not None else tuple(f"class{index}" for index in range(num_classes))
@@ -94,7 +108,7 @@ def build_detector(
         raise ValueError(
             f"{len(chosen)} names were given for {num_classes} classes; give one name for each class"
         )
-    network = ARCHITECTURES[architecture](num_classes, activation)
+    network = ARCHITECTURES[architecture](num_classes, activation, HEADS[head_style])
     return Detector(
         network,
         Decode(STRIDES),
@@ -102,4 +116,5 @@ def build_detector(
         strides=STRIDES,
         architecture=architecture,
         activation=activation,
+        head_style=head_style,
     )

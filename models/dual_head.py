@@ -42,6 +42,36 @@ class DualForm:
             return None
         return layer - self.shift if layer >= self.shift_from else layer
 
+    def deployed_key(self, key: str) -> str | None:
+        """Single-head name of a key; None for the auxiliary branch. Keys of another kind keep their name."""
+        parts = key.split(".")
+        if parts[0] != "model" or len(parts) < 3 or not parts[1].isdigit():
+            return key
+        layer = int(parts[1])
+        if layer == self.head:
+            branch = _MAIN_HEAD_NAMES.get(parts[2])
+            if branch is not None:
+                return ".".join(("model", str(self.deployed_head), branch, *parts[3:]))
+            return (
+                None
+                if parts[2] in _MAIN_HEAD_NAMES.values()
+                else ".".join(("model", str(self.deployed_head), *parts[2:]))
+            )
+        deployed = self.deployed_layer(layer)
+        return None if deployed is None else ".".join(("model", str(deployed), *parts[2:]))
+
+    def training_key(self, key: str) -> str:
+        """Name that a single-head key has in this training form, for messages about it."""
+        head_names = {deployed: training for training, deployed in _MAIN_HEAD_NAMES.items()}
+        parts = key.split(".")
+        if parts[0] != "model" or len(parts) < 3 or not parts[1].isdigit():
+            return key
+        layer = int(parts[1])
+        if layer == self.deployed_head:
+            return ".".join(("model", str(self.head), head_names.get(parts[2], parts[2]), *parts[3:]))
+        moved = layer + self.shift
+        return ".".join(("model", str(moved if moved >= self.shift_from + self.shift else layer), *parts[2:]))
+
     @property
     def deployed_head(self) -> int:
         """Single-head index of the head: all dropped and silent layers are gone."""
@@ -105,24 +135,9 @@ def to_single_head(state: Mapping[str, Tensor]) -> Conversion | None:
     kept: dict[str, Tensor] = {}
     dropped = []
     for key, tensor in state.items():
-        name = _deployed_key(key, form)
+        name = form.deployed_key(key)
         if name is None:
             dropped.append(key)
         else:
             kept[name] = tensor
     return Conversion(kept, form, tuple(dropped))
-
-
-def _deployed_key(key: str, form: DualForm) -> str | None:
-    """Single-head name of one key; None if it belongs to the auxiliary branch. Keys of another kind keep their name."""
-    parts = key.split(".")
-    if parts[0] != "model" or len(parts) < 3 or not parts[1].isdigit():
-        return key
-    layer = int(parts[1])
-    if layer == form.head:
-        branch = _MAIN_HEAD_NAMES.get(parts[2])
-        if branch is not None:
-            return ".".join(("model", str(form.deployed_head), branch, *parts[3:]))
-        return None if parts[2] in _MAIN_HEAD_NAMES.values() else key
-    deployed = form.deployed_layer(layer)
-    return None if deployed is None else ".".join(("model", str(deployed), *parts[2:]))

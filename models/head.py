@@ -7,7 +7,7 @@ Shapes: B batch, K classes, R bins of a box side's distribution, h and w cells o
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from models.blocks import ConvBlock
 
 Raw = tuple[tuple[Tensor, Tensor], ...]
+
+HeadBuilder = Callable[[Sequence[int], int, Sequence[int], str], nn.Module]
 
 REG_MAX = 16
 BOX_GROUPS = 4
@@ -59,14 +61,21 @@ class DetectionHead(nn.Module):
         super().__init__()
         finest = in_channels[0]
         box_hidden = math.ceil(max(16, finest // 4, REG_MAX * 4) / BOX_GROUPS) * BOX_GROUPS
-        cls_hidden = max(finest, min(2 * num_classes, 128))
         self.box = nn.ModuleList(
-            HeadBranch(channels, box_hidden, 4 * REG_MAX, BOX_GROUPS, activation) for channels in in_channels
+            self.box_branch(channels, box_hidden, activation) for channels in in_channels
         )
         self.cls = nn.ModuleList(
-            HeadBranch(channels, cls_hidden, num_classes, 1, activation) for channels in in_channels
+            self.cls_branch(channels, finest, num_classes, activation) for channels in in_channels
         )
         self.initialise_biases(num_classes, strides)
+
+    def box_branch(self, in_channels: int, hidden: int, activation: str) -> nn.Module:
+        """The box branch of one level: its second and last convolution are in four groups, one for each side."""
+        return HeadBranch(in_channels, hidden, 4 * REG_MAX, BOX_GROUPS, activation)
+
+    def cls_branch(self, in_channels: int, finest: int, num_classes: int, activation: str) -> nn.Module:
+        """The class branch of one level; `finest` is the finest level's number of channels."""
+        return HeadBranch(in_channels, max(finest, min(2 * num_classes, 128)), num_classes, 1, activation)
 
     def initialise_biases(self, num_classes: int, strides: Sequence[int]) -> None:
         """Start from rare objects: without it the class loss of the many empty cells swamps the first steps.
@@ -83,6 +92,64 @@ class DetectionHead(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Raw:
         """Feature maps [B, C, h, w], fine to coarse, to (box, cls) logits for each."""
         return tuple((self.box[i](features[i]), self.cls[i](features[i])) for i in range(len(self.box)))
+
+
+class UltralyticsLegacyHead(DetectionHead):
+    """The head of YOLOv9 checkpoints from early Ultralytics releases: nothing is grouped, class width up to 100."""
+
+    def box_branch(self, in_channels: int, hidden: int, activation: str) -> nn.Module:
+        """The box branch of one level, without groups."""
+        return HeadBranch(in_channels, hidden, 4 * REG_MAX, 1, activation)
+
+    def cls_branch(self, in_channels: int, finest: int, num_classes: int, activation: str) -> nn.Module:
+        """The class branch of one level."""
+        return HeadBranch(in_channels, max(finest, min(num_classes, 100)), num_classes, 1, activation)
+
+
+class SeparableConv(nn.Module):
+    """A depthwise 3x3 block and a 1x1 block. [B, C, h, w] -> [B, C', h, w]."""
+
+    OFFICIAL_NAMES: ClassVar[dict[str, str]] = {"0": "depthwise", "1": "pointwise"}
+
+    def __init__(self, in_channels: int, out_channels: int, activation: str) -> None:
+        super().__init__()
+        self.depthwise = ConvBlock(in_channels, in_channels, 3, groups=in_channels, activation=activation)
+        self.pointwise = ConvBlock(in_channels, out_channels, 1, activation=activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C', h, w]."""
+        return self.pointwise(self.depthwise(x))
+
+
+class SeparableBranch(nn.Module):
+    """Two depthwise-separable convolutions and a final 1x1 convolution. [B, C, h, w] -> [B, out, h, w]."""
+
+    OFFICIAL_NAMES: ClassVar[dict[str, str]] = {"0": "conv1", "1": "conv2", "2": "output"}
+
+    def __init__(self, in_channels: int, hidden: int, out_channels: int, activation: str) -> None:
+        super().__init__()
+        self.conv1 = SeparableConv(in_channels, hidden, activation)
+        self.conv2 = SeparableConv(hidden, hidden, activation)
+        self.output = nn.Conv2d(hidden, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, out, h, w]."""
+        return self.output(self.conv2(self.conv1(x)))
+
+
+class UltralyticsHead(UltralyticsLegacyHead):
+    """The head of YOLOv9 checkpoints from later Ultralytics releases: a depthwise-separable class branch."""
+
+    def cls_branch(self, in_channels: int, finest: int, num_classes: int, activation: str) -> nn.Module:
+        """The class branch of one level."""
+        return SeparableBranch(in_channels, max(finest, min(num_classes, 100)), num_classes, activation)
+
+
+HEADS: dict[str, HeadBuilder] = {
+    "official": DetectionHead,
+    "ultralytics": UltralyticsHead,
+    "ultralytics-legacy": UltralyticsLegacyHead,
+}
 
 
 def _output_bias(branch: nn.Module) -> Tensor:

@@ -76,8 +76,8 @@ STORAGE_DTYPES = {
 }
 
 SAFE_BUILTINS = frozenset(
-    {"set", "frozenset", "list", "dict", "tuple", "int", "float", "bool", "str", "bytes", "bytearray", "complex",
-     "slice", "range", "object"}
+    {"set", "frozenset", "getattr", "list", "dict", "tuple", "int", "float", "bool", "str", "bytes", "bytearray",
+     "complex", "slice", "range", "object"}
 )  # fmt: skip
 
 REFUSED_MODULES = frozenset(
@@ -240,6 +240,16 @@ def _reconstruct(arguments: tuple[Any, ...]) -> Record:
     return Record(str(arguments[0]))
 
 
+def _bound_method(arguments: tuple[Any, ...]) -> Record:
+    """`getattr(object, "name")` of an inert object: how pickles write bound methods, e.g. a fused block's `forward`."""
+    owner, name = arguments
+    if not isinstance(owner, Record) or type(name) is not str or not name[:MAX_NAME_LENGTH].isidentifier():
+        raise CheckpointError(
+            "Refused getattr of something that is not a described object; nothing was executed"
+        )
+    return Record("bound method", (owner, name))
+
+
 def _size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(arguments[0])
 
@@ -261,6 +271,8 @@ _BUILDERS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "__builtin__.set": _scalar_set(set),
     "builtins.frozenset": _scalar_set(frozenset),
     "__builtin__.frozenset": _scalar_set(frozenset),
+    "builtins.getattr": _bound_method,
+    "__builtin__.getattr": _bound_method,
     "copyreg._reconstructor": _reconstruct,
     "copy_reg._reconstructor": _reconstruct,
     "numpy.dtype": _describe("numpy.dtype"),

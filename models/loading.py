@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.blocks import ACTIVATIONS
-from models.checkpoint import Checkpoint, manifest_path, read_checkpoint
-from models.convert import Match, build_empty, normalise_state, recognise
+from models.convert import Match, build_empty
 from models.detector import Detector
-from models.dual_head import to_single_head
 from models.errors import CheckpointError
 from models.head import REG_MAX
+from models.interpretation import interpret
+from models.reading import Checkpoint, manifest_path, read_checkpoint
 
 MANIFEST_FORMAT = "octet-detector-1"
-PROJECTION_TOLERANCE = 0.06  # half a step of 0 .. 15 in 8 bits, for weights that were quantized once
 _logger = logging.getLogger(__name__)
 
 
@@ -55,20 +54,9 @@ def detector_from_checkpoint(
     activation: str | None = None,
 ) -> Detector:
     """Build the detector that a checkpoint's keys and shapes describe; arguments and errors as for `load_detector`."""
-    state = normalise_state(checkpoint.state)
-    try:
-        conversion = to_single_head(state)
-    except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from error
-    if conversion is not None:
-        _logger.info("%s: %s", source, conversion.describe())
-        state = conversion.state
-    projection = _take_projection(state, source)
+    meaning = interpret(checkpoint, source, architecture)
+    match, state = meaning.match, meaning.state
     manifest = checkpoint.metadata.get("manifest", {})
-    try:
-        match = recognise(state, architecture)
-    except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from error
     names = _choose_names(checkpoint.metadata, manifest, state, match, source)
     if num_classes is not None and num_classes != len(names):
         raise CheckpointError(
@@ -76,13 +64,16 @@ def detector_from_checkpoint(
             "use weights and data of the same classes"
         )
     chosen = _choose_activation(checkpoint.metadata, manifest, activation, source)
-    detector = build_empty(match.architecture, len(names), chosen, match.folded)
-    detector.names = names
+    detector = build_empty(match.architecture, len(names), chosen, match.folded, match.head_style)
+    detector.names, detector.amax = names, meaning.amax
+    _set_batch_norm_eps(
+        detector, manifest.get("batch_norm_eps") or checkpoint.metadata.get("batch_norm_eps"), source
+    )
     values: dict[str, Tensor] = {
         ours: state[theirs].to(torch.float32) if state[theirs].is_floating_point() else state[theirs]
         for ours, theirs in match.keys.items()
     }
-    values["decode.projection"] = projection
+    values["decode.projection"] = torch.arange(REG_MAX, dtype=torch.float32)
     for key, empty in detector.state_dict().items():
         if key.endswith("num_batches_tracked"):
             values.setdefault(key, torch.zeros((), dtype=empty.dtype))
@@ -98,7 +89,7 @@ def save_detector(detector: Detector, path: str | Path) -> None:
     """Write the weights as `.safetensors` and what they are as JSON beside it; both appear at once or not at all.
 
     Args:
-        detector: The detector; its tensors keep their type.
+        detector: The detector; its tensors keep their type; imported quantizer ranges are kept too.
         path: Ends with `.safetensors`. The manifest is `PATH.json`.
 
     Raises:
@@ -114,33 +105,33 @@ def save_detector(detector: Detector, path: str | Path) -> None:
         "num_classes": detector.num_classes,
         "names": list(detector.names),
         "activation": detector.activation,
+        "head_style": detector.head_style,
         "folded": detector.folded,
+        "batch_norm_eps": next((norm.eps for norm in _batch_norms(detector)), None),
     }
     weights_part = path.with_name(path.name + ".part")
     manifest_part = manifest_path(path).with_name(manifest_path(path).name + ".part")
-    save_file(
-        {key: tensor.detach().cpu().contiguous() for key, tensor in detector.state_dict().items()},
-        weights_part,
-    )
+    tensors = {**detector.state_dict(), **{f"amax.{key}": tensor for key, tensor in detector.amax.items()}}
+    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, weights_part)
     manifest_part.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     manifest_part.replace(manifest_path(path))
     weights_part.replace(path)
 
 
-def _take_projection(state: dict[str, Tensor], source: str) -> Tensor:
-    """Remove the DFL projection from `state` and return the exact bins 0, 1, ..., R - 1 that it must stand for."""
-    expected = torch.arange(REG_MAX, dtype=torch.float32)
-    for key in [
-        key
-        for key in state
-        if key == "decode.projection" or key.endswith((".dfl.conv.weight", ".dfl2.conv.weight"))
-    ]:
-        found = state.pop(key).float().flatten()
-        if found.shape != expected.shape or float((found - expected).abs().max()) > PROJECTION_TOLERANCE:
-            raise CheckpointError(
-                f"{source}: {key} is not 0, 1, ..., {REG_MAX - 1}, the bins that this head is made of"
-            )
-    return expected
+def _batch_norms(detector: Detector) -> list[nn.BatchNorm2d]:
+    return [module for module in detector.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def _set_batch_norm_eps(detector: Detector, eps: Any, source: str) -> None:
+    """Use the file's eps, where it says one; ours is that of all official checkpoints."""
+    if eps is None:
+        return
+    if not isinstance(eps, float) or not 0 < eps < 1:
+        raise CheckpointError(
+            f"{source} states a normalisation eps of {eps!r}; expected a number between 0 and 1"
+        )
+    for norm in _batch_norms(detector):
+        norm.eps = eps
 
 
 def _choose_names(

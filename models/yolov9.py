@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import AverageDown, ConvBlock, CSPElan, Elan, SplitDown, SPPElan
-from models.head import DetectionHead, Raw
+from models.head import DetectionHead, HeadBuilder, Raw
 
 STRIDES = (8, 16, 32)
 
@@ -117,7 +117,7 @@ OFFICIAL_LAYERS = {
 }
 
 
-def yolov9t(num_classes: int, activation: str = "silu") -> YOLOv9Network:
+def yolov9t(num_classes: int, activation: str = "silu", head: HeadBuilder = DetectionHead) -> YOLOv9Network:
     """YOLOv9-t: 2.4 M parameters at 80 classes."""
     act = activation
     backbone = Backbone(
@@ -135,12 +135,10 @@ def yolov9t(num_classes: int, activation: str = "silu") -> YOLOv9Network:
         down5=AverageDown(96, 64, act),
         bottom_up5=CSPElan(64 + 128, 128, 128, 3, act),
     )
-    return YOLOv9Network(
-        backbone, neck, DetectionHead((64, 96, 128), num_classes, STRIDES, act), OFFICIAL_LAYERS
-    )
+    return YOLOv9Network(backbone, neck, head((64, 96, 128), num_classes, STRIDES, act), OFFICIAL_LAYERS)
 
 
-def yolov9s(num_classes: int, activation: str = "silu") -> YOLOv9Network:
+def yolov9s(num_classes: int, activation: str = "silu", head: HeadBuilder = DetectionHead) -> YOLOv9Network:
     """YOLOv9-s: 7.2 M parameters at 80 classes; every width is twice YOLOv9-t's."""
     act = activation
     backbone = Backbone(
@@ -162,12 +160,10 @@ def yolov9s(num_classes: int, activation: str = "silu") -> YOLOv9Network:
         down5=AverageDown(192, 128, act),
         bottom_up5=CSPElan(128 + 256, 256, 256, 3, act),
     )
-    return YOLOv9Network(
-        backbone, neck, DetectionHead((128, 192, 256), num_classes, STRIDES, act), OFFICIAL_LAYERS
-    )
+    return YOLOv9Network(backbone, neck, head((128, 192, 256), num_classes, STRIDES, act), OFFICIAL_LAYERS)
 
 
-def yolov9m(num_classes: int, activation: str = "silu") -> YOLOv9Network:
+def yolov9m(num_classes: int, activation: str = "silu", head: HeadBuilder = DetectionHead) -> YOLOv9Network:
     """YOLOv9-m: 20 M parameters at 80 classes."""
     act = activation
     backbone = Backbone(
@@ -189,12 +185,10 @@ def yolov9m(num_classes: int, activation: str = "silu") -> YOLOv9Network:
         down5=AverageDown(360, 240, act),
         bottom_up5=CSPElan(240 + 480, 480, 480, 1, act),
     )
-    return YOLOv9Network(
-        backbone, neck, DetectionHead((240, 360, 480), num_classes, STRIDES, act), OFFICIAL_LAYERS
-    )
+    return YOLOv9Network(backbone, neck, head((240, 360, 480), num_classes, STRIDES, act), OFFICIAL_LAYERS)
 
 
-def yolov9c(num_classes: int, activation: str = "silu") -> YOLOv9Network:
+def yolov9c(num_classes: int, activation: str = "silu", head: HeadBuilder = DetectionHead) -> YOLOv9Network:
     """YOLOv9-c: 25 M parameters at 80 classes."""
     act = activation
     backbone = Backbone(
@@ -216,6 +210,4 @@ def yolov9c(num_classes: int, activation: str = "silu") -> YOLOv9Network:
         down5=SplitDown(512, 512, act),
         bottom_up5=CSPElan(512 + 512, 512, 512, 1, act),
     )
-    return YOLOv9Network(
-        backbone, neck, DetectionHead((256, 512, 512), num_classes, STRIDES, act), OFFICIAL_LAYERS
-    )
+    return YOLOv9Network(backbone, neck, head((256, 512, 512), num_classes, STRIDES, act), OFFICIAL_LAYERS)
