@@ -15,7 +15,7 @@ from pipeline.deploying import engine_stage, export_stage
 from pipeline.errors import RunError
 from pipeline.job import Job
 from pipeline.progress import say
-from pipeline.quantizing import calibrate_stage, float_stage
+from pipeline.quantizing import calibrate_stage, float_stage, sensitivity_stage
 from pipeline.reporting import check_gates, report_stage
 from pipeline.run import CONFIG, Run
 from pipeline.terminal import print_result, quit_on_termination
@@ -25,6 +25,7 @@ RUN_STAGES: dict[str, Callable[[Job], None]] = {
     "train": train_stage,
     "float": float_stage,
     "calibrate": calibrate_stage,
+    "sensitivity": sensitivity_stage,
     "finetune": finetune_stage,
     "export": export_stage,
     "engine": engine_stage,

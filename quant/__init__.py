@@ -15,6 +15,7 @@ from quant.insertion import (
 from quant.placement import Group, Placement, PlacementOptions, TensorSite, WeightSite, place
 from quant.plan_file import PlanError, dump_placement, load_placement
 from quant.policy import Policy, PolicyError, Rule, parse_rules
+from quant.sensitivity import UnitScore, measure_fisher, measure_sqnr
 
 __all__ = [
     "CalibrationError",
@@ -34,6 +35,7 @@ __all__ = [
     "TraceError",
     "TrainingOptions",
     "TrainingState",
+    "UnitScore",
     "WeightFakeQuantize",
     "WeightSite",
     "activation_quantizers",
@@ -41,6 +43,8 @@ __all__ = [
     "dump_placement",
     "insert",
     "load_placement",
+    "measure_fisher",
+    "measure_sqnr",
     "new_state",
     "parse_rules",
     "place",
