@@ -168,14 +168,34 @@ def _kind_of_function(node: fx.Node) -> Kind:
 
 
 def inputs_of(node: fx.Node) -> list[fx.Node]:
-    """Tensor inputs of a transparent, concat, add or average node, in order."""
-    if node.op in {"call_function", "call_method"} and node.args and isinstance(node.args[0], (list, tuple)):
-        return [argument for argument in node.args[0] if isinstance(argument, fx.Node)]
-    return [argument for argument in node.args if isinstance(argument, fx.Node)]
+    """Tensor inputs of a weighted, transparent, concat, add or average node, in order.
+
+    Only concats and sums have several; what else a node is given (sizes, indices) is not data.
+    """
+    arguments = [*node.args, *node.kwargs.values()]
+    if node.op == "call_function" and node.target in _ADD_FUNCTIONS:
+        return [argument for argument in arguments if isinstance(argument, fx.Node)]
+    data = next((a for a in arguments if isinstance(a, (fx.Node, list, tuple))), ())
+    parts = [data] if isinstance(data, fx.Node) else data
+    return [part for part in parts if isinstance(part, fx.Node)]
 
 
-def path_of(node: fx.Node) -> str:
-    """A readable name that is the same in every trace: the module's path, or the function within its module."""
+def paths_of(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Readable names, the same in every trace: a module's path, or the function within its module.
+
+    Several calls of one module or function are numbered: `layer1.0.relu_0`, `layer1.0.relu_1`.
+    """
+    calls: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        calls.setdefault(_path(node), []).append(node)
+    paths = {}
+    for path, nodes in calls.items():
+        for index, node in enumerate(nodes):
+            paths[node] = path if len(nodes) == 1 else f"{path}_{index}"
+    return paths
+
+
+def _path(node: fx.Node) -> str:
     if node.op == "placeholder":
         return f"input.{node.name}" if node.name != "input" else node.name
     if node.op == "call_module":
@@ -183,13 +203,6 @@ def path_of(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     scope = next(reversed(stack), "") if stack else ""
     short = (
-        str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
+        node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     )
-    same = [n for n in node.graph.nodes if n.op == node.op and n.target == node.target and _scope(n) == scope]
-    suffix = f"_{same.index(node)}" if len(same) > 1 else ""
-    return f"{scope}.{short}{suffix}" if scope else f"{short}{suffix}"
-
-
-def _scope(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    return next(reversed(stack), "") if stack else ""
+    return f"{scope}.{short}" if scope else short

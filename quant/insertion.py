@@ -33,8 +33,15 @@ def insert(network: nn.Module, placement: Placement, learn_scales: bool = True) 
         learn_scales: whether fine-tuning may move the scales (fixed ones never move).
 
     Raises:
-        InsertionError: the placement names a tensor or layer that the network does not have.
+        InsertionError: the placement names a tensor, a reader or a layer that the network does not have, or one
+            group twice.
     """
+    names = [group.name for group in placement.groups]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InsertionError(
+            f"the placement has two groups called {twice!r}: join their tensors, or rename one"
+        )
     model = trace(copy.deepcopy(network))
     nodes = {node.name: node for node in model.graph.nodes}
     model.add_module(ACTIVATION_QUANTIZERS, nn.ModuleDict())
@@ -47,7 +54,10 @@ def insert(network: nn.Module, placement: Placement, learn_scales: bool = True) 
             raise InsertionError(
                 _unknown("layer", site.layer, [n for n, _ in model.named_modules()])
             ) from error
-        quantize_layer(layer, site.axis, site.bits, learn_scales)
+        try:
+            quantize_layer(layer, site.axis, site.bits, learn_scales)
+        except TypeError as error:
+            raise InsertionError(f"the placement quantizes the weights of {site.layer!r}: {error}") from error
     model.graph.lint()
     model.recompile()
     model.meta["placement"] = placement
@@ -70,6 +80,12 @@ def _insert_group(
         with model.graph.inserting_after(producer):
             quantized = model.graph.call_module(target, (producer,))
         for user in site.users:
+            if producer not in nodes[user].all_input_nodes:
+                readers = ", ".join(reader.name for reader in producer.users if reader is not quantized)
+                raise InsertionError(
+                    f"the placement says that {user!r} reads {site.node!r}, which it does not; expected one of: "
+                    f"{readers}"
+                )
             nodes[user].replace_input_with(producer, quantized)
 
 
@@ -87,9 +103,12 @@ def placement_of(model: fx.GraphModule) -> Placement:
 
 def activation_quantizers(model: fx.GraphModule) -> dict[str, FakeQuantize]:
     """Group name -> its quantizer, in graph order."""
-    modules = model.get_submodule(ACTIVATION_QUANTIZERS)
-    quantizers = [module for module in modules.children() if isinstance(module, FakeQuantize)]
-    return dict(zip((group.name for group in placement_of(model).groups), quantizers, strict=True))
+    found = {}
+    for index, group in enumerate(placement_of(model).groups):
+        module = model.get_submodule(f"{ACTIVATION_QUANTIZERS}.{index}")
+        assert isinstance(module, FakeQuantize)
+        found[group.name] = module
+    return found
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

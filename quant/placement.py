@@ -7,8 +7,8 @@ quantizer each, right behind their producer. Tensors that meet in one concat, an
 share one scale (union-find), so that an engine moves INT8 data from producer to consumer without a single
 requantization. Sources of the rules: NVIDIA's tensorflow-quantization guide (custom Q/DQ cases) and modelopt.
 
-Residual sums: the skip operand reads the quantized tensor, the other operand stays unquantized so that the
-engine can fuse convolution, activation and sum into one kernel.
+Residual sums, with or without an activation behind them: the skip operand reads the quantized tensor, the other
+operand stays unquantized so that the engine can fuse convolution, activation and sum into one kernel.
 
     x --Q--+--> conv -> act -> conv -> act --+--> add --Q--> ...
            +---------------------------------+
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
-from quant.graph import WEIGHTED_MODULES, Kind, inputs_of, kind_of, path_of, trace
+from quant.graph import WEIGHTED_MODULES, Kind, inputs_of, kind_of, paths_of, trace
 from quant.policy import Policy, Rule
 
 
@@ -141,7 +141,7 @@ class _Planner:
         self.order = {node: index for index, node in enumerate(self.nodes)}
         self.modules = dict(network.named_modules())
         self.kinds = {node: kind_of(node, self.modules) for node in self.nodes}
-        self.paths = {node: path_of(node) for node in self.nodes}
+        self.paths = paths_of(network.graph)
         self.kept_float: dict[str, str] = {}
         self.concats: dict[str, bool] = {}
         self.edges: dict[fx.Node, set[fx.Node]] = {}  # producer -> readers of the quantized tensor
@@ -149,7 +149,9 @@ class _Planner:
 
     def plan(self) -> Placement:
         weighted = [node for node in self.nodes if self.kinds[node] is Kind.WEIGHTED]
-        quantized = [node for node in weighted if self._wants_int8(node)]
+        for node in weighted:
+            self._decide(node)
+        quantized = [node for node in weighted if str(node.target) not in self.kept_float]
         pending: list[tuple[fx.Node, fx.Node]] = [(node, inputs_of(node)[0]) for node in quantized]
         expanded: set[fx.Node] = set()
         while pending:
@@ -159,17 +161,31 @@ class _Planner:
                 self._union(sources[0], source)
                 if source not in expanded:
                     expanded.add(source)
-                    pending += [(source, operand) for operand in self._arithmetic_demands(source)]
-        self.policy.check_used([*self.paths.values()])
+                    pending += self._arithmetic_demands(source)
         groups = self._groups(quantized)
-        owner = {layer: group.name for group in groups for layer in group.layers}
-        weights = tuple(self._weight_site(node, owner[self.paths[node]]) for node in quantized)
+        self._check_policy(groups)
+        owner = {layer: group.name for group in reversed(groups) for layer in group.layers}
+        layers = dict.fromkeys(str(node.target) for node in quantized)
+        weights = tuple(self._weight_site(layer, owner[layer]) for layer in layers)
         return Placement(tuple(groups), weights, self.kept_float, self.concats)
+
+    def _check_policy(self, groups: list[Group]) -> None:
+        layers = [str(node.target) for node in self.nodes if self.kinds[node] is Kind.WEIGHTED]
+        concats = [self.paths[node] for node in self.nodes if self.kinds[node] is Kind.CONCAT]
+        producers = [
+            self.paths[node]
+            for node in self.nodes
+            if self.kinds[node] in {Kind.FLOAT, Kind.ADD, Kind.AVERAGE}
+        ]
+        self.policy.check(
+            layers, producers + [site.name for group in groups for site in group.tensors], concats
+        )
 
     # -- which layers
 
-    def _wants_int8(self, node: fx.Node) -> bool:
-        path = self.paths[node]
+    def _decide(self, node: fx.Node) -> None:
+        """Note a layer that stays float; one that is called several times does so if any call says so."""
+        path = str(node.target)
         tensors = [self.paths[source] for source in self._peek(inputs_of(node)[0])]
         said = self.policy.lookup("keep_float", [path, *tensors])
         reason = None
@@ -181,7 +197,6 @@ class _Planner:
             reason = self._narrow(node)
         if reason:
             self.kept_float[path] = reason
-        return reason is None
 
     def _is_output(self, node: fx.Node) -> bool:
         """Whether the result reaches the output through nothing that computes with weights."""
@@ -195,11 +210,13 @@ class _Planner:
         return False
 
     def _narrow(self, node: fx.Node) -> str | None:
-        """Why a convolution has no good INT8 kernel, by the channel rules modelopt publishes."""
+        """Why a convolution below 16 channels has no good INT8 kernel, by the channel rules modelopt publishes."""
         layer = self.modules[str(node.target)]
         if not isinstance(layer, nn.Conv2d):
             return None
         inputs, outputs = layer.in_channels, layer.out_channels
+        if min(inputs // layer.groups, outputs) >= 16:
+            return None  # wide enough to be padded to the kernel's width at little cost
         if layer.groups == 1:
             reads_image = inputs_of(node)[0].op == "placeholder"
             fits = (outputs % 8 == 0 or inputs % 8 == 0) and (reads_image or max(inputs, outputs) >= 16)
@@ -239,17 +256,39 @@ class _Planner:
             self.concats[path] = self.options.share_concat_scales if said is None else bool(said)
         return self.concats[path]
 
-    def _arithmetic_demands(self, node: fx.Node) -> list[fx.Node]:
-        """Operands that an arithmetic producer reads in INT8."""
+    def _arithmetic_demands(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+        """(reader, operand) for each operand that an arithmetic producer reads in INT8."""
         if self.kinds[node] is Kind.AVERAGE:
-            return inputs_of(node)[:1]
-        if self.kinds[node] is Kind.ADD:
-            operands = inputs_of(node)
-            branch = self._branch(node, operands)
-            return [operand for operand in operands if operand is not branch]
-        return []
+            demands = [(node, operand) for operand in inputs_of(node)]
+        else:
+            total = self._sum_behind(node)
+            demands = self._sum_demands(total) if total is not None else []
+        return [(reader, operand) for reader, operand in demands if not self._stays_float(operand)]
 
-    def _branch(self, add: fx.Node, operands: list[fx.Node]) -> fx.Node | None:
+    def _sum_behind(self, node: fx.Node) -> fx.Node | None:
+        """The sum that makes a tensor, by itself or under an activation that nothing comes in between."""
+        if self.kinds[node] is Kind.ADD:
+            return node
+        inputs = node.all_input_nodes
+        if self.kinds[node] is Kind.FLOAT and len(inputs) == 1 and len(inputs[0].users) == 1:
+            return inputs[0] if self.kinds[inputs[0]] is Kind.ADD else None
+        return None
+
+    def _sum_demands(self, total: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+        """Every operand but the one that is fused with the sum; in a chain of sums, those of the inner ones, too."""
+        operands = inputs_of(total)
+        branch = self._branch(operands)
+        demands = [(total, operand) for operand in operands if operand is not branch]
+        if branch is not None and self.kinds[branch] is Kind.ADD:
+            demands = self._sum_demands(branch) + demands
+        return demands
+
+    def _stays_float(self, operand: fx.Node) -> bool:
+        return (
+            self.policy.lookup("keep_float", [self.paths[source] for source in self._peek(operand)]) is True
+        )
+
+    def _branch(self, operands: list[fx.Node]) -> fx.Node | None:
         """The operand whose convolution the engine fuses with the sum: fresh from it, and read by nobody else."""
         fresh = [o for o in operands if len(o.users) == 1 and self._comes_from_layer(o)]
         if len(fresh) < 2:
@@ -257,9 +296,9 @@ class _Planner:
         return max(fresh, key=lambda operand: len(_ancestors(operand)))
 
     def _comes_from_layer(self, node: fx.Node) -> bool:
-        if self.kinds[node] is Kind.WEIGHTED:
+        if self.kinds[node] in {Kind.WEIGHTED, Kind.ADD}:
             return True
-        return node.op == "call_module" and any(
+        return self.kinds[node] is Kind.FLOAT and any(
             self.kinds[parent] is Kind.WEIGHTED for parent in node.all_input_nodes
         )
 
@@ -282,7 +321,7 @@ class _Planner:
         layers: dict[fx.Node, list[str]] = {root: [] for root in members}
         for node in quantized:
             source = next(iter(self._walk(node, inputs_of(node)[0])))
-            layers[self._find(source)].append(self.paths[node])
+            layers[self._find(source)].append(str(node.target))
         return [self._group(tensors, layers[root]) for root, tensors in members.items()]
 
     def _group(self, tensors: list[fx.Node], layers: list[str]) -> Group:
@@ -291,7 +330,7 @@ class _Planner:
         return Group(
             name=names[0],
             tensors=sites,
-            layers=tuple(layers),
+            layers=tuple(dict.fromkeys(layers)),
             bits=self.policy.lookup("bits", names) or self.options.activation_bits,
             observer=self.policy.lookup("observer", names),
             scale=self.policy.lookup("scale", names),
@@ -300,9 +339,8 @@ class _Planner:
     def _readers(self, producer: fx.Node) -> tuple[str, ...]:
         return tuple(node.name for node in sorted(self.edges[producer], key=self.order.__getitem__))
 
-    def _weight_site(self, node: fx.Node, group: str) -> WeightSite:
-        path = self.paths[node]
-        layer = self.modules[str(node.target)]
+    def _weight_site(self, path: str, group: str) -> WeightSite:
+        layer = self.modules[path]
         assert isinstance(layer, WEIGHTED_MODULES)
         axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
         bits = self.policy.lookup("bits", [path]) or self.options.weight_bits

@@ -50,30 +50,45 @@ class Rule:
 
 
 class Policy:
-    """Answers, for each name, what the rules say; every rule must have matched something by `check_used`."""
+    """Answers, for each name, what the rules say; the last rule that says something decides."""
 
     def __init__(self, rules: Sequence[Rule] = ()) -> None:
         self.rules = tuple(rules)
-        self._used: set[int] = set()
 
     def lookup(self, field: str, names: Iterable[str]) -> Any:
         """Value that the last matching rule gives to `field`, or None."""
-        value = None
-        for index, rule in enumerate(self.rules):
-            if any(fnmatchcase(name, rule.match) for name in names):
-                self._used.add(index)
-                said = getattr(rule, field)
-                value = said if said is not None else value
-        return value
+        wanted = list(names)
+        for rule in reversed(self.rules):
+            said = getattr(rule, field)
+            if said is not None and any(fnmatchcase(name, rule.match) for name in wanted):
+                return said
+        return None
 
-    def check_used(self, known: Sequence[str]) -> None:
-        """Raise PolicyError for a rule that matched nothing, naming the closest known name."""
-        for index, rule in enumerate(self.rules):
-            if index in self._used:
-                continue
-            close = difflib.get_close_matches(rule.match, known, n=1, cutoff=0.0)
-            hint = f"; closest: {close[0]!r}" if close else ""
-            raise PolicyError(f"rule {rule.match!r} matched no layer, tensor or concat{hint}")
+    def check(self, layers: Sequence[str], tensors: Sequence[str], concats: Sequence[str]) -> None:
+        """Raise PolicyError for a rule without effect: it matches nothing, or nothing that its fields apply to."""
+        scope = {
+            "keep_float": ("layers and activation tensors", [*layers, *tensors]),
+            "bits": ("layers and activation tensors", [*layers, *tensors]),
+            "scale": ("activation tensors", tensors),
+            "observer": ("activation tensors", tensors),
+            "share": ("concats", concats),
+        }
+        known = [*layers, *tensors, *concats]
+        for rule in self.rules:
+            matched = [name for name in known if fnmatchcase(name, rule.match)]
+            if not matched:
+                close = difflib.get_close_matches(rule.match, known, n=1, cutoff=0.0)
+                hint = f"; closest: {close[0]!r}" if close else ""
+                raise PolicyError(f"rule {rule.match!r} matched no layer, tensor or concat{hint}")
+            for field, (what, names) in scope.items():
+                if getattr(rule, field) is None or any(fnmatchcase(name, rule.match) for name in names):
+                    continue
+                close = difflib.get_close_matches(rule.match, names, n=1, cutoff=0.0)
+                hint = f"; closest of those: {close[0]!r}" if close else ""
+                raise PolicyError(
+                    f"rule {rule.match!r} sets `{field}`, which applies to {what}; it matched only "
+                    f"{matched[0]!r} and the like{hint}"
+                )
 
 
 def parse_rules(rules: Iterable[Mapping[str, Any]]) -> list[Rule]:
