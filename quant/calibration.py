@@ -66,7 +66,8 @@ def calibrate(
         percentile: for the percentile method, in percent.
 
     Raises:
-        CalibrationError: no batch, an unknown method, or a group that saw NaN or infinite values only.
+        CalibrationError: no batch, an unknown method, or a group that saw NaN or infinite values only, or such
+            a weight.
     """
     for name in (method, weight_method):
         if name not in METHODS:
@@ -79,8 +80,16 @@ def calibrate(
 
 
 def calibrate_weights(model: fx.GraphModule, method: str = "mse") -> None:
-    """Choose one scale per output channel of every quantized layer."""
-    for layer in quantized_layers(model).values():
+    """Choose one scale per output channel of every quantized layer.
+
+    Raises:
+        CalibrationError: a layer has NaN or infinite weights.
+    """
+    for name, layer in quantized_layers(model).items():
+        if not bool(torch.isfinite(layer.weight).all()):
+            raise CalibrationError(
+                f"layer {name!r} has NaN or infinite weights: use a checkpoint from before the training diverged"
+            )
         quantizer = layer.weight_quantizer
         scale = choose_weight_scale(layer.weight, quantizer.axis, method, quantizer.bits)
         quantizer.set_scale(scale.to(layer.weight.device), layer.weight)

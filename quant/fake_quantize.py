@@ -180,12 +180,20 @@ class WeightFakeQuantize(nn.Module):
         """Set the steps, shape [channels], and remember their proportion to the weight's amax."""
         with torch.no_grad():
             self.log_scale.copy_(_log_of(scale.double()))
-            self.proportion.copy_(scale / self.amax_scale(weight))
+            proportion = self.scale / self.amax_scale(weight)
+            self.proportion.copy_(torch.where(self._dead(weight), 1.0, proportion))
 
     def amax_scale(self, weight: Tensor) -> Tensor:
-        """Steps that put each channel's largest magnitude on the highest code, shape [channels]."""
-        others = [d for d in range(weight.ndim) if d != self.axis]
-        return (weight.detach().abs().amax(others) / self.high).clamp(MIN_SCALE, MAX_SCALE)
+        """Steps that put each channel's largest magnitude on the highest code, shape [channels]; 1 if all are 0."""
+        step = self._amax(weight) / self.high
+        return torch.where(self._dead(weight), 1.0, step.clamp(MIN_SCALE, MAX_SCALE))
+
+    def _amax(self, weight: Tensor) -> Tensor:
+        return weight.detach().abs().amax([d for d in range(weight.ndim) if d != self.axis])
+
+    def _dead(self, weight: Tensor) -> Tensor:
+        """Channels without a usable weight: any proportion to them would be noise once they come alive."""
+        return self._amax(weight) <= MIN_SCALE * self.high
 
     def follow(self, weight: Tensor) -> None:
         """Move scales that are not learned to where the weights have gone."""

@@ -37,10 +37,12 @@ class QuantizedConvTranspose2d(nn.ConvTranspose2d):
         """Convolve with the quantized weight; the bias stays float."""
         if output_size is not None:
             raise ValueError("a quantized transposed convolution takes no output_size: set output_padding")
-        weight = self.weight_quantizer(self.weight)
+        assert isinstance(
+            self.padding, tuple
+        )  # as torch's own forward does: names are for plain convolutions
         return F.conv_transpose2d(
             input,
-            weight,
+            self.weight_quantizer(self.weight),
             self.bias,
             self.stride,
             self.padding,
