@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.fake_quantize import FakeQuantize, WeightFakeQuantize
+from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
+from quant.insertion import quantized_layers
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ TrainingBatch = tuple[Tensor, Tensor]  # images [B, C, H, W] float, targets in t
 
 
 class DivergenceError(RuntimeError):
-    """The loss became NaN or infinite."""
+    """The loss or its gradient became NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class TrainingOptions:
         warmup_fraction: share of all steps over which the rate rises from 0, before it falls along a cosine.
         final_fraction: the last rate as a share of the peak.
         ema_decay: decay of the exponential moving average; 0 switches it off.
-        ema_warmup: steps over which the decay grows towards its value (decay * (1 - exp(-step / warmup))).
+        ema_warmup: steps over which the decay grows towards its value (decay * (1 - exp(-step / warmup))); 0 for none.
         clip_norm: largest gradient norm of the weights; 0 switches clipping off.
         task_weight: weight of the task loss.
         distill_weight: weight of output distillation (needs a teacher).
@@ -116,7 +117,8 @@ class ModelAverage:
     def update(self, model: nn.Module) -> None:
         """Move the average towards the model."""
         self.updates += 1
-        decay = self.decay * (1.0 - math.exp(-self.updates / self.warmup))
+        warm = 1.0 - math.exp(-self.updates / self.warmup) if self.warmup > 0 else 1.0
+        decay = self.decay * warm
         current = model.state_dict()
         averaged, fresh = [], []
         for name, value in self.model.state_dict().items():
@@ -214,7 +216,7 @@ def train_epochs(
         state: state of a stopped training to go on from.
 
     Raises:
-        DivergenceError: a loss that is not finite; the message names the terms and the remedy.
+        DivergenceError: a loss or gradient that is not finite; the message names the terms and the remedy.
     """
     state = state or new_state(model, options)
     total = options.epochs * steps_per_epoch
@@ -225,6 +227,9 @@ def train_epochs(
         for images, targets in epoch_batches(state.epoch):
             _train_step(model, images, targets, task_loss, options, teacher, state, total)
         state.epoch += 1
+        _settle_scales(model)
+        if state.average is not None:
+            _settle_scales(state.average.model)
         model.eval()
         yield state
 
@@ -249,13 +254,13 @@ def _train_step(
     loss = torch.stack(list(terms.values())).sum()
     values = {name: float(term.detach()) for name, term in terms.items()}
     if not math.isfinite(float(loss.detach())):
-        raise DivergenceError(
-            f"loss is not finite at step {state.step} ({values}): lower the learning rate (now "
-            f"{options.learning_rate:g}) or the scale learning rate (now {options.scale_learning_rate:g})"
-        )
+        raise _diverged("loss", state.step, values, options)
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = _clip(state.optimizer, options.clip_norm)
+    norms = _clip(state.optimizer, options.clip_norm)
+    if not all(math.isfinite(norm) for norm in norms.values()):
+        # quantizers turn NaN into their lowest code, so a broken weight need not show in the next loss
+        raise _diverged("gradient", state.step, values, options)
     state.optimizer.step()
     if state.average is not None:
         state.average.update(model)
@@ -265,7 +270,7 @@ def _train_step(
             epoch=state.epoch,
             learning_rate=options.learning_rate * factor,
             losses={**values, "total": float(loss.detach())},
-            gradient_norm=norm,
+            gradient_norm=norms.get("weights", 0.0),
             seconds=time.perf_counter() - started,
         )
     )
@@ -294,10 +299,25 @@ def _loss_terms(
     return terms
 
 
-def _clip(optimizer: torch.optim.Optimizer, clip_norm: float) -> float:
-    """Clip weights and scales separately (their gradients live on different sizes); returns the weights' norm."""
+def _clip(optimizer: torch.optim.Optimizer, clip_norm: float) -> dict[str, float]:
+    """Clip each parameter group by itself (their gradients live on different sizes); norms before, by group."""
     norms = {}
     for group in optimizer.param_groups:
         limit = clip_norm if clip_norm > 0 else math.inf
         norms[group["name"]] = float(nn.utils.clip_grad_norm_(group["params"], limit))
-    return norms.get("weights", 0.0)
+    return norms
+
+
+def _diverged(what: str, step: int, values: dict[str, float], options: TrainingOptions) -> DivergenceError:
+    return DivergenceError(
+        f"{what} is not finite at step {step} ({values}): lower the learning rate (now {options.learning_rate:g}) or "
+        f"the scale learning rate (now {options.scale_learning_rate:g})"
+    )
+
+
+def _settle_scales(model: nn.Module) -> None:
+    """Bring weight scales that are not learned to the weights of the last step (in training they are one behind)."""
+    for layer in quantized_layers(model).values():
+        quantizer = layer.weight_quantizer
+        if quantizer.mode is Mode.QUANTIZE and not quantizer.learned:
+            quantizer.follow(layer.weight)

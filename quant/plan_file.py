@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from quant.placement import Group, Placement, TensorSite, WeightSite
+from quant.policy import Rule
 
 
 class PlanError(ValueError):
@@ -24,7 +25,7 @@ def load_placement(path: Path) -> Placement:
     """Read a plan written by `dump_placement`.
 
     Raises:
-        PlanError: no such file, not YAML, or keys that a placement does not have.
+        PlanError: no such file, not YAML, keys that a placement does not have, or values out of range.
     """
     try:
         content = yaml.safe_load(path.read_text())
@@ -35,16 +36,35 @@ def load_placement(path: Path) -> Placement:
     except yaml.YAMLError as error:
         raise PlanError(f"{path} is not YAML: {error}") from error
     try:
-        groups = tuple(
-            Group(**{**g, "tensors": _sites(g["tensors"]), "layers": tuple(g["layers"])})
-            for g in content["groups"]
-        )
-        weights = tuple(WeightSite(**site) for site in content["weights"])
+        groups = tuple(_group(entry) for entry in content["groups"])
+        weights = tuple(_weight(entry) for entry in content["weights"])
         return Placement(groups, weights, dict(content["kept_float"]), dict(content["concats"]))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise PlanError(
             f"{path} is not a placement ({error}): start from the placement.yaml of a run"
         ) from error
+
+
+def _group(entry: dict[str, Any]) -> Group:
+    scale = entry.get("scale")
+    group = Group(
+        **{
+            **entry,
+            "tensors": _sites(entry["tensors"]),
+            "layers": tuple(entry["layers"]),
+            "scale": None if scale is None else float(scale),  # YAML takes 1e-3 for a string
+        }
+    )
+    Rule(
+        group.name, bits=group.bits, observer=group.observer, scale=group.scale
+    )  # the same limits as in a policy
+    return group
+
+
+def _weight(entry: dict[str, Any]) -> WeightSite:
+    site = WeightSite(**entry)
+    Rule(site.layer, bits=site.bits)
+    return site
 
 
 def _sites(sites: list[dict[str, Any]]) -> tuple[TensorSite, ...]:
