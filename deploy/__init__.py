@@ -1,9 +1,11 @@
 """Export passes per target, graph check, runtimes and benchmark, for any ONNX file."""
 
 from deploy.build import build_engine
+from deploy.check_rules import Finding
 from deploy.compare import CompareReport, compare_arrays, compare_outputs
 from deploy.errors import DeployError
 from deploy.export import OPSETS, TARGETS, ExportReport, export_onnx
+from deploy.findings import CheckReport, check_graph, inspect_graph
 from deploy.graph import load_onnx, save_onnx, verify_onnx
 from deploy.onnx_runtime import ONNXRuntime
 from deploy.openvino_runtime import OpenVINORuntime
@@ -14,9 +16,11 @@ from deploy.timing import LatencyReport, benchmark, benchmark_alternately
 __all__ = [
     "OPSETS",
     "TARGETS",
+    "CheckReport",
     "CompareReport",
     "DeployError",
     "ExportReport",
+    "Finding",
     "LatencyReport",
     "ONNXRuntime",
     "OpenVINORuntime",
@@ -25,11 +29,13 @@ __all__ = [
     "benchmark",
     "benchmark_alternately",
     "build_engine",
+    "check_graph",
     "compare_arrays",
     "compare_outputs",
     "count_qdq",
     "engine_size",
     "export_onnx",
+    "inspect_graph",
     "load_onnx",
     "save_onnx",
     "verify_onnx",

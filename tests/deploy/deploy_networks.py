@@ -32,21 +32,23 @@ class QuantizedConv(nn.Module):
 
 
 class ReluResidual(nn.Module):
-    """Two ReLU convs with a residual sum and a max-pool; skip, branch and sum are quantized."""
+    """Two ReLU convs with a residual sum and a max-pool; skip and sum are quantized, the branch only on demand."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, branch: bool = False) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.entry = QuantizedConv(3, 16, 1 / 127, 2)
         self.first = QuantizedConv(16, 16, 0.004)
         self.second = QuantizedConv(16, 16, 0.003)
         self.exit = QuantizedConv(16, 8, 0.007)
+        self.branch = branch
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.first.quantized_input(F.relu(self._conv(self.entry, self.entry.quantized_input(images))))
         y = self.second.quantized_input(F.relu(self._conv(self.first, x)))
         y = F.relu(self._conv(self.second, y))
-        z = F.max_pool2d(self.exit.quantized_input(x + self.exit.quantized_input(y)), 2)
+        y = self.exit.quantized_input(y) if self.branch else y
+        z = F.max_pool2d(self.exit.quantized_input(x + y), 2)
         return self._conv(self.exit, z)
 
     @staticmethod

@@ -1,0 +1,84 @@
+"""`python -m deploy.check MODEL.onnx [--strict] [--json FILE] [--svg FILE] [--size HxW]`: findings for a Q/DQ graph.
+
+Exit code 0; 4 with --strict when there are findings; 3 when the file cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from deploy.check_svg import draw_graph
+from deploy.check_view import View
+from deploy.errors import DeployError
+from deploy.findings import CheckReport, inspect_graph
+from deploy.graph import load_onnx, write_atomically
+
+EXIT_UNREADABLE, EXIT_FINDINGS = 3, 4
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the check; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        report = inspect_graph(options.model, options.size)
+        if options.svg is not None:
+            write_atomically(options.svg, draw_graph(View(load_onnx(options.model), options.size)).encode())
+    except DeployError as error:
+        print(error, file=sys.stderr)
+        return EXIT_UNREADABLE
+    if options.json is not None:
+        write_atomically(options.json, (json.dumps(report.as_dict(), indent=2) + "\n").encode())
+    print(format_report(report))
+    return EXIT_FINDINGS if options.strict and report.findings else 0
+
+
+def format_report(report: CheckReport) -> str:
+    """The report as text: findings by rule, then the summary."""
+    lines = [f"{report.path}  (target: {report.target or 'not stated, TensorRT assumed'})"]
+    for finding in report.findings:
+        cost = f"  [+{finding.reformats} kernels]" if finding.reformats else ""
+        lines += [
+            f"  {finding.rule}: {finding.name}{cost}",
+            f"      {finding.hazard}",
+            f"      -> {finding.remedy}",
+        ]
+    summary = report.summary
+    counts = Counter(finding.rule for finding in report.findings)
+    listed = ", ".join(f"{rule} {count}" for rule, count in counts.most_common())
+    lines.append(f"{len(report.findings)} findings" + (f": {listed}" if listed else ""))
+    lines.append(
+        f"{summary.num_int8_convs} of {summary.num_convs} convs in INT8 ({summary.num_output_convs} at the outputs); "
+        f"{summary.int8_share:.2%} of {summary.macs / 1e9:.2f} G multiply-accumulates, "
+        f"{summary.inner_int8_share:.2%} without the output convs"
+    )
+    lines.append(
+        f"{summary.num_quantize} Q, {summary.num_dequantize} DQ, "
+        f"{summary.precision_changes} precision changes predicted"
+    )
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m deploy.check", description="Check a Q/DQ ONNX graph.")
+    parser.add_argument("model", type=Path, help="ONNX file")
+    parser.add_argument("--strict", action="store_true", help="exit with 4 when there are findings")
+    parser.add_argument("--json", type=Path, help="write findings and summary to this file")
+    parser.add_argument("--svg", type=Path, help="draw the graph, coloured by precision, to this file")
+    parser.add_argument("--size", type=_size, help="image size HEIGHTxWIDTH, for graphs that leave it open")
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"'{text}' is no size; expected HEIGHTxWIDTH, such as 640x640")
+    return int(height), int(width)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
