@@ -117,7 +117,7 @@ class FakeQuantize(nn.Module):
     @property
     def scale(self) -> Tensor:
         """The positive step between two codes, a scalar tensor without gradient."""
-        return self.log_scale.detach().exp()
+        return self.log_scale.detach().exp().clamp(MIN_SCALE, MAX_SCALE)
 
     def set_scale(self, scale: Tensor | float) -> None:
         """Set the step; raises ValueError unless it is positive and finite."""
@@ -174,7 +174,7 @@ class WeightFakeQuantize(nn.Module):
     @property
     def scale(self) -> Tensor:
         """Positive steps, shape [channels], without gradient."""
-        return self.log_scale.detach().exp()
+        return self.log_scale.detach().exp().clamp(MIN_SCALE, MAX_SCALE)
 
     def set_scale(self, scale: Tensor, weight: Tensor) -> None:
         """Set the steps, shape [channels], and remember their proportion to the weight's amax."""
@@ -189,7 +189,7 @@ class WeightFakeQuantize(nn.Module):
         return torch.where(self._dead(weight), 1.0, step.clamp(MIN_SCALE, MAX_SCALE))
 
     def _amax(self, weight: Tensor) -> Tensor:
-        return weight.detach().abs().amax([d for d in range(weight.ndim) if d != self.axis])
+        return weight.detach().float().abs().amax([d for d in range(weight.ndim) if d != self.axis])
 
     def _dead(self, weight: Tensor) -> Tensor:
         """Channels without a usable weight: any proportion to them would be noise once they come alive."""
