@@ -5,13 +5,14 @@ That is the memory bound: nothing is allocated for a size that the file itself d
 """
 
 import json
+import re
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +26,12 @@ from models.inert_records import TensorRecord
 MAX_ENTRIES = 200_000
 MAX_NPZ_BYTES = 2**30
 MAX_NPZ_ENTRIES = 100_000
+MAX_NPY_HEADER = 1024
+_NPY_HEADER = re.compile(
+    r"\{'descr': '(?P<type>[<>|][fiub][1248])', 'fortran_order': (?P<order>True|False), "
+    r"'shape': \((?P<shape>(?:\d{1,18},? ?){0,8})\),? ?\} *\n?$"
+)
+_NPY_ORDER: dict[str, Literal["C", "F"]] = {"False": "C", "True": "F"}
 ZIP_ERRORS = (
     zipfile.BadZipFile,
     NotImplementedError,
@@ -181,29 +188,30 @@ def read_npz(path: Path) -> dict[str, Tensor]:
 
 
 def _read_npy(stream: IO[bytes], info: zipfile.ZipInfo, path: Path) -> Tensor:
+    """One array. Its header is matched as text: numpy's own reader would parse it as a Python expression."""
     with stream:
-        version = np.lib.format.read_magic(stream)
-        if version == (1, 0):
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-        elif version == (2, 0):
-            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(stream)
-        else:
+        start = stream.read(8)
+        if start[:6] != b"\x93NUMPY" or start[6:8] not in (b"\x01\x00", b"\x02\x00"):
+            raise CheckpointError(f"{path}: {info.filename!r} is not a .npy array of format 1.0 or 2.0")
+        layout = "<H" if start[6] == 1 else "<I"
+        (length,) = struct.unpack(layout, stream.read(struct.calcsize(layout)))
+        header = stream.read(min(length, MAX_NPY_HEADER)).decode("latin-1")
+        match = _NPY_HEADER.match(header)
+        if length > MAX_NPY_HEADER or match is None:
             raise CheckpointError(
-                f"{path}: array {info.filename!r} has format version {version}; expected 1.0 or 2.0"
+                f"{path}: array {info.filename!r} has no header of plain numbers: {header[:120]!r}"
             )
-        if dtype.kind not in "fiub" or dtype.itemsize > 8 or any(length < 0 for length in shape):
-            raise CheckpointError(f"{path}: array {info.filename!r} has type {dtype}; expected plain numbers")
+        dtype = np.dtype(match["type"])
+        shape = tuple(int(size) for size in match["shape"].split(",") if size.strip())
         count = 1
-        for length in shape:
-            count *= length
+        for size in shape:
+            count *= size
         if count * dtype.itemsize > info.file_size:
             raise CheckpointError(
                 f"{path}: array {info.filename!r} declares shape {shape}, more than its {info.file_size} bytes"
             )
         data = stream.read(count * dtype.itemsize)
-        array = np.frombuffer(data, dtype=dtype, count=count).reshape(
-            shape, order="F" if fortran_order else "C"
-        )
+        array = np.frombuffer(data, dtype=dtype, count=count).reshape(shape, order=_NPY_ORDER[match["order"]])
         return torch.from_numpy(np.array(array, dtype=dtype.newbyteorder("="), order="C"))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.archive import sorted_sample
+from models.blocks import ConvNorm, RepConvBlock
 from models.detector import ARCHITECTURES, MAX_CLASSES, Detector, build_detector
 from models.errors import CheckpointError
 from models.folding import fold_network
@@ -189,14 +190,32 @@ def compare(
 def _signature(
     architecture: str, num_classes: int, style: str, folded: bool
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Our key -> (official key, official shape) for one architecture."""
-    detector = build_empty(architecture, num_classes, "silu", folded, style)
-    network = detector.network
+    """Our key -> (official key, shape) for one architecture."""
+    network = build_empty(architecture, num_classes, "silu", folded=False, head_style=style).network
     assert isinstance(network, YOLOv9Network)
-    names = official_keys(network)
-    result = {
-        f"network.{key}": (names[key], tuple(tensor.shape)) for key, tensor in network.state_dict().items()
+    shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+    if folded:
+        shapes = _folded_shapes(network, shapes)
+    return {
+        f"network.{key}": (f"model.{official_name(network, key)}", shape) for key, shape in shapes.items()
     }
+
+
+def _folded_shapes(network: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes after folding, by rule: no normalisation, a bias for each block, one kernel for parallel ones."""
+    blocks = {name for name, module in network.named_modules() if isinstance(module, ConvNorm)}
+    parallel = {name for name, module in network.named_modules() if isinstance(module, RepConvBlock)}
+    result: dict[str, tuple[int, ...]] = {}
+    for key, shape in shapes.items():
+        block, _, leaf = key.rpartition(".conv.")
+        if block in blocks and leaf == "weight":
+            parent, _, branch = block.rpartition(".")
+            if parent in parallel and branch == "pointwise":
+                continue
+            owner = parent if parent in parallel else block
+            result[f"{owner}.conv.weight"], result[f"{owner}.conv.bias"] = shape, shape[:1]
+        elif key.rpartition(".bn.")[0] not in blocks:
+            result[key] = shape
     return result
 
 

@@ -1,5 +1,6 @@
 """Checkpoint file to detector and back."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -113,6 +114,8 @@ def save_detector(detector: Detector, path: str | Path) -> None:
     manifest_part = manifest_path(path).with_name(manifest_path(path).name + ".part")
     tensors = {**detector.state_dict(), **{f"amax.{key}": tensor for key, tensor in detector.amax.items()}}
     save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, weights_part)
+    with weights_part.open("rb") as stream:
+        manifest["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
     manifest_part.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     manifest_part.replace(manifest_path(path))
     weights_part.replace(path)

@@ -4,6 +4,7 @@ Torch zip files (pickled models of the official YOLOv9 trainer and of Ultralytic
 and `.npz` all end up as one `Checkpoint`. Which network it fits is `models.convert`'s business.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +81,22 @@ def _read_safetensors(path: Path) -> Checkpoint:
     }
     if manifest_path(path).is_file():
         metadata["manifest"] = read_json(manifest_path(path))
+        _check_digest(path, metadata["manifest"].get("sha256"))
     return Checkpoint(state, metadata)
+
+
+def _check_digest(path: Path, expected: Any) -> None:
+    """The format itself has no checksum; our manifest has one."""
+    if expected is None:
+        return
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != expected:
+        raise CheckpointError(
+            f"{path} is not the file that {manifest_path(path).name} describes (sha256 {found[:12]}..., expected "
+            f"{str(expected)[:12]}...): one of them is damaged or was exchanged; "
+            "remove the manifest to load the file all the same"
+        )
 
 
 def _read_torch(archive: TorchArchive) -> Checkpoint:

@@ -256,3 +256,12 @@ def test_command_describes_converts_and_fails(
     assert_same_weights(load_detector(tmp_path / "b.safetensors"), small)
     assert main([str(tmp_path / "absent.pt")]) == 3
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_damaged_weights_of_our_own_are_noticed(small: Detector, tmp_path: Path) -> None:
+    save_detector(small, tmp_path / "a.safetensors")
+    data = bytearray((tmp_path / "a.safetensors").read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "a.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"is not the file that a\.safetensors\.json describes"):
+        load_detector(tmp_path / "a.safetensors")

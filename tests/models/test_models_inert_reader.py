@@ -171,7 +171,7 @@ def test_cyclic_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_deep_and_wide_pickles_end(tmp_path: Path) -> None:
-    deep = b"\x80\x02" + b"]" * 500_000 + b"a" * 499_999 + b"."
+    deep = b"\x80\x02" + b"]" * 400_000 + b"a" * 399_999 + b"."
     with pytest.raises(CheckpointError, match="holds no model"):
         read_checkpoint(write_archive(tmp_path / "deep.pt", deep))
     with pytest.raises(CheckpointError, match="opcodes"):
@@ -186,7 +186,7 @@ def test_colliding_keys_are_refused() -> None:
 
 def test_object_arrays_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "evil.npz", a=np.array([Call(os.system, "touch executed")], dtype=object))
-    with pytest.raises(CheckpointError, match="plain numbers"):
+    with pytest.raises(CheckpointError, match="header of plain numbers"):
         read_checkpoint(tmp_path / "evil.npz")
 
 
