@@ -162,8 +162,15 @@ def choose_scale(histogram: Histogram, method: str, bits: int = 8, percentile: f
     else:
         raise ValueError(f"unknown calibration method {method!r}: choose one of {', '.join(METHODS)}")
     amax = min(amax, histogram.maximum)
-    above = histogram.counts[histogram.centres > amax].sum()
-    return ScaleChoice(amax, amax / high, float(above / histogram.counts.sum()))
+    return ScaleChoice(amax, amax / high, _share_above(histogram, amax))
+
+
+def _share_above(histogram: Histogram, amax: float) -> float:
+    """Share of the values in bins that lie above amax as a whole."""
+    if amax >= histogram.maximum:
+        return 0.0
+    width = float(histogram.centres[0]) * 2
+    return float(histogram.counts[math.ceil(amax / width) :].sum() / histogram.counts.sum())
 
 
 def _percentile(histogram: Histogram, percentile: float) -> float:
