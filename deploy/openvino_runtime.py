@@ -6,6 +6,7 @@ AMX, so every figure has to name its precision hint; the default here is "f32".
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 from deploy.errors import DeployError
 from deploy.graph import verify_onnx
-from deploy.runtime import FloatArray, Runtime, check_images
+from deploy.runtime import FloatArray, LayerTime, Runtime, Worker, check_images
 
 PRECISIONS: Mapping[str, str] = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 
@@ -28,9 +29,18 @@ def _openvino() -> Any:
     return openvino
 
 
+@functools.cache
+def _core() -> Any:
+    """The process's one Core.
+
+    It is never let go: when the last Core is destroyed OpenVINO unloads its CPU plugin, and the next parallel torch
+    operation of the same process then dies of a segmentation fault (seen with 2026.4.1 and torch 2.15).
+    """
+    return _openvino().Core()
+
+
 def _read_model(path: Path) -> Any:
     """Read an .onnx or an .xml file, after the checks that untrusted files get."""
-    openvino = _openvino()
     if path.suffix == ".onnx":
         verify_onnx(path)
     elif path.suffix == ".xml":
@@ -42,9 +52,17 @@ def _read_model(path: Path) -> Any:
     else:
         raise DeployError(f"OpenVINO reads .onnx and .xml files, got '{path.name}'.")
     try:
-        return openvino.Core().read_model(str(path))
+        return _core().read_model(str(path))
     except RuntimeError as error:
         raise DeployError(f"OpenVINO cannot read {path}: {error}") from error
+
+
+def input_size(path: Path) -> tuple[int, int] | None:
+    """(height, width) of a model's images, None where the file leaves them open."""
+    shape = _read_model(path).inputs[0].partial_shape
+    if len(shape) != 4 or shape[2].is_dynamic or shape[3].is_dynamic:
+        return None
+    return shape[2].get_length(), shape[3].get_length()
 
 
 def build_openvino(onnx_path: Path, out_dir: Path) -> Path:
@@ -73,6 +91,9 @@ class OpenVINORuntime(Runtime):
         batch: fix the batch; None keeps it as the file has it (dynamic in Octet's exports). A fixed batch is
             faster.
         image_size: (height, width) to fix where the file leaves them open.
+        streams: requests that run at the same time; 1 serves latency, more of them throughput.
+        pinning: bind threads to cores; None leaves it to OpenVINO.
+        profile: let OpenVINO count the time of every layer, for `layer_times`.
     """
 
     name = "openvino"
@@ -84,6 +105,9 @@ class OpenVINORuntime(Runtime):
         threads: int | None = None,
         batch: int | None = None,
         image_size: tuple[int, int] | None = None,
+        streams: int = 1,
+        pinning: bool | None = None,
+        profile: bool = False,
     ) -> None:
         hint = precision_hint or "f32"
         if hint not in PRECISIONS:
@@ -95,15 +119,21 @@ class OpenVINORuntime(Runtime):
         self.precision = "int8" if _is_quantized(model) else PRECISIONS[hint]
         self.precision_hint = hint
         config: dict[str, object] = {
-            "INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1",
-        }  # fmt: skip
+            "INFERENCE_PRECISION_HINT": hint,
+            "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
+            "NUM_STREAMS": str(streams),
+            "PERF_COUNT": profile,
+        }
         if threads is not None:
             config["INFERENCE_NUM_THREADS"] = threads
+        if pinning is not None:
+            config["ENABLE_CPU_PINNING"] = pinning
         try:
-            self._compiled = _openvino().Core().compile_model(model, "CPU", config)
+            self._compiled = _core().compile_model(model, "CPU", config)
         except RuntimeError as error:
             raise DeployError(f"OpenVINO cannot compile {path} with {config}: {error}") from error
         self._request: Any = self._compiled.create_infer_request()
+        self._profiled: dict[str, list[Any]] | None = {} if profile else None
         self.output_names = tuple(
             sorted(output.get_names())[0] if output.get_names() else f"output{index}"
             for index, output in enumerate(self._compiled.outputs)
@@ -114,15 +144,41 @@ class OpenVINORuntime(Runtime):
         """See `Runtime.infer_outputs`."""
         if self._request is None:
             raise DeployError(f"The OpenVINO engine of {self.path} is closed; load it again.")
+        outputs = self._infer(self._request, images)
+        if self._profiled is not None:
+            for info in self._request.profiling_info:
+                self._profiled.setdefault(info.node_name, []).append(info)
+        return outputs
+
+    def worker(self) -> Worker:
+        """A function with an infer request of its own."""
+        request = self._compiled.create_infer_request()
+        return lambda images: self._infer(request, images)
+
+    def _infer(self, request: Any, images: FloatArray) -> dict[str, FloatArray]:
         images = check_images(images, "OpenVINO")
         try:
-            results = self._request.infer({0: images}, share_inputs=True)
+            results = request.infer({0: images}, share_inputs=True)
         except RuntimeError as error:
             raise DeployError(
-                f"OpenVINO engine {self.path.name} takes images {self.input_shape}, got {images.shape}: "
-                f"{error}"
+                f"OpenVINO engine {self.path.name} takes images {self.input_shape}, got {images.shape}: {error}"
             ) from error
         return {name: np.array(results[index]) for index, name in enumerate(self.output_names)}
+
+    def layer_times(self) -> list[LayerTime]:
+        """See `Runtime.layer_times`; layers that were fused into others are left out."""
+        if not self._profiled:
+            return super().layer_times()
+        return [
+            LayerTime(
+                name,
+                str(infos[0].node_type),
+                str(infos[0].exec_type).rsplit("_", 1)[-1],
+                float(np.mean([info.real_time.total_seconds() for info in infos])) * 1000,
+            )
+            for name, infos in self._profiled.items()
+            if str(infos[0].status) == "Status.EXECUTED"
+        ]
 
     def close(self) -> None:
         """Release the compiled model."""
