@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from onnx import ModelProto, helper
 from deploy.errors import DeployError
 from deploy.graph import load_onnx, verify_onnx
 from deploy.passes import count_qdq
-from deploy.runtime import FloatArray, Runtime, check_images
+from deploy.runtime import FloatArray, LayerTime, Runtime, check_images
 
 PROVIDERS: Mapping[str, str] = {
     "cpu": "CPUExecutionProvider",
@@ -43,7 +44,7 @@ class ONNXRuntime(Runtime):
             back silently.
         optimize: graph optimizations on (default); off runs Q/DQ literally, node by node, as the integer
             reference.
-        profile_prefix: write a profile with this path prefix; `end_profile` returns the file.
+        profile_prefix: let ONNX Runtime write a profile with this path prefix, for `layer_times`.
     """
 
     name = "onnxruntime"
@@ -62,6 +63,7 @@ class ONNXRuntime(Runtime):
         start = time.perf_counter()
         verify_onnx(path)
         self.path = path
+        self._profile_prefix = profile_prefix
         self.precision = "int8" if sum(count_qdq(load_onnx(path))) else "fp32"
         options = _session_options(onnxruntime, threads, optimize, profile_prefix)
         self._session: Any = _create_session(onnxruntime, path, options, _providers(onnxruntime, provider))
@@ -86,14 +88,40 @@ class ONNXRuntime(Runtime):
         """Release the session."""
         self._session = None
 
-    def end_profile(self) -> Path:
-        """Stop profiling and return the JSON file it wrote."""
-        return Path(self._session.end_profiling())
+    def layer_times(self) -> list[LayerTime]:
+        """See `Runtime.layer_times`; ends the profile, so it can be asked once."""
+        if self._profile_prefix is None or self._session is None:
+            return super().layer_times()
+        file = Path(self._session.end_profiling())
+        self._profile_prefix = None
+        events = json.loads(file.read_text())
+        file.unlink()
+        kernels = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+        calls = max(1, sum(event["name"] == "model_run" for event in events))
+        totals: dict[str, float] = {}
+        for event in kernels:
+            totals[event["name"]] = totals.get(event["name"], 0.0) + event["dur"] / 1000
+        types = {event["name"]: event["args"] for event in kernels}
+        return [
+            LayerTime(
+                name.removesuffix("_kernel_time"),
+                types[name]["op_name"],
+                _kernel_precision(types[name]),
+                total / calls,
+            )
+            for name, total in totals.items()
+        ]
 
     @property
     def versions(self) -> dict[str, str]:
         """ONNX Runtime's version."""
         return {"onnxruntime": str(_onnxruntime().__version__)}
+
+
+def _kernel_precision(arguments: Mapping[str, Any]) -> str:
+    """The type of a kernel's first input, as the profile tells it."""
+    inputs = arguments.get("input_type_shape") or [{}]
+    return next(iter(inputs[0]), "")
 
 
 def optimized_graph(path: Path, destination: Path) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,6 +15,19 @@ from numpy.typing import NDArray
 from deploy.errors import DeployError
 
 FloatArray = NDArray[np.float32]
+
+
+Worker = Callable[[FloatArray], dict[str, FloatArray]]
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Mean time of one layer in one call, as the runtime itself measured it."""
+
+    name: str
+    type: str
+    precision: str
+    milliseconds: float
 
 
 class Runtime(ABC):
@@ -48,6 +63,18 @@ class Runtime(ABC):
     def infer(self, images: FloatArray) -> FloatArray:
         """Run one batch and return the first output, [B, 4 + K, A] for a decoded detector."""
         return self.infer_outputs(images)[self.output_names[0]]
+
+    def worker(self) -> Worker:
+        """A function like `infer_outputs` for one more thread; runtimes that share a request give each its own."""
+        return self.infer_outputs
+
+    def layer_times(self) -> list[LayerTime]:
+        """Times by layer since loading, for engines loaded with profiling.
+
+        Raises:
+            DeployError: this runtime tells nothing about layers, or was loaded without profiling.
+        """
+        raise DeployError(f"{self.name} was not loaded with profiling, or tells nothing about its layers.")
 
     @property
     def size_bytes(self) -> int:

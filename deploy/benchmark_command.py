@@ -1,0 +1,265 @@
+"""The benchmark command: time an engine in a scenario, by layer, or against others in one run.
+
+    python -m deploy.benchmark MODEL --runtime openvino --batch 1,4,8,12 --json out.json
+    python -m deploy.benchmark --compare float.onnx@openvino:bf16 int8.onnx@openvino
+
+A model is a path, with @RUNTIME and :PRECISION behind it where they differ from the options. Exit code 3 when a
+model cannot be loaded or run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy.errors import DeployError
+from deploy.graph import load_onnx, write_atomically
+from deploy.layers import draw_layers, format_layers
+from deploy.machine import PINNINGS, describe_machine, pin_process
+from deploy.onnx_runtime import ONNXRuntime
+from deploy.openvino_runtime import PRECISIONS, OpenVINORuntime, input_size
+from deploy.runtime import Runtime
+from deploy.scenarios import SCENARIOS, run_scenario
+from deploy.timing import LatencyReport, benchmark_alternately
+
+EXIT_UNUSABLE = 3
+RUNTIMES = ("openvino", "onnxruntime", "tensorrt")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One engine of the command line: PATH[@RUNTIME[:PRECISION]]."""
+
+    path: Path
+    runtime: str
+    precision: str | None
+
+    @property
+    def label(self) -> str:
+        """Name in tables."""
+        return f"{self.path.name}@{self.runtime}" + (f":{self.precision}" if self.precision else "")
+
+
+def parse_spec(text: str, runtime: str, precision: str | None) -> ModelSpec:
+    """Read PATH[@RUNTIME[:PRECISION]]; raises DeployError on an unknown runtime."""
+    path, _, rest = text.partition("@")
+    name, _, hint = rest.partition(":")
+    if name and name not in RUNTIMES:
+        raise DeployError(f"Unknown runtime '{name}' in '{text}'; expected one of {', '.join(RUNTIMES)}.")
+    return ModelSpec(Path(path), name or runtime, hint or precision)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        pin_process(options.pin, options.threads)
+        if options.compare:
+            result = _compare(options)
+        elif options.model is None:
+            raise DeployError("No model given; pass a path, or --compare A B.")
+        else:
+            result = _measure(options)
+    except DeployError as error:
+        print(error, file=sys.stderr)
+        return EXIT_UNUSABLE
+    if options.json is not None:
+        write_atomically(options.json, (json.dumps(result, indent=2) + "\n").encode())
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------- one model
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    spec = parse_spec(options.model, options.runtime, options.precision)
+    sizes = options.shapes or [find_image_size(spec.path)]
+    shapes = [(batch, 3, *size) for size in sizes for batch in options.batch]
+    static = options.scenario != "elastic" and not options.dynamic
+    rows: list[dict[str, Any]] = []
+    groups = [[shape] for shape in shapes] if static else [shapes]
+    for group in groups:
+        with load_runtime(spec, options, group[0] if static else None) as runtime:
+            first_ms = first_call(runtime, group[0])
+            reports = run_scenario(
+                runtime, options.scenario, group, options.time, options.warmup, options.streams
+            )
+            for shape, report in zip(group, reports, strict=True):
+                rows.append(_row(spec, runtime, report, shape, first_ms))
+    print(format_rows(rows))
+    result: dict[str, Any] = {"scenario": options.scenario, "rows": rows, "machine": describe_machine()}
+    if options.per_layer:
+        result["layers"] = _per_layer(spec, options, shapes[0])
+    return result
+
+
+def _row(
+    spec: ModelSpec, runtime: Runtime, report: LatencyReport, shape: tuple[int, ...], first_ms: float
+) -> dict[str, Any]:
+    return {
+        "model": spec.label,
+        **report.as_dict(),
+        "shape": list(shape),
+        "load_seconds": runtime.load_seconds,
+        "first_inference_ms": first_ms,
+        "size_bytes": runtime.size_bytes,
+        "versions": runtime.versions,
+    }
+
+
+def first_call(runtime: Runtime, shape: tuple[int, int, int, int]) -> float:
+    """Milliseconds of the first inference, which pays for what a runtime postpones."""
+    images = np.zeros(shape, np.float32)
+    start = time.perf_counter()
+    runtime.infer_outputs(images)
+    return (time.perf_counter() - start) * 1000
+
+
+def _per_layer(
+    spec: ModelSpec, options: argparse.Namespace, shape: tuple[int, int, int, int]
+) -> list[dict[str, Any]]:
+    images = np.random.default_rng(0).random(shape, dtype=np.float32)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        load_runtime(spec, options, shape, Path(folder) / "profile") as runtime,
+    ):
+        end = time.perf_counter() + max(options.time / 4, 0.2)
+        while time.perf_counter() < end:
+            runtime.infer_outputs(images)
+        layers = runtime.layer_times()
+    print(format_layers(layers))
+    if options.plot is not None:
+        write_atomically(options.plot, draw_layers(layers).encode())
+    return [{"name": i.name, "type": i.type, "precision": i.precision, "ms": i.milliseconds} for i in layers]
+
+
+# ---------------------------------------------------------------------------------------------------------- comparison
+def _compare(options: argparse.Namespace) -> dict[str, Any]:
+    specs = [parse_spec(text, options.runtime, options.precision) for text in options.compare]
+    size = (options.shapes or [find_image_size(specs[0].path)])[0]
+    rows: list[dict[str, Any]] = []
+    for batch in options.batch:
+        shape = (batch, 3, *size)
+        runtimes = [load_runtime(spec, options, shape) for spec in specs]
+        firsts = [first_call(runtime, shape) for runtime in runtimes]
+        reports = benchmark_alternately(runtimes, shape, options.time, warmup=3)
+        for spec, runtime, report, first in zip(specs, runtimes, reports, firsts, strict=True):
+            ratio = reports[0].median_ms / report.median_ms
+            rows.append({**_row(spec, runtime, report, shape, first), "speedup": ratio})
+        for runtime in runtimes:
+            runtime.close()
+    print(format_rows(rows))
+    print(f"speedup: median of {specs[0].label} / median of the row, measured alternately in one run")
+    return {"scenario": "compare", "rows": rows, "machine": describe_machine()}
+
+
+# ----------------------------------------------------------------------------------------------------------- loading
+def load_runtime(
+    spec: ModelSpec,
+    options: argparse.Namespace,
+    shape: tuple[int, int, int, int] | None,
+    profile: Path | None = None,
+) -> Runtime:
+    """Load a model for a fixed shape, or dynamic when `shape` is None."""
+    match spec.runtime:
+        case "openvino":
+            return OpenVINORuntime(
+                spec.path,
+                precision_hint=spec.precision,
+                threads=options.threads,
+                batch=shape[0] if shape else None,
+                image_size=shape[2:] if shape else None,
+                streams=options.streams,
+                pinning={"none": None, "core": True, "numa": False}[options.pin],
+                profile=profile is not None,
+            )
+        case "onnxruntime":
+            return ONNXRuntime(
+                spec.path, threads=options.threads, provider=spec.precision or "cpu", profile_prefix=profile
+            )
+    raise DeployError(f"Unknown runtime '{spec.runtime}'; expected one of {', '.join(RUNTIMES)}.")
+
+
+def find_image_size(path: Path) -> tuple[int, int]:
+    """(height, width) from a file's input shape or metadata; raises DeployError where neither tells."""
+    if path.suffix == ".onnx":
+        model = load_onnx(path)
+        dims = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
+        if len(dims) == 4 and all(dims[2:]):
+            return dims[2], dims[3]
+        stored = {entry.key: entry.value for entry in model.metadata_props}.get("octet.image_size", "")
+        if stored:
+            height, width = stored.split("x")
+            return int(height), int(width)
+    elif path.suffix == ".xml" and (size := input_size(path)) is not None:
+        return size
+    raise DeployError(f"{path} does not tell its image size; pass --shapes HEIGHTxWIDTH.")
+
+
+def format_rows(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as a text table."""
+    columns = {
+        "model": "model", "precision": "precision", "batch": "batch", "median_ms": "median", "mean_ms": "mean",
+        "std_ms": "std", "p90_ms": "p90", "p95_ms": "p95", "p99_ms": "p99", "images_per_second": "images/s",
+        "first_inference_ms": "first", "load_seconds": "load s", "size_bytes": "bytes", "speedup": "speedup",
+    }  # fmt: skip
+    used = [key for key in columns if all(key in row for row in rows)]
+    lines = [[columns[key] for key in used]]
+    for row in rows:
+        lines.append([f"{row[key]:.2f}" if isinstance(row[key], float) else str(row[key]) for key in used])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(used))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.benchmark", description="Time engines; times are in ms."
+    )
+    parser.add_argument("model", nargs="?", help="PATH[@RUNTIME[:PRECISION]]")
+    parser.add_argument("--compare", nargs="+", metavar="MODEL", help="time these alternately in one run")
+    parser.add_argument("--runtime", choices=RUNTIMES, default="openvino")
+    parser.add_argument(
+        "--precision", help=f"OpenVINO's hint ({', '.join(PRECISIONS)}) or ONNX Runtime's provider"
+    )
+    parser.add_argument("--scenario", choices=SCENARIOS, default="sync")
+    parser.add_argument("--batch", type=_numbers, default=[1], help="batch sizes, such as 1,4,8,12")
+    parser.add_argument("--shapes", type=_sizes, help="image sizes, such as 640x640,320x320")
+    parser.add_argument("--dynamic", action="store_true", help="keep the shapes of the engine open")
+    parser.add_argument("--streams", type=_positive, default=1, help="requests at once (async)")
+    parser.add_argument("--threads", type=_positive, help="CPU threads")
+    parser.add_argument(
+        "--pin", choices=PINNINGS, default="none", help="bind the process to cores or a NUMA node"
+    )
+    parser.add_argument("--time", type=float, default=10.0, help="seconds to time each shape")
+    parser.add_argument("--warmup", type=float, default=2.0, help="seconds before")
+    parser.add_argument("--per-layer", action="store_true", help="times by layer as well")
+    parser.add_argument("--plot", type=Path, help="draw the times by layer to this SVG file")
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no positive number")
+    return int(text)
+
+
+def _numbers(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+def _sizes(text: str) -> list[tuple[int, int]]:
+    sizes = []
+    for part in text.split(","):
+        height, _, width = part.partition("x")
+        sizes.append((_positive(height), _positive(width)))
+    return sizes
