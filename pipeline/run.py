@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RunError
+from report import write_atomically
 
 CONFIG = "config.yaml"
 _FIGURES = (
@@ -112,11 +112,7 @@ class Run:
         """Write an artifact whole or not at all."""
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        write_atomically(path, text)
         return path
 
     def write_json(self, name: str, content: Any) -> Path:

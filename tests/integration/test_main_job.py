@@ -1,0 +1,122 @@
+"""The main job, small but real: every stage, every artifact, resume, export for every target."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from main_job import TINY, run_entry
+
+ROW_KEYS = {
+    "name",
+    "ap",
+    "ap50",
+    "precision",
+    "recall",
+    "latency_ms_median",
+    "latency_ms_p99",
+    "images_per_second",
+    "size_bytes",
+}
+STAGES = ["train", "float", "calibrate", "sensitivity", "finetune", "export", "engine", "report"]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Working folder in which the tiny main job has run once."""
+    folder = tmp_path_factory.mktemp("job")
+    outcome = run_entry("train_qat.py", *TINY, cwd=folder)
+    assert outcome.code == 0, outcome.err
+    assert "engine:openvino:int8" in outcome.out
+    return folder
+
+
+def test_report_holds_every_row_and_stage(finished_run: Path) -> None:
+    report = json.loads((finished_run / "runs/demo/latest/report.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == ["float", "ptq", "qat", "engine:openvino:int8", "engine:openvino:fp32"]
+    for name, row in rows.items():
+        assert set(row) >= ROW_KEYS
+        assert 0 <= row["ap"] <= row["ap50"] <= 1
+        is_engine = name.startswith("engine:")
+        assert (row["latency_ms_median"] is not None) == is_engine
+        assert (row["size_bytes"] is not None) == is_engine
+    assert rows["engine:openvino:int8"]["size_bytes"] < rows["engine:openvino:fp32"]["size_bytes"]
+    assert [stage["name"] for stage in report["stages"]] == STAGES[:-1]
+    assert all(stage["seconds"] > 0 for stage in report["stages"])
+    assert report["image_size"] == 96
+    assert report["versions"]["torch"]
+    assert report["machine"]["processor"]
+
+
+def test_engines_agree_with_torch_on_real_outputs(finished_run: Path) -> None:
+    run = finished_run / "runs/demo/latest"
+    parity = json.loads((run / "engines/parity.json").read_text())
+    assert parity["engine:openvino:fp32"]["score_max"] < 1e-3
+    assert parity["engine:openvino:int8"]["score_mean"] < 0.02
+    signed = json.loads((run / "export.json").read_text())["parity"]["model.onnx"]
+    assert signed["score_mean"] < 0.01
+
+
+def test_artifacts_are_complete_and_nothing_is_left_half_written(finished_run: Path) -> None:
+    run = finished_run / "runs/demo/latest"
+    expected = {"config.yaml", "state.json", "float.safetensors", "placement.yaml", "calibration.json"}
+    expected |= {"ptq.safetensors", "qat.safetensors", "qat.jsonl", "train.jsonl", "sensitivity.json"}
+    expected |= {"model.onnx", "float.onnx", "report.html", "report.md", "report.json"}
+    names = {path.name for path in run.iterdir()}
+    assert expected <= names
+    leftovers = [p for p in run.rglob("*") if p.name.startswith(".") or "partial" in p.name]
+    assert not leftovers
+    assert not (run / "qat-state.pt").exists()
+
+
+def test_losses_are_logged_term_by_term(finished_run: Path) -> None:
+    lines = (finished_run / "runs/demo/latest/qat.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len(records) == 2 * (24 // 8)
+    assert all({"box", "cls", "dfl", "distillation", "total"} <= set(record) for record in records)
+    for record in records:
+        terms = record["box"] + record["cls"] + record["dfl"] + record["distillation"]
+        assert record["total"] == pytest.approx(terms, rel=1e-4)
+
+
+def test_resume_skips_what_is_done(finished_run: Path) -> None:
+    before = (finished_run / "runs/demo/latest/qat.safetensors").stat().st_mtime_ns
+    outcome = run_entry("train_qat.py", *TINY, "resume=true", cwd=finished_run)
+    assert outcome.code == 0, outcome.err
+    assert "finetune: done before" in outcome.err
+    assert (finished_run / "runs/demo/latest/qat.safetensors").stat().st_mtime_ns == before
+
+
+def test_resume_refuses_other_settings(finished_run: Path) -> None:
+    outcome = run_entry("train_qat.py", *TINY, "resume=true", "quant.observer=minmax", cwd=finished_run)
+    assert outcome.code == 2
+    assert "quant.observer" in outcome.err
+
+
+@pytest.mark.parametrize("target", ["openvino", "onnxruntime", "trt10", "trt11"])
+def test_export_writes_every_target(finished_run: Path, target: str) -> None:
+    outcome = run_entry("export.py", "run=runs/demo/latest", f"target={target}", cwd=finished_run)
+    assert outcome.code == 0, outcome.err
+    path = finished_run / outcome.out.strip().splitlines()[-1]
+    model = onnx.load(path)
+    assert [value.name for value in model.graph.input] == ["images"]
+    assert [value.name for value in model.graph.output] == ["output0"]
+    types = [node.op_type for node in model.graph.node]
+    assert types.count("QuantizeLinear") >= 100
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    kernels = [value for value in constants.values() if value.dtype == np.int8 and value.ndim == 4]
+    assert len(kernels) == 179
+    assert min(int(kernel.min()) for kernel in kernels) >= -127
+    quantizers = [node for node in model.graph.node if node.op_type in {"QuantizeLinear", "DequantizeLinear"}]
+    scales = [constants[node.input[1]].astype(np.float32) for node in quantizers]
+    assert all(np.isfinite(scale).all() and (scale > 0).all() for scale in scales)
+
+
+def test_missed_gate_exits_4_with_the_report_written(tmp_path: Path, finished_run: Path) -> None:
+    outcome = run_entry("train_qat.py", *TINY, "resume=true", "min_ap=0.999", cwd=finished_run)
+    assert outcome.code == 4
+    assert "min_ap=0.999" in outcome.err

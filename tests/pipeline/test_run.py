@@ -1,0 +1,70 @@
+"""The run directory: whole files, the latest link, refusal to mix runs, what has been done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import RunError
+from pipeline.run import CONFIG, Run
+
+
+def test_latest_points_to_the_newest_run(tmp_path: Path) -> None:
+    first = Run.create(None, "demo", tmp_path)
+    second = Run.create(None, "demo", tmp_path)
+    assert first.directory != second.directory
+    assert (tmp_path / "demo/latest").resolve() == second.directory.resolve()
+
+
+def test_given_directory_that_holds_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError, match="resume=true"):
+        Run.create(tmp_path, "demo")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_open_needs_a_run_directory(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=CONFIG):
+        Run.open(tmp_path)
+
+
+def test_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path)
+    run.write_text("rows.json", "old")
+
+    def fail(self: Path, target: Path) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        run.write_text("rows.json", "new")
+    assert run.path("rows.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_missing_artifact_names_the_stage_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="stage `calibrate`"):
+        Run(tmp_path).need("placement.yaml", "calibrate")
+
+
+def test_stages_are_remembered_once_each_in_order(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.mark_done("float", 1.0)
+    run.mark_done("calibrate", 2.0)
+    run.mark_done("float", 3.0)
+    assert [entry["name"] for entry in run.stages()] == ["calibrate", "float"]
+    assert run.is_done("float")
+    assert not run.is_done("engine")
+
+
+def test_rows_come_float_first_and_int8_before_other_engines(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for name in ("engine:openvino:fp32", "qat", "engine:openvino:int8", "float", "ptq"):
+        run.write_row(name, ap=0.5, ap_small=0.1)
+    rows = run.rows()
+    expected = ["float", "ptq", "qat", "engine:openvino:int8", "engine:openvino:fp32"]
+    assert [row["name"] for row in rows] == expected
+    assert rows[0]["ap"] == 0.5
+    assert rows[0]["size_bytes"] is None
+    assert rows[0]["extras"] == {"ap_small": 0.1}
