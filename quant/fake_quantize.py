@@ -205,23 +205,19 @@ class WeightFakeQuantize(nn.Module):
         if self.mode is not Mode.QUANTIZE:
             return weight
         if torch.onnx.is_in_onnx_export():
-            # The exporter knows the full signed range only; with symmetric scales no code falls on the lowest.
-            zero_point = torch.zeros(self.log_scale.shape, dtype=torch.int32, device=weight.device)
-            clipped = weight.clamp(*self._limits(weight))
+            # The exporter knows the full signed range only; after clipping, no code falls on the lowest.
+            scale = torch.tensor(self.scale.tolist(), device=weight.device)  # a constant in the file
+            zero_point = torch.zeros(scale.shape, dtype=torch.int32, device=weight.device)
+            limit = (scale * self.high).reshape([-1 if d == self.axis else 1 for d in range(weight.ndim)])
+            clipped = weight.clamp(-limit, limit)
             return torch.fake_quantize_per_channel_affine(
-                clipped, self.scale, zero_point, self.axis, self.low - 1, self.high
+                clipped, scale, zero_point, self.axis, self.low - 1, self.high
             )
         if self.training and not self.learned:
             self.follow(weight)
         w = weight.float()
         y = _FakeQuantizeChannel.apply(w, self.log_scale, self.scale, self.axis, self.low, self.high)
         return y.to(weight.dtype)
-
-    def _limits(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        shape = [1] * weight.ndim
-        shape[self.axis] = -1
-        limit = (self.scale * self.high).reshape(shape)
-        return -limit, limit
 
     def extra_repr(self) -> str:
         """One line for `print(model)`."""

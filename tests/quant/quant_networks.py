@@ -5,6 +5,8 @@ from torch import nn
 
 from models.blocks import ConvBlock, RepBottleneck
 from models.folding import fold_network
+from models.head import DetectionHead
+from models.yolov9 import Neck
 from quant import Placement, calibrate, insert, place
 
 
@@ -22,6 +24,47 @@ class SmallNet(nn.Module):
     def forward(self, x):
         stem = self.stem(x)
         return self.output(self.last(torch.cat((self.block(stem), self.side(stem)), dim=1)))
+
+
+class Between(nn.Module):
+    """A block between two convolutions and an output convolution, so that it has neighbours on either side."""
+
+    def __init__(self, block, in_channels, out_channels):
+        super().__init__()
+        self.before = ConvBlock(3, in_channels, 3)
+        self.block = block
+        self.after = ConvBlock(out_channels, 16, 1)
+        self.output = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        return self.output(self.after(self.block(self.before(x))))
+
+
+class NeckNet(nn.Module):
+    """The real neck with a single convolution for every part, on three features of 16 channels, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stage3, self.stage4, self.stage5 = (
+            ConvBlock(3, 16, 3, 8),
+            ConvBlock(16, 16, 3, 2),
+            ConvBlock(16, 16, 3, 2),
+        )
+        self.neck = Neck(
+            spp=ConvBlock(16, 16, 3),
+            top_down4=ConvBlock(32, 16, 3),
+            top_down3=ConvBlock(32, 16, 3),
+            down4=ConvBlock(16, 16, 3, 2),
+            bottom_up4=ConvBlock(32, 16, 3),
+            down5=ConvBlock(16, 16, 3, 2),
+            bottom_up5=ConvBlock(32, 16, 3),
+        )
+        self.head = DetectionHead((16, 16, 16), 3, (8, 16, 32), "silu")
+
+    def forward(self, x):
+        stage3 = self.stage3(x)
+        stage4 = self.stage4(stage3)
+        return self.head(self.neck(stage3, stage4, self.stage5(stage4)))
 
 
 def folded(network):

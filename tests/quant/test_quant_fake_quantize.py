@@ -93,7 +93,9 @@ def test_weights_equal_pytorch_quantization_per_channel(bits, axis):
         "pytorch_quantization.tensor_quant", reason="pytorch-quantization 2.1.3 is not installed"
     )
     descriptor = nvidia.QuantDescriptor(num_bits=bits, axis=axis)
-    assert descriptor.narrow_range is False  # its weights are narrow through the `narrow_range` argument below
+    assert (
+        descriptor.narrow_range is False
+    )  # its weights are narrow through the `narrow_range` argument below
     weight = torch.randn(8, 6, 3, 3)
     others = [d for d in range(4) if d != axis]
     amax = weight.abs().amax(others, keepdim=True) * 0.8

@@ -1,0 +1,179 @@
+"""What stays float, names and order, policy rules, and errors of placement."""
+
+import pytest
+import torch
+from quant_networks import Between, NeckNet, folded, groups_of
+from torch import nn
+
+from models.blocks import ConvBlock
+from quant import PlacementOptions, Rule, place
+
+# -- what stays float
+
+
+def test_output_layers_are_quantized_on_request():
+    network = folded(Between(ConvBlock(16, 16, 3), 16, 16))
+    placement = place(network, PlacementOptions(quantize_outputs=True))
+    assert placement.kept_float == {}
+    assert groups_of(placement)["after.act"] == ({"after.act": ("output",)}, ("output",))
+    one = place(network, rules=(Rule("output", keep_float=False),))
+    assert one == placement
+
+
+@pytest.mark.parametrize(
+    ("conv", "kept"),
+    [
+        (nn.Conv2d(8, 8, 3), True),  # at least one side of 16 is asked for
+        (nn.Conv2d(16, 8, 1), False),
+        (nn.Conv2d(16, 12, 1), False),
+        (nn.Conv2d(20, 12, 1), True),  # neither side is a multiple of 8
+        (nn.Conv2d(60, 60, 3), False),  # wide enough to be padded
+        (nn.Conv2d(180, 90, 1), False),
+        (nn.Conv2d(16, 16, 3, groups=16), False),  # depthwise
+        (nn.Conv2d(16, 16, 1, groups=16), True),
+        (nn.Conv2d(64, 64, 3, groups=4), False),
+        (nn.Conv2d(12, 12, 3, groups=12), True),
+    ],
+    ids=lambda value: (
+        f"{value.in_channels}-{value.out_channels}-g{value.groups}-k{value.kernel_size[0]}"
+        if isinstance(value, nn.Conv2d)
+        else None
+    ),
+)
+def test_narrow_convolutions(conv, kept):
+    network = folded(
+        nn.Sequential(ConvBlock(3, conv.in_channels, 3), conv, nn.SiLU(), nn.Conv2d(conv.out_channels, 4, 1))
+    )
+    placement = place(network)
+    assert ("1" in placement.kept_float) == kept
+    assert all(reason.startswith(("narrow", "its result")) for reason in placement.kept_float.values())
+    wanted = place(network, PlacementOptions(quantize_narrow=True))
+    assert "1" not in wanted.kept_float
+
+
+def test_the_first_convolution_may_be_narrow_on_the_image():
+    """3 -> 8 channels reads the image: worth an INT8 kernel; 3 -> 12 fits none."""
+    for channels, kept in ((8, False), (12, True)):
+        network = folded(
+            nn.Sequential(ConvBlock(3, channels, 3), ConvBlock(channels, 16, 3), nn.Conv2d(16, 4, 1))
+        )
+        assert ("0.conv" in place(network).kept_float) == kept
+
+
+def test_a_tensor_that_leaves_the_network_leaves_it_unquantized():
+    class TwoOutputs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = ConvBlock(3, 16, 3), ConvBlock(16, 16, 3)
+
+        def forward(self, x):
+            feature = self.first(x)
+            return feature, self.second(feature)
+
+    assert groups_of(place(folded(TwoOutputs())))["first.act"] == (
+        {"first.act": ("second_conv",)},
+        ("second.conv",),
+    )
+
+
+def test_float_layers_ask_for_no_quantizer():
+    placement = place(
+        folded(Between(ConvBlock(16, 16, 3), 16, 16)),
+        rules=(Rule("before.conv", keep_float=True), Rule("block.conv", keep_float=True)),
+    )
+    assert groups_of(placement) == {"block.act": ({"block.act": ("after_conv",)}, ("after.conv",))}
+    assert [site.layer for site in placement.weights] == ["after.conv"]
+    assert placement.kept_float["block.conv"] == "policy rule"
+
+
+# -- several calls, several uses
+
+
+class Reused(nn.Module):
+    """One activation module called twice, and one convolution called on two tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.tower, self.act = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()
+        self.output = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        fine = self.act(self.first(x))
+        coarse = torch.nn.functional.max_pool2d(fine, 2)
+        return tuple(self.output(self.act(self.tower(feature))) for feature in (fine, coarse))
+
+
+def test_modules_that_are_called_several_times():
+    placement = place(Reused().eval())
+    assert groups_of(placement) == {
+        "input.x": ({"input.x": ("first",)}, ("first",)),
+        "act_0": ({"act_0": ("max_pool2d", "tower")}, ("tower",)),
+    }
+    assert [site.layer for site in placement.weights] == ["first", "tower"]
+    assert placement.kept_float == {"output": "its result leaves the network"}
+
+
+def test_names_are_unique_and_the_same_in_every_trace():
+    class Sums(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 16, 1)
+            self.next = nn.ModuleList(nn.Conv2d(16, 16, 1) for _ in range(3))
+
+        def forward(self, x):
+            y = self.conv(x)
+            total = y
+            for conv in self.next:
+                total = torch.add(conv(total), y) + conv(y)
+            return total.mean()
+
+    names = [
+        site.name
+        for _ in range(2)
+        for group in place(Sums(), PlacementOptions(quantize_outputs=True)).groups
+        for site in group.tensors
+    ]
+    assert names[: len(names) // 2] == names[len(names) // 2 :]
+    assert len(set(names)) == len(names) // 2
+
+
+def test_groups_stand_in_graph_order():
+    placement = place(folded(NeckNet()))
+    first = [group.name for group in placement.groups]
+    assert first == [
+        "input.x",
+        "stage3.act",
+        "stage4.act",
+        "stage5.act",
+        "neck.top_down3.act",
+        "neck.bottom_up4.act",
+        "neck.bottom_up5.act",
+        *(f"head.{branch}.{level}.conv1.act" for level in range(3) for branch in ("box", "cls")),
+    ]
+    assert [group.tensors[0].name for group in placement.groups] == first
+
+
+def test_every_quantized_layer_knows_its_group():
+    placement = place(folded(NeckNet()))
+    readers = {layer: group.name for group in placement.groups for layer in group.layers}
+    assert {site.layer: site.group for site in placement.weights} == readers
+
+
+def test_the_network_is_only_read():
+    network = folded(NeckNet())
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    modules = [(name, type(module)) for name, module in network.named_modules()]
+    place(network)
+    assert [(name, type(module)) for name, module in network.named_modules()] == modules
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+def test_description_shows_groups_tensors_layers_and_float_layers():
+    text = place(
+        folded(NeckNet()), rules=(Rule("neck.cat_0", share=False), Rule("input.x", scale=1 / 255))
+    ).describe()
+    assert "input.x  (8 bits, scale 0.00392157, 1 tensors)" in text
+    assert "  tensor neck.top_down4.act -> neck_upsample4, cat_2" in text
+    assert "  layer  neck.top_down3.conv" in text
+    assert "float: head.box.0.output (its result leaves the network)" in text
+    assert "concat neck.cat_0: own scale" in text
