@@ -1,27 +1,32 @@
 """Float detectors: networks, decode, loss, and loading of checkpoints without running anything they name."""
 
 from models.boxes import Decode, non_max_suppression
-from models.detector import ARCHITECTURES, Detector, build_detector
+from models.detector import ARCHITECTURES, SEGMENTATION_ARCHITECTURES, Detector, build_detector
 from models.errors import CheckpointError
 from models.facts import count_parameters, measure_network
 from models.folding import fold_detector
 from models.loading import load_detector, save_detector
 from models.loss import DetectionLoss
 from models.reading import Checkpoint, read_checkpoint
+from models.segment import assemble_masks, detection_maps, suppress_segments
 
 __all__ = [
     "ARCHITECTURES",
+    "SEGMENTATION_ARCHITECTURES",
     "Checkpoint",
     "CheckpointError",
     "Decode",
     "DetectionLoss",
     "Detector",
+    "assemble_masks",
     "build_detector",
     "count_parameters",
+    "detection_maps",
     "fold_detector",
     "load_detector",
     "measure_network",
     "non_max_suppression",
     "read_checkpoint",
     "save_detector",
+    "suppress_segments",
 ]

@@ -161,6 +161,13 @@ def non_max_suppression(
     Raises:
         ValueError: If `decoded` has fewer than 5 rows or a threshold is out of range.
     """
+    return [detections for detections, _ in suppress(decoded, confidence, iou, max_detections)]
+
+
+def suppress(
+    decoded: Tensor, confidence: float, iou: float, max_detections: int
+) -> list[tuple[Tensor, Tensor]]:
+    """As `non_max_suppression`, with the anchor index [N] of each detection."""
     if decoded.ndim != 3 or decoded.shape[1] < 5:
         raise ValueError(
             f"Decoded output has shape {tuple(decoded.shape)}; expected [B, 4 + classes, anchors]"
@@ -172,7 +179,9 @@ def non_max_suppression(
     return [_suppress_image(image.t(), confidence, iou, max_detections) for image in decoded.detach()]
 
 
-def _suppress_image(rows_A: Tensor, confidence: float, iou: float, max_detections: int) -> Tensor:
+def _suppress_image(
+    rows_A: Tensor, confidence: float, iou: float, max_detections: int
+) -> tuple[Tensor, Tensor]:
     scores_AK = rows_A[:, 4:]
     anchor, label = (scores_AK > confidence).nonzero(as_tuple=True)
     scores = scores_AK[anchor, label]
@@ -181,4 +190,5 @@ def _suppress_image(rows_A: Tensor, confidence: float, iou: float, max_detection
         anchor, label = anchor[best], label[best]
     boxes = centre_to_corners(rows_A[anchor, :4])
     kept = batched_nms(boxes.float(), scores.float(), label, iou)[:max_detections]
-    return torch.cat((boxes[kept], scores[kept, None], label[kept, None].to(boxes.dtype)), dim=1)
+    detections = torch.cat((boxes[kept], scores[kept, None], label[kept, None].to(boxes.dtype)), dim=1)
+    return detections, anchor[kept]

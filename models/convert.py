@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from models.archive import sorted_sample
 from models.blocks import ConvNorm, RepConvBlock
-from models.detector import ARCHITECTURES, MAX_CLASSES, Detector, build_detector
+from models.detector import (
+    ARCHITECTURES,
+    MAX_CLASSES,
+    SEGMENTATION_ARCHITECTURES,
+    Detector,
+    build_detector,
+)
 from models.errors import CheckpointError
 from models.folding import fold_network
 from models.head import BOX_GROUPS
@@ -28,6 +34,10 @@ _CLASS_BIAS = re.compile(r"^model\.(\d+)\.cv3\.0\.2\.bias$")
 _OWN_CLASS_BIAS = "network.head.cls.0.output.bias"
 _SEPARABLE = re.compile(r"^(?:model\.\d+\.cv3|network\.head\.cls)\.0\.(?:0\.0|conv1\.depthwise)\.")
 _BOX_OUTPUT = re.compile(r"^(?:model\.\d+\.cv2|network\.head\.box)\.0\.(?:2|output)\.weight$")
+_PROTOTYPES = re.compile(r"^(?:model\.\d+\.proto|network\.head\.prototypes)\.(\w+)\.")
+_SECOND_REPEAT = re.compile(
+    r"^(?:model\.22\.cv2\.0\.m|network\.head\.prototype_elan\.branch1\.csp\.bottlenecks)\.1\."
+)
 _OPTIONAL = "num_batches_tracked"
 
 
@@ -105,12 +115,28 @@ def count_classes(state: Mapping[str, Tensor]) -> int | None:
 
 
 def find_head_style(state: Mapping[str, Tensor]) -> str:
-    """Which trainer's head the keys and shapes show: a key of `models.head.HEADS`."""
+    """Which trainer's head the keys and shapes show: a key of `models.head.HEADS` or of `SEGMENTATION_HEADS`."""
+    if is_segmentation(state):
+        return _find_segmentation_head(state)
     if any(_SEPARABLE.match(key) for key in state):
         return "ultralytics"
     for key, tensor in state.items():
         if _BOX_OUTPUT.match(key) and tensor.ndim == 4:
             return "official" if tensor.shape[1] * BOX_GROUPS == tensor.shape[0] else "ultralytics-legacy"
+    return "official"
+
+
+def is_segmentation(state: Mapping[str, Tensor]) -> bool:
+    """True if there are mask prototypes."""
+    return any(_PROTOTYPES.match(key) for key in state)
+
+
+def _find_segmentation_head(state: Mapping[str, Tensor]) -> str:
+    parts = {match[1] for key in state if (match := _PROTOTYPES.match(key))}
+    if "upsample" in parts:
+        return "ultralytics" if any(_SEPARABLE.match(key) for key in state) else "ultralytics-legacy"
+    if "conv" in parts:
+        return "deeply-branched" if any(_SECOND_REPEAT.match(key) for key in state) else "branched"
     return "official"
 
 
@@ -133,10 +159,9 @@ def recognise(
         CheckpointError: If none fits (with the differences to the closest), or if another than the wanted one does.
         ValueError: If `architecture` is unknown.
     """
-    if architecture is not None and architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"Architecture {architecture!r} is unknown; expected one of {', '.join(ARCHITECTURES)}"
-        )
+    every = [*ARCHITECTURES, *SEGMENTATION_ARCHITECTURES]
+    if architecture is not None and architecture not in every:
+        raise ValueError(f"Architecture {architecture!r} is unknown; expected one of {', '.join(every)}")
     num_classes = count_classes(state)
     if num_classes is None:
         raise CheckpointError(
@@ -145,7 +170,8 @@ def recognise(
         )
     style = find_head_style(state)
     matches = []
-    for candidate in sorted(ARCHITECTURES, key=lambda known: known != architecture):
+    plausible = SEGMENTATION_ARCHITECTURES if is_segmentation(state) else ARCHITECTURES
+    for candidate in sorted(plausible, key=lambda known: known != architecture):
         matches.append(compare(state, candidate, num_classes, style))
         if matches[-1].fits:
             break
@@ -157,7 +183,7 @@ def recognise(
             f"The checkpoint does not fit {architecture}; its keys and shapes are those of {fitting.architecture}: "
             "choose that, or leave the choice out"
         )
-    candidates = [match for match in matches if architecture in (None, match.architecture)]
+    candidates = [match for match in matches if match.architecture == architecture] or matches
     closest = min(candidates, key=lambda match: match.num_differences)
     wanted = architecture or f"any known architecture; the closest is {closest.architecture}"
     raise CheckpointError(f"The checkpoint does not fit {wanted}: {closest.explain(name)}")

@@ -1,11 +1,13 @@
 """A detector: a network, its float decode, and what a user must know about both; and the list of what can be built."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from models.boxes import Decode
 from models.head import HEADS, HeadBuilder
+from models.segment import SEGMENTATION_HEADS, SegmentationDecode
 from models.yolov9 import STRIDES, YOLOv9Network, yolov9c, yolov9m, yolov9s, yolov9t
 from models.yolov9e import yolov9e
 
@@ -25,7 +27,7 @@ class Detector(nn.Module):
         strides: Input pixels per cell for each level, fine to coarse.
         architecture: A key of `ARCHITECTURES`.
         activation: `silu` or `relu`.
-        head_style: A key of `HEADS`.
+        head_style: A key of `HEADS`, or of `SEGMENTATION_HEADS`.
         folded: True once batch normalisation is folded and parallel branches are merged.
         amax: Largest magnitudes that a quantized checkpoint carried, by `<path of a convolution in network>.input`
             (scalar) and `.weight` (per output channel); empty otherwise.
@@ -55,12 +57,17 @@ class Detector(nn.Module):
         self.amax: dict[str, Tensor] = {}
 
     @property
+    def task(self) -> str:
+        """`detect`, or `segment` if the decode gives coefficients and prototypes too."""
+        return "segment" if isinstance(self.decode, SegmentationDecode) else "detect"
+
+    @property
     def num_classes(self) -> int:
         """K, the number of classes."""
         return len(self.names)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] to the decoded output [B, 4 + K, A]."""
+    def forward(self, images: Tensor) -> Any:
+        """[B, 3, H, W] to the decoded output [B, 4 + K, A], or to what `SegmentationDecode` gives."""
         return self.decode(self.network(images))
 
 
@@ -70,6 +77,10 @@ ARCHITECTURES: dict[str, Callable[[int, str, HeadBuilder], YOLOv9Network]] = {
     "yolov9m": yolov9m,
     "yolov9c": yolov9c,
     "yolov9e": yolov9e,
+}
+SEGMENTATION_ARCHITECTURES: dict[str, Callable[[int, str, HeadBuilder], YOLOv9Network]] = {
+    "yolov9c-seg": yolov9c,
+    "yolov9e-seg": yolov9e,
 }
 
 
@@ -87,7 +98,7 @@ def build_detector(
         num_classes: K, at least 1.
         activation: `silu` or `relu`.
         names: K class names; `class0`, `class1`, ... when None.
-        head_style: A key of `HEADS`: which trainer's head it has.
+        head_style: A key of `HEADS` (or `SEGMENTATION_HEADS`): which trainer's head it has.
 
     Returns:
         A detector in training mode, with batch normalisation and parallel branches.
@@ -95,12 +106,13 @@ def build_detector(
     Raises:
         ValueError: For an unknown architecture, activation or head, or when K and the names disagree.
     """
-    if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"Architecture {architecture!r} is unknown; expected one of {', '.join(ARCHITECTURES)}"
-        )
-    if head_style not in HEADS:
-        raise ValueError(f"Head {head_style!r} is unknown; expected one of {', '.join(HEADS)}")
+    builders = {**ARCHITECTURES, **SEGMENTATION_ARCHITECTURES}
+    if architecture not in builders:
+        raise ValueError(f"Architecture {architecture!r} is unknown; expected one of {', '.join(builders)}")
+    segments = architecture in SEGMENTATION_ARCHITECTURES
+    heads = SEGMENTATION_HEADS if segments else HEADS
+    if head_style not in heads:
+        raise ValueError(f"Head {head_style!r} is unknown; expected one of {', '.join(heads)}")
     if not 1 <= num_classes <= MAX_CLASSES:
         raise ValueError(f"num_classes is {num_classes}; expected 1 to {MAX_CLASSES}")
     chosen = tuple(names) if names is not None else tuple(f"class{index}" for index in range(num_classes))
@@ -108,10 +120,10 @@ def build_detector(
         raise ValueError(
             f"{len(chosen)} names were given for {num_classes} classes; give one name for each class"
         )
-    network = ARCHITECTURES[architecture](num_classes, activation, HEADS[head_style])
+    network = builders[architecture](num_classes, activation, heads[head_style])
     return Detector(
         network,
-        Decode(STRIDES),
+        SegmentationDecode(STRIDES) if segments else Decode(STRIDES),
         names=chosen,
         strides=STRIDES,
         architecture=architecture,

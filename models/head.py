@@ -16,7 +16,6 @@ from models.blocks import ConvBlock
 
 Raw = tuple[tuple[Tensor, Tensor], ...]
 
-HeadBuilder = Callable[[Sequence[int], int, Sequence[int], str], nn.Module]
 
 REG_MAX = 16
 BOX_GROUPS = 4
@@ -43,8 +42,8 @@ class HeadBranch(nn.Module):
         return self.output(self.conv2(self.conv1(x)))
 
 
-class DetectionHead(nn.Module):
-    """Raw maps per level: tuple, fine to coarse, of (box [B, 4R, h, w], cls [B, K, h, w]), both logits.
+class HeadBranches(nn.Module):
+    """A box and a class branch for each level; what is done with them is up to the head.
 
     Args:
         in_channels: Channels of each level's feature map, fine to coarse.
@@ -77,6 +76,10 @@ class DetectionHead(nn.Module):
         """The class branch of one level; `finest` is the finest level's number of channels."""
         return HeadBranch(in_channels, max(finest, min(2 * num_classes, 128)), num_classes, 1, activation)
 
+    def official_layers(self, first: int) -> dict[str, int]:
+        """Layer indices of the head's parts in an official checkpoint; `first` is the first after the neck."""
+        return {"head": first}
+
     def initialise_biases(self, num_classes: int, strides: Sequence[int]) -> None:
         """Start from rare objects: without it the class loss of the many empty cells swamps the first steps.
 
@@ -89,17 +92,17 @@ class DetectionHead(nn.Module):
             cells = (INITIAL_IMAGE_SIZE / stride) ** 2
             nn.init.constant_(_output_bias(branch), math.log(INITIAL_OBJECTS_PER_IMAGE / num_classes / cells))
 
-    def forward(self, features: Sequence[Tensor]) -> Raw:
-        """Feature maps [B, C, h, w], fine to coarse, to (box, cls) logits for each."""
-        return tuple((self.box[i](features[i]), self.cls[i](features[i])) for i in range(len(self.box)))
 
-
-class UltralyticsLegacyHead(DetectionHead):
-    """The head of YOLOv9 checkpoints from early Ultralytics releases: nothing is grouped, class width up to 100."""
+class UngroupedBoxBranches(HeadBranches):
+    """Branches without groups in the box branch."""
 
     def box_branch(self, in_channels: int, hidden: int, activation: str) -> nn.Module:
         """The box branch of one level, without groups."""
         return HeadBranch(in_channels, hidden, 4 * REG_MAX, 1, activation)
+
+
+class UltralyticsLegacyBranches(UngroupedBoxBranches):
+    """Branches of YOLOv9 checkpoints from early Ultralytics releases: nothing is grouped, class width up to 100."""
 
     def cls_branch(self, in_channels: int, finest: int, num_classes: int, activation: str) -> nn.Module:
         """The class branch of one level."""
@@ -137,13 +140,38 @@ class SeparableBranch(nn.Module):
         return self.output(self.conv2(self.conv1(x)))
 
 
-class UltralyticsHead(UltralyticsLegacyHead):
-    """The head of YOLOv9 checkpoints from later Ultralytics releases: a depthwise-separable class branch."""
+class UltralyticsBranches(UltralyticsLegacyBranches):
+    """Branches of YOLOv9 checkpoints from later Ultralytics releases: a depthwise-separable class branch."""
 
     def cls_branch(self, in_channels: int, finest: int, num_classes: int, activation: str) -> nn.Module:
         """The class branch of one level."""
         return SeparableBranch(in_channels, max(finest, min(num_classes, 100)), num_classes, activation)
 
+
+class DetectMixin:
+    """The forward pass of a detection head."""
+
+    box: nn.ModuleList
+    cls: nn.ModuleList
+
+    def forward(self, features: Sequence[Tensor]) -> Raw:
+        """Feature maps [B, C, h, w], fine to coarse, to (box [B, 4R, h, w], cls [B, K, h, w]) logits for each."""
+        return tuple((self.box[i](features[i]), self.cls[i](features[i])) for i in range(len(self.box)))
+
+
+class DetectionHead(DetectMixin, HeadBranches):
+    """The official detection head."""
+
+
+class UltralyticsLegacyHead(DetectMixin, UltralyticsLegacyBranches):
+    """The detection head of early Ultralytics releases."""
+
+
+class UltralyticsHead(DetectMixin, UltralyticsBranches):
+    """The detection head of later Ultralytics releases."""
+
+
+HeadBuilder = Callable[[Sequence[int], int, Sequence[int], str], HeadBranches]
 
 HEADS: dict[str, HeadBuilder] = {
     "official": DetectionHead,

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from models.convert import Match, normalise_key, normalise_tensor, recognise
-from models.dual_head import Conversion, to_single_head
 from models.errors import CheckpointError
 from models.head import REG_MAX
 from models.reading import Checkpoint
+from models.training_forms import Conversion, to_deployed_form
 
 PROJECTION_TOLERANCE = 0.06  # half a step of 0 .. 15 in 8 bits, for weights that were quantized once
 PROJECTION_KEYS = (".dfl.conv.weight", ".dfl2.conv.weight")
@@ -72,7 +72,7 @@ def _interpret(checkpoint: Checkpoint, source: str, architecture: str | None) ->
         state[name], original[name] = normalise_tensor(tensor), key
     own_ranges = {key.removeprefix("amax."): state.pop(key) for key in list(state) if key.startswith("amax.")}
     ranges = {key: state.pop(key) for key in list(state) if "_quantizer." in key}
-    conversion = to_single_head(state)
+    conversion = to_deployed_form(state)
     if conversion is not None:
         _logger.info("%s: %s", source, conversion.describe())
         state = conversion.state

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import AverageDown, ConvBlock, CSPElan, Elan, SplitDown, SPPElan
-from models.head import DetectionHead, HeadBuilder, Raw
+from models.head import DetectionHead, HeadBranches, HeadBuilder, Raw
 
 STRIDES = (8, 16, 32)
 
@@ -82,13 +82,14 @@ class YOLOv9Network(nn.Module):
     """Images [B, 3, H, W] (RGB, [0, 1], H and W multiples of 32) to raw maps per level; fx-traceable."""
 
     def __init__(
-        self, backbone: nn.Module, neck: nn.Module, head: nn.Module, official_layers: dict[str, int]
+        self, backbone: nn.Module, neck: nn.Module, head: HeadBranches, official_layers: dict[str, int]
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.neck = neck
         self.head = head
-        self.official_layers = dict(official_layers)
+        body = {name: layer for name, layer in official_layers.items() if name != "head"}
+        self.official_layers = {**body, **head.official_layers(official_layers["head"])}
 
     def forward(self, images: Tensor) -> Raw:
         """[B, 3, H, W] to (box, cls) logits per level."""

@@ -38,6 +38,27 @@ def _fill(key: str, shape: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.asarray(values, dtype=np.float32)
 
 
+def recipe_state(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """A state dict filled by the fixtures' recipe, with running statistics made up likewise."""
+    state = {}
+    for key, shape in shapes.items():
+        if key.endswith("running_var"):
+            state[key] = torch.from_numpy(_fill(f"{key}.bn.weight", list(shape)))
+        elif key.endswith("num_batches_tracked"):
+            state[key] = torch.zeros((), dtype=torch.int64)
+        elif key.endswith("dfl.conv.weight"):
+            state[key] = torch.arange(16, dtype=torch.float32).reshape(1, 16, 1, 1)
+        else:
+            state[key] = torch.from_numpy(_fill(key, list(shape)))
+    return state
+
+
+def waves(size: int) -> Tensor:
+    """A deterministic float64 image [1, 3, size, size] in [0, 1]."""
+    ramp = torch.arange(3 * size * size, dtype=torch.float64)
+    return (torch.sin(ramp * 0.37) * torch.cos(ramp * 0.0113) / 2 + 0.5).reshape(1, 3, size, size)
+
+
 def fixture_images(folder: Path) -> Tensor:
     return torch.from_numpy(np.load(folder / "input.npz")["images"])
 

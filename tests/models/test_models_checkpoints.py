@@ -160,7 +160,7 @@ def test_training_checkpoint_names_what_it_keeps_and_misses(
     state = fixture_state(shared_data / "parity", "yolov9-c")
     with caplog.at_level(logging.INFO):
         detector_from_checkpoint(Checkpoint(dict(state)), "x.pt", activation="silu")
-    assert "kept the main head (cv4, cv5 of layer 38)" in caplog.text
+    assert "kept the main head (cv4, cv5, dfl2 of layer 38)" in caplog.text
     assert "dropped the auxiliary branch (layers 23 to 37" in caplog.text
     del state["model.38.cv4.1.0.conv.weight"], state["model.3.cv1.conv.weight"]
     state["model.38.cv6.weight"] = torch.zeros(1)
