@@ -187,9 +187,8 @@ def distillation_loss(student: Any, teacher: Any) -> Tensor:
 
 def new_state(model: nn.Module, options: TrainingOptions) -> TrainingState:
     """Optimizer and average for a model at step 0."""
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, options), lr=options.learning_rate, betas=(0.9, 0.999)
-    )
+    groups = parameter_groups(model, options)
+    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.999), fused=True)
     average = ModelAverage(model, options.ema_decay, options.ema_warmup) if options.ema_decay > 0 else None
     return TrainingState(optimizer, average)
 
