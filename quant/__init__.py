@@ -3,6 +3,7 @@
 from quant.calibration import CalibrationError, CalibrationResult, calibrate
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
 from quant.finetuning import DivergenceError, TrainingOptions, TrainingState, new_state, train_epochs
+from quant.folding import fold_batchnorms
 from quant.graph import TraceError, trace
 from quant.insertion import (
     InsertionError,
@@ -41,6 +42,7 @@ __all__ = [
     "activation_quantizers",
     "calibrate",
     "dump_placement",
+    "fold_batchnorms",
     "insert",
     "load_placement",
     "measure_fisher",
