@@ -11,11 +11,14 @@ from deploy.onnx_runtime import ONNXRuntime
 from deploy.openvino_runtime import OpenVINORuntime
 from deploy.passes import PassCount, count_qdq
 from deploy.runtime import Runtime, engine_size
+from deploy.tensorrt_builder import BuildOptions
+from deploy.tensorrt_runtime import TensorRTRuntime
 from deploy.timing import LatencyReport, benchmark, benchmark_alternately
 
 __all__ = [
     "OPSETS",
     "TARGETS",
+    "BuildOptions",
     "CheckReport",
     "CompareReport",
     "DeployError",
@@ -26,6 +29,7 @@ __all__ = [
     "OpenVINORuntime",
     "PassCount",
     "Runtime",
+    "TensorRTRuntime",
     "benchmark",
     "benchmark_alternately",
     "build_engine",

@@ -29,6 +29,8 @@ from deploy.onnx_runtime import ONNXRuntime
 from deploy.openvino_runtime import PRECISIONS, OpenVINORuntime, input_size
 from deploy.runtime import Runtime
 from deploy.scenarios import SCENARIOS, run_scenario
+from deploy.tensorrt_builder import sidecar_path
+from deploy.tensorrt_runtime import TensorRTRuntime
 from deploy.timing import LatencyReport, benchmark_alternately
 
 EXIT_UNUSABLE = 3
@@ -184,23 +186,28 @@ def load_runtime(
             return ONNXRuntime(
                 spec.path, threads=options.threads, provider=spec.precision or "cpu", profile_prefix=profile
             )
+        case "tensorrt":
+            return TensorRTRuntime(spec.path, use_cuda_graph=options.graph, profile=profile is not None)
     raise DeployError(f"Unknown runtime '{spec.runtime}'; expected one of {', '.join(RUNTIMES)}.")
 
 
 def find_image_size(path: Path) -> tuple[int, int]:
     """(height, width) from a file's input shape or metadata; raises DeployError where neither tells."""
+    stored = ""
     if path.suffix == ".onnx":
         model = load_onnx(path)
         dims = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
         if len(dims) == 4 and all(dims[2:]):
             return dims[2], dims[3]
         stored = {entry.key: entry.value for entry in model.metadata_props}.get("octet.image_size", "")
-        if stored:
-            height, width = stored.split("x")
-            return int(height), int(width)
     elif path.suffix == ".xml" and (size := input_size(path)) is not None:
         return size
-    raise DeployError(f"{path} does not tell its image size; pass --shapes HEIGHTxWIDTH.")
+    elif path.suffix == ".engine" and sidecar_path(path).is_file():
+        stored = json.loads(sidecar_path(path).read_text()).get("metadata", {}).get("octet.image_size", "")
+    height, _, width = stored.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise DeployError(f"{path} does not tell its image size; pass --shapes HEIGHTxWIDTH.")
+    return int(height), int(width)
 
 
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:
@@ -241,6 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--time", type=float, default=10.0, help="seconds to time each shape")
     parser.add_argument("--warmup", type=float, default=2.0, help="seconds before")
+    parser.add_argument("--graph", action="store_true", help="run TensorRT engines as CUDA graphs")
     parser.add_argument("--per-layer", action="store_true", help="times by layer as well")
     parser.add_argument("--plot", type=Path, help="draw the times by layer to this SVG file")
     parser.add_argument("--json", type=Path, help="write everything to this file")
