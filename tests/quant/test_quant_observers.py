@@ -307,7 +307,7 @@ def test_min_max_weight_scales_are_each_channels_maximum(axis, bits):
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_mse_weight_scales_are_as_good_as_a_search_per_channel(bits):
-    weight, high = torch.randn(6, 8, 3, 3) ** 3, 2 ** (bits - 1) - 1
+    weight, high = torch.randn(6, 32, 3, 3) ** 3, 2 ** (bits - 1) - 1
     scale = choose_weight_scale(weight, 0, "mse", bits)
     for row, got in zip(weight.flatten(1).double(), scale.tolist(), strict=True):
         errors = [
@@ -315,7 +315,7 @@ def test_mse_weight_scales_are_as_good_as_a_search_per_channel(bits):
             for s in float(row.abs().max()) / high * np.linspace(0.1, 1.0, 900)
         ]
         error = float(((row / got).round().clamp(-high, high) * got - row).square().sum())
-        assert error <= min(errors) * 1.08 + 1e-12
+        assert error <= min(errors) * 1.05
 
 
 @pytest.mark.parametrize("method", ["minmax", "mse"])
