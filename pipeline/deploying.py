@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from configs.errors import ConfigError
 from data import to_input
 from deploy import (
     DeployError,
@@ -25,6 +26,7 @@ from deploy import (
 from models import Detector
 from pipeline.job import Job, Predict
 from pipeline.progress import say
+from quant import Placement, placement_of
 
 Target = Literal["openvino", "onnxruntime", "trt10", "trt11"]
 INT8_MODEL = "model.onnx"
@@ -94,6 +96,7 @@ def model_name(job: Job, target: str) -> str:
 def export_quantized(job: Job, target: Target, path: Path, dynamic_batch: bool | None = None) -> ExportReport:
     """Export the run's best quantized model for a target."""
     network, row = job.best_quantized()
+    check_widths(placement_of(network), target)
     network.cpu()
     report = export_onnx(
         Deployed(network, job.detector.decode.cpu()).eval(),
@@ -110,6 +113,23 @@ def export_quantized(job: Job, target: Target, path: Path, dynamic_batch: bool |
         f"{report.num_int8_weights} INT8 weights, {report.size_bytes / 1e6:.2f} MB"
     )
     return report
+
+
+def check_widths(placement: Placement, target: str) -> None:
+    """Refuse a plan whose widths no engine of the target runs.
+
+    Raises:
+        ConfigError: some tensor or weight is narrower than 8 bits.
+    """
+    widths = {group.name: group.bits for group in placement.groups}
+    widths |= {site.layer: site.bits for site in placement.weights}
+    narrow = {name: bits for name, bits in widths.items() if bits != 8}
+    if narrow:
+        name, bits = next(iter(narrow.items()))
+        raise ConfigError(
+            f"target {target} runs 8-bit grids only, and {len(narrow)} tensors are narrower ({name}: {bits} bits): "
+            "below 8 bits is simulation; use stages=[float,calibrate,finetune,report] for it"
+        )
 
 
 def onnx_metadata(job: Job, detector: Detector, source: str) -> dict[str, str]:

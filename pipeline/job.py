@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -236,7 +236,10 @@ class Job:
     ) -> DetectionMetrics:
         """COCO figures on the validation split; the same path for torch and every engine."""
         loader = self.val_loader(batch_size, limit)
-        batches = track(loader, f"evaluate {label}", len(loader))
+        return self.evaluate_batches(predict, track(loader, f"evaluate {label}", len(loader)))
+
+    def evaluate_batches(self, predict: Predict, batches: Iterable[Batch]) -> DetectionMetrics:
+        """COCO figures over validation batches, without a word."""
         return evaluate(predict, batches, self.truth, self.config.evaluate.engine, self.device)
 
     def record_row(self, name: str, metrics: DetectionMetrics, **figures: Any) -> None:

@@ -15,9 +15,10 @@ from pipeline.deploying import engine_stage, export_stage
 from pipeline.errors import RunError
 from pipeline.job import Job
 from pipeline.progress import say
-from pipeline.quantizing import calibrate_stage, float_stage, sensitivity_stage
+from pipeline.quantizing import calibrate_stage, float_stage
 from pipeline.reporting import check_gates, report_stage
 from pipeline.run import CONFIG, Run
+from pipeline.sensing import sensitivity_stage
 from pipeline.terminal import print_result, quit_on_termination
 from pipeline.training import finetune_stage, train_stage
 

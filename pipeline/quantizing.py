@@ -1,13 +1,11 @@
-"""Stages before fine-tuning: the float row, placement, calibration and sensitivity."""
+"""Stages before fine-tuning: the float row, placement and calibration."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from configs.errors import ConfigError
-from data import to_input
 from pipeline.job import Job
-from pipeline.progress import say, track
+from pipeline.progress import say
 from quant import (
     Placement,
     PlacementOptions,
@@ -16,13 +14,8 @@ from quant import (
     dump_placement,
     insert,
     load_placement,
-    measure_fisher,
-    measure_sqnr,
     place,
-    placement_of,
 )
-
-SENSITIVITY_BATCH = 4
 
 
 def float_stage(job: Job) -> None:
@@ -48,32 +41,6 @@ def calibrate_stage(job: Job) -> None:
     job.run.write_json("calibration.json", result.as_dict())
     job.save_quantized(model, "ptq.safetensors")
     job.record_row("ptq", job.measure(job.predictor(model), "ptq"), observer=config.observer)
-
-
-def sensitivity_stage(job: Job) -> None:
-    """Rank the units by what quantizing them costs, on letterboxed training images."""
-    config = job.config.sensitivity
-    if config.method == "none":
-        return
-    model = job.load_quantized("ptq.safetensors", "calibrate")
-    loader = job.letterboxed(job.train_set, SENSITIVITY_BATCH, config.images)
-    if config.method == "fisher":
-        moved = (batch.to(job.device) for batch in track(loader, "sensitivity (fisher)", len(loader)))
-        batches = ((to_input(batch.images, job.device), batch.targets) for batch in moved)
-        scores = measure_fisher(model, batches, job.loss())
-    elif config.method == "sqnr":
-        images = [to_input(batch.images, job.device) for batch in loader]
-        units = len(placement_of(model).groups)
-        found = track(measure_sqnr(model, images), "sensitivity (sqnr)", units)
-        scores = sorted(found, key=lambda score: -score.score)
-    else:
-        raise ConfigError(f"sensitivity.method={config.method} is not available yet: use fisher or sqnr")
-    job.run.write_json(
-        "sensitivity.json",
-        {"method": config.method, "images": config.images, "units": [score.as_dict() for score in scores]},
-    )
-    worst = ", ".join(f"{score.unit} {score.score:.3g}" for score in scores[:3])
-    say(f"most sensitive units: {worst}")
 
 
 def make_placement(job: Job) -> Placement:

@@ -1,5 +1,6 @@
 """Quantization room: placement, insertion, calibration and fine-tuning of any fx-traceable network."""
 
+from quant.budget import BudgetResult, search_budget, without_units
 from quant.calibration import CalibrationError, CalibrationResult, calibrate
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
 from quant.finetuning import DivergenceError, TrainingOptions, TrainingState, new_state, train_epochs
@@ -19,6 +20,7 @@ from quant.policy import Policy, PolicyError, Rule, parse_rules
 from quant.sensitivity import UnitScore, measure_fisher, measure_sqnr
 
 __all__ = [
+    "BudgetResult",
     "CalibrationError",
     "CalibrationResult",
     "DivergenceError",
@@ -52,7 +54,9 @@ __all__ = [
     "place",
     "placement_of",
     "quantized_layers",
+    "search_budget",
     "set_mode",
     "trace",
     "train_epochs",
+    "without_units",
 ]

@@ -1,0 +1,185 @@
+"""The stage that finds what quantization costs where: sensitivity of every unit, and the accuracy budget over it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+
+from torch import fx
+
+from configs.errors import ConfigError
+from data import to_input
+from models import measure_network
+from pipeline.errors import GateError
+from pipeline.job import Job
+from pipeline.progress import say, track
+from pipeline.sweep import Sweep
+from quant import (
+    Mode,
+    Placement,
+    UnitScore,
+    activation_quantizers,
+    dump_placement,
+    insert,
+    measure_fisher,
+    measure_sqnr,
+    placement_of,
+    quantized_layers,
+    search_budget,
+    set_mode,
+    without_units,
+)
+
+BATCH = 4
+BUDGET_REASON = "accuracy budget"
+
+
+def sensitivity_stage(job: Job) -> None:
+    """Rank the units by what quantizing them costs; where a budget is set, leave as few as possible in float."""
+    config = job.config.sensitivity
+    if config.method == "none":
+        return
+    model = job.load_quantized("ptq.safetensors", "calibrate")
+    measure = {"fisher": _fisher, "sqnr": _sqnr, "map": _map}[config.method]
+    scores = sorted(measure(job, model), key=lambda score: (-score.score, score.unit))
+    job.run.write_json(
+        "sensitivity.json",
+        {"method": config.method, "images": config.images, "units": [score.as_dict() for score in scores]},
+    )
+    job.run.write_text("sensitivity-policy.yaml", _policy(model, scores))
+    worst = ", ".join(f"{score.unit} {score.score:.3g}" for score in scores[:3])
+    say(f"most sensitive units: {worst}")
+    if job.config.quant.max_ap_drop is not None:
+        _keep_budget(job, model, [score.unit for score in scores], job.config.quant.max_ap_drop)
+
+
+def _fisher(job: Job, model: fx.GraphModule) -> list[UnitScore]:
+    loader = job.letterboxed(job.train_set, BATCH, job.config.sensitivity.images)
+    moved = (batch.to(job.device) for batch in track(loader, "sensitivity (fisher)", len(loader)))
+    batches = ((to_input(batch.images, job.device), batch.targets) for batch in moved)
+    return measure_fisher(model, batches, job.loss())
+
+
+def _sqnr(job: Job, model: fx.GraphModule) -> Iterable[UnitScore]:
+    loader = job.letterboxed(job.train_set, BATCH, job.config.sensitivity.images)
+    images = [to_input(batch.images, job.device) for batch in loader]
+    return track(measure_sqnr(model, images), "sensitivity (sqnr)", len(placement_of(model).groups))
+
+
+def _map(job: Job, model: fx.GraphModule) -> list[UnitScore]:
+    """AP with one unit off and with one unit on; the score is the mean of what both say the unit costs."""
+    units = [group.name for group in placement_of(model).groups]
+    items = ["all", "none", *(f"{kind}:{unit}" for unit in units for kind in ("off", "on"))]
+    sweep = Sweep(job.run.path("sensitivity") / _sweep_key(job))
+
+    def measure(item: str) -> float:
+        kind, _, unit = item.partition(":")
+        quantized = set(units) if kind in {"all", "off"} else set()
+        quantized ^= {unit} & set(units)
+        switch_units(model, quantized)
+        loader = job.val_loader(limit=job.config.sensitivity.images)
+        return job.evaluate_batches(job.predictor(model), loader).ap
+
+    ap = dict(track(sweep.run(items, measure), "sensitivity (map)", len(items)))
+    return [
+        UnitScore(unit, ((ap[f"off:{unit}"] - ap["all"]) + (ap["none"] - ap[f"on:{unit}"])) / 2)
+        for unit in units
+    ]
+
+
+def switch_units(model: fx.GraphModule, quantized: set[str]) -> None:
+    """Switch the given units on (activations and the weights that read them) and all others off."""
+    set_mode(model, Mode.OFF)
+    quantizers, layers = activation_quantizers(model), quantized_layers(model)
+    for group in placement_of(model).groups:
+        if group.name in quantized:
+            quantizers[group.name].mode = Mode.QUANTIZE
+            for layer in group.layers:
+                layers[layer].weight_quantizer.mode = Mode.QUANTIZE
+
+
+def _sweep_key(job: Job) -> str:
+    """What the sweep's figures depend on: the calibrated model and the images measured."""
+    digest = hashlib.sha256()
+    for name in ("float.safetensors", "ptq.safetensors", "placement.yaml"):
+        digest.update(job.run.need(name, "calibrate").read_bytes())
+    settings = (job.config.data.image_size, job.config.sensitivity.images, vars(job.config.evaluate))
+    digest.update(json.dumps([settings, job.truth], default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def _policy(model: fx.GraphModule, scores: list[UnitScore]) -> str:
+    """The ten most sensitive units as policy rules, ready to be pasted into a configuration."""
+    layers = {group.name: group.layers for group in placement_of(model).groups}
+    lines = [
+        "# The most sensitive units first; keep the lines you want and run again.",
+        "quant:",
+        "  policy:",
+    ]
+    for score in scores[:10]:
+        for layer in layers[score.unit]:
+            lines.append(f"    - {{match: '{layer}', keep_float: true}}  # {score.unit}: {score.score:.4g}")
+    return "\n".join(lines) + "\n"
+
+
+def _keep_budget(job: Job, model: fx.GraphModule, ranking: list[str], max_drop: float) -> None:
+    """Leave the units in float that the budget needs; the plan, the calibrated model and the row `ptq` follow.
+
+    Raises:
+        GateError: not even the allowed units in float reach the budget.
+        ConfigError: the float row is missing, so that there is nothing to compare with.
+    """
+    rows = {row["name"]: row for row in job.run.rows()}
+    if "float" not in rows:
+        raise ConfigError("quant.max_ap_drop needs the float row: add the stage `float` before `sensitivity`")
+    target = rows["float"]["ap"] - max_drop
+
+    def measure(kept: frozenset[str]) -> float:
+        switch_units(model, set(ranking) - kept)
+        ap = job.evaluate_batches(job.predictor(model), job.val_loader()).ap
+        say(f"budget: {len(kept)} units float, AP {ap:.4f} (target {target:.4f})")
+        return ap
+
+    result = search_budget(ranking, measure, target)
+    facts = measure_network(job.detector.network, (job.config.data.image_size,) * 2)
+    macs = {layer.name: layer.macs for layer in facts.layers}
+    layers = {group.name: group.layers for group in placement_of(model).groups}
+    costs = [
+        {"unit": unit, "layers": list(layers[unit]), "macs": sum(macs[layer] for layer in layers[unit])}
+        for unit in result.units
+    ]
+    job.run.write_json(
+        "budget.json",
+        {
+            "target_ap": target,
+            "ap": result.accuracy,
+            "met": result.met,
+            "float_units": costs,
+            "float_macs_share": sum(int(str(cost["macs"])) for cost in costs) / facts.macs,
+            "trials": [vars(trial) for trial in result.trials],
+        },
+    )
+    if not result.met:
+        raise GateError(
+            f"accuracy budget max_ap_drop={max_drop} not met: AP {result.accuracy:.4f} with {len(result.units)} "
+            f"units float, target {target:.4f}; raise the budget or fine-tune instead"
+        )
+    if result.units:
+        _apply(job, model, without_units(placement_of(model), result.units, BUDGET_REASON))
+
+
+def _apply(job: Job, model: fx.GraphModule, placement: Placement) -> None:
+    """Make the smaller plan this run's plan, with the scales that are there."""
+    smaller = insert(job.detector.network, placement, job.config.qat.learn_scales).to(job.device).eval()
+    found = activation_quantizers(model)
+    for name, quantizer in activation_quantizers(smaller).items():
+        quantizer.load_state_dict(found[name].state_dict())
+    layers = quantized_layers(model)
+    for name, layer in quantized_layers(smaller).items():
+        layer.weight_quantizer.load_state_dict(layers[name].weight_quantizer.state_dict())
+    set_mode(smaller, Mode.QUANTIZE)
+    job.run.write_text("placement.yaml", dump_placement(placement))
+    job.save_quantized(smaller, "ptq.safetensors")
+    metrics = job.measure(job.predictor(smaller), "ptq within budget")
+    job.record_row("ptq", metrics, observer=job.config.quant.observer, float_units=len(placement.kept_float))
