@@ -4,12 +4,13 @@ Torch stores (never compresses) its entries, so in an honest file all entries to
 That is the memory bound: nothing is allocated for a size that the file itself does not have.
 """
 
+import collections
 import json
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
@@ -21,12 +22,14 @@ from torch import Tensor
 
 from models.errors import CheckpointError
 from models.inert_pickle import MAX_PICKLE_BYTES, read_pickle
-from models.inert_records import TensorRecord
+from models.inert_records import StorageRecord, TensorRecord
 
 MAX_ENTRIES = 200_000
-MAX_NPZ_BYTES = 2**30
+MAX_NPZ_BYTES = 2**29
 MAX_NPZ_ENTRIES = 100_000
 MAX_NPY_HEADER = 1024
+MAX_JSON_BYTES = 2**20
+MAX_SHOWN_NAME = 120
 _NPY_HEADER = re.compile(
     r"\{'descr': '(?P<type>[<>|][fiub][1248])', 'fortran_order': (?P<order>True|False), "
     r"'shape': \((?P<shape>(?:\d{1,18},? ?){0,8})\),? ?\} *\n?$"
@@ -139,34 +142,56 @@ class TorchArchive:
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
 
-    def tensor(self, record: TensorRecord) -> Tensor:
-        """Read one tensor into its own memory, in the type it was stored in.
+    def tensors(self, records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
+        """Read tensors, each into its own memory, in the type it was stored in; each storage is read once.
+
+        Raises:
+            CheckpointError: See `storage`; also if views of shared storages claim more than twice what the file
+                holds.
+        """
+        uses = collections.Counter(record.storage for record in records.values())
+        bound = 2 * self.path.stat().st_size + 2**20
+        shared: dict[StorageRecord, Tensor] = {}
+        result: dict[str, Tensor] = {}
+        claimed = 0
+        for key, record in records.items():
+            flat = shared[record.storage] if record.storage in shared else self.storage(record.storage)
+            if uses[record.storage] > 1:
+                shared[record.storage] = flat
+            view = flat.as_strided(record.size, record.stride, record.offset)
+            claimed += view.numel() * view.element_size()
+            if claimed > bound:
+                raise CheckpointError(
+                    f"{self.path}: its tensors claim more than {bound} bytes, twice what the file holds"
+                )
+            result[key] = view.clone(memory_format=torch.contiguous_format)
+        return result
+
+    def storage(self, record: StorageRecord) -> Tensor:
+        """All numbers of one storage, flat.
 
         Raises:
             CheckpointError: If the storage's entry is missing, damaged, or not as large as the pickle says.
         """
-        dtype = getattr(torch, record.storage.dtype)
-        name = f"data/{record.storage.key}"
+        dtype = getattr(torch, record.dtype)
+        name = f"data/{record.key}"
         info = self.entries.get(self.root + name)
-        expected = record.storage.numel * dtype.itemsize
+        expected = record.numel * dtype.itemsize
         if info is None or info.file_size != expected:
             found = "missing" if info is None else f"{info.file_size} bytes"
             raise CheckpointError(
-                f"{self.path}: storage {record.storage.key!r} should have {expected} bytes and is {found}"
+                f"{self.path}: storage {record.key!r} should have {expected} bytes and is {found}"
             )
-        if record.storage.numel == 0:
-            return torch.empty(record.size, dtype=dtype)
-        flat = torch.frombuffer(bytearray(self.read(name)), dtype=dtype)
-        return flat.as_strided(record.size, record.stride, record.offset).clone(
-            memory_format=torch.contiguous_format
-        )
+        if record.numel == 0:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(bytearray(self.read(name)), dtype=dtype)
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
     """Arrays of an `.npz` file as tensors; object arrays (which hold pickles) and lying headers are refused.
 
     Raises:
-        CheckpointError: If the file is damaged, larger than 1 GiB unpacked, or holds anything but plain numeric
+        CheckpointError: If the file is damaged, larger than 512 MiB unpacked, or holds anything but plain numeric
             arrays.
     """
     try:
@@ -235,7 +260,11 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: If it is missing, damaged or not an object.
     """
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has more than {MAX_JSON_BYTES} bytes; a manifest is smaller")
         content = json.loads(path.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a readable JSON file ({error})") from error
     if not isinstance(content, dict):
@@ -245,6 +274,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def sorted_sample(keys: Iterable[str], limit: int = 12) -> str:
     """The first keys in order, for a message; says how many more there are."""
-    ordered = sorted(keys)
+    ordered = sorted(key[:MAX_SHOWN_NAME] for key in keys)
     more = f", ... ({len(ordered)} in all)" if len(ordered) > limit else ""
     return ", ".join(ordered[:limit]) + more

@@ -164,6 +164,13 @@ class _Machine:
             raise CheckpointError("Damaged pickle: an object without a class")
         self.stack.append(Record(str(kind), arguments))
 
+    def new_object_with_names(self) -> None:
+        named = self.stack.pop()
+        if type(named) is not dict:
+            raise CheckpointError("Damaged pickle: named arguments that are no dictionary")
+        self.new_object()
+        self.stack[-1].entries = named
+
     def build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
@@ -322,6 +329,7 @@ _HANDLERS: dict[int, Callable[[_Machine], None]] = {
     ord("\x93"): _Machine.push_stack_global,
     ord("R"): _Machine.reduce,
     ord("\x81"): _Machine.new_object,
+    ord("\x92"): _Machine.new_object_with_names,
     ord("b"): _Machine.build,
     ord("Q"): _Machine.push_storage,
 }

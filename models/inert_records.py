@@ -14,6 +14,7 @@ MAX_OTHER_KEYS = 4_000
 MAX_KEY_LENGTH = 1024
 MAX_NAME_LENGTH = 300
 MAX_DIMENSIONS = 8
+MAX_EMPTY_LENGTH = 2**16
 
 
 class Name(NamedTuple):
@@ -204,7 +205,13 @@ def _rebuild_tensor(arguments: tuple[Any, ...]) -> TensorRecord:
             f"A tensor of size {shape} at offset {offset} doesn't fit its storage {storage.key!r} "
             f"of {storage.numel} numbers"
         )
-    return TensorRecord(storage, offset, shape, steps)
+    if count == 0:
+        if max(shape) > MAX_EMPTY_LENGTH:
+            raise CheckpointError(f"Damaged pickle: an empty tensor of size {shape}")
+        return TensorRecord(storage, 0, shape, (0,) * len(shape))
+    return TensorRecord(
+        storage, offset, shape, tuple(s if n > 1 else 1 for n, s in zip(shape, steps, strict=True))
+    )
 
 
 def _rebuild_parameter(arguments: tuple[Any, ...]) -> Any:
@@ -250,7 +257,17 @@ def _bound_method(arguments: tuple[Any, ...]) -> Record:
     return Record("bound method", (owner, name))
 
 
+def _rebuild_from_type(arguments: tuple[Any, ...]) -> Any:
+    """A tensor with attributes of its own: (rebuild function, class, arguments, attributes). The attributes are left."""
+    function, _, inner = arguments[:3]
+    if not isinstance(function, Name) or str(function) not in _TENSOR_BUILDERS or type(inner) is not tuple:
+        raise CheckpointError(f"Refused to rebuild a tensor by {str(function)[:80]}; nothing was executed")
+    return _TENSOR_BUILDERS[str(function)](inner)
+
+
 def _size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    if type(arguments[0]) not in (tuple, list) or len(arguments[0]) > MAX_DIMENSIONS:
+        raise CheckpointError(f"Damaged pickle: a size of more than {MAX_DIMENSIONS} dimensions")
     return tuple(arguments[0])
 
 
@@ -258,12 +275,18 @@ HASHING_BUILDERS = frozenset(
     Name(module, name) for module in ("builtins", "__builtin__") for name in ("set", "frozenset")
 ) | {Name("collections", "OrderedDict")}
 
-_BUILDERS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
-    "collections.OrderedDict": _ordered_dict,
-    "collections.defaultdict": lambda arguments: {},
+_TENSOR_BUILDERS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+}
+
+_BUILDERS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
+    **_TENSOR_BUILDERS,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
+    "collections.Counter": _describe("collections.Counter"),
+    "collections.OrderedDict": _ordered_dict,
+    "collections.defaultdict": lambda arguments: {},
     "torch.Size": _size,
     "torch.device": _describe("torch.device"),
     "_codecs.encode": _encode,

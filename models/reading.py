@@ -18,6 +18,9 @@ from models.inert_records import Record, TensorRecord
 
 MAX_MODULES = 50_000
 MAX_DEPTH = 64
+MAX_PATH = 1000
+MAX_TENSORS = 100_000
+MAX_NAME = 200
 MAX_NAMES = 10_000
 ENTRIES_BY_PREFERENCE = ("ema", "model", "state_dict", "model_state_dict")
 BATCH_NORM_CLASS = "torch.nn.modules.batchnorm.BatchNorm2d"
@@ -128,23 +131,7 @@ def _read_torch(archive: TorchArchive) -> Checkpoint:
             f"{archive.path} holds no model: no module and no tensors at the top or under "
             + ", ".join(ENTRIES_BY_PREFERENCE)
         )
-    return Checkpoint(_load_all(archive, records), metadata)
-
-
-def _load_all(archive: TorchArchive, records: dict[str, TensorRecord]) -> dict[str, Tensor]:
-    """Read the tensors; tensors that share a storage may not together claim more than twice the file."""
-    declared = 0
-    bound = 2 * archive.path.stat().st_size + 2**20
-    state = {}
-    for key, record in records.items():
-        tensor = archive.tensor(record)
-        declared += tensor.numel() * tensor.element_size()
-        if declared > bound:
-            raise CheckpointError(
-                f"{archive.path}: its tensors claim more than {bound} bytes, twice what the file holds; refused"
-            )
-        state[key] = tensor
-    return state
+    return Checkpoint(archive.tensors(records), metadata)
 
 
 def _attributes(record: Record) -> dict[Any, Any]:
@@ -170,7 +157,7 @@ def _walk(root: Record) -> Iterator[tuple[str, Record]]:
     while pending:
         path, record, depth = pending.pop()
         visited += 1
-        if depth > MAX_DEPTH or visited > MAX_MODULES:
+        if depth > MAX_DEPTH or visited > MAX_MODULES or len(path) > MAX_PATH:
             raise CheckpointError(
                 f"The model's modules are nested deeper than {MAX_DEPTH} or number over {MAX_MODULES}, "
                 "or contain themselves; refused"
@@ -182,10 +169,14 @@ def _walk(root: Record) -> Iterator[tuple[str, Record]]:
 
 
 def _module_tensors(root: Record) -> Iterator[tuple[str, TensorRecord]]:
+    seen = 0
     for path, record in _walk(root):
         attributes = _attributes(record)
         for group in ("_parameters", "_buffers"):
             tensors = attributes.get(group)
+            seen += len(tensors) if type(tensors) is dict else 0
+            if seen > MAX_TENSORS:
+                raise CheckpointError(f"The model has more than {MAX_TENSORS} tensors; refused")
             for name, value in tensors.items() if type(tensors) is dict else ():
                 if type(name) is str and isinstance(value, TensorRecord):
                     yield (f"{path}.{name}" if path else name), value
@@ -225,7 +216,7 @@ def _class_names(names: Any) -> tuple[str, ...] | None:
         type(names) is not list
         or not names
         or len(names) > MAX_NAMES
-        or any(type(name) is not str for name in names)
+        or any(type(name) is not str or len(name) > MAX_NAME for name in names)
     ):
         return None
     return tuple(names)

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import pickletools
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 from models import CheckpointError, build_detector, load_detector, read_checkpoint, save_detector
 from models.inert_pickle import read_pickle
-from models.inert_records import Record
+from models.inert_records import Name, Record, StorageRecord, call_builder
 
 
 class Call:
@@ -210,3 +211,89 @@ def test_saved_detector_comes_back(tmp_path: Path) -> None:
     back = load_detector(tmp_path / "run" / "model.safetensors")
     assert (back.names, back.activation, back.architecture) == (("cat", "dög"), "relu", "yolov9t")
     assert all(torch.equal(back.state_dict()[key], tensor) for key, tensor in detector.state_dict().items())
+
+
+def timed_refusal(data: bytes, path: Path, message: str) -> None:
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(write_archive(path, data))
+    assert time.process_time() - start < 5
+
+
+def test_work_is_bounded(tmp_path: Path) -> None:
+    big = b"](" + b"K\x01" * 50_000 + b"eq\x00"
+    timed_refusal(
+        b"\x80\x02" + big + b"ctorch\nSize\nq\x010" + b"h\x01h\x00\x85R0" * 20_000 + b"N.",
+        tmp_path / "a",
+        "size",
+    )
+    call = b"h\x01h\x00\x85R0"
+    timed_refusal(
+        b"\x80\x02" + big + b"cbuiltins\nset\nq\x010" + call * 20_000 + b"N.", tmp_path / "b", "keys"
+    )
+    text = b"X" + (60_000).to_bytes(4, "little") + b"a" * 60_000 + b"q\x00X\x06\x00\x00\x00latin1q\x02"
+    call = b"h\x01h\x00h\x02\x86R0"
+    timed_refusal(
+        b"\x80\x02" + text + b"c_codecs\nencode\nq\x010" + call * 20_000 + b"N.", tmp_path / "c", "copies"
+    )
+
+
+def test_long_module_paths_are_refused(tmp_path: Path) -> None:
+    model = torch.nn.Module()
+    for _ in range(20):
+        parent = torch.nn.Module()
+        parent._modules["x" * 400] = model
+        model = parent
+    torch.save({"model": model}, tmp_path / "long.pt")
+    with pytest.raises(CheckpointError, match="nested deeper"):
+        read_checkpoint(tmp_path / "long.pt")
+
+
+def test_shared_storages_are_read_once_and_bounded(tmp_path: Path) -> None:
+    flat = torch.zeros(1_000_000)
+    torch.save({f"w{i}": flat[i : i + 10] for i in range(2000)}, tmp_path / "views.pt")
+    start = time.process_time()
+    assert len(read_checkpoint(tmp_path / "views.pt").state) == 2000
+    assert time.process_time() - start < 5
+    torch.save({f"w{i}": flat for i in range(20)}, tmp_path / "claims.pt")
+    with pytest.raises(CheckpointError, match="claim more than"):
+        read_checkpoint(tmp_path / "claims.pt")
+
+
+def test_tensors_with_attributes_are_read(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.note = "mine"  # type: ignore[attr-defined]
+    plain = torch.full((2,), 2.0)
+    plain.note = "mine"  # type: ignore[attr-defined]
+    torch.save({"a": weight, "b": plain}, tmp_path / "a.pt")
+    state = read_checkpoint(tmp_path / "a.pt").state
+    assert state["a"].tolist() == [1, 1, 1]
+    assert state["b"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "offset", "accepted"),
+    [
+        ((2, 3), (3, 1), 0, True),
+        ((2, 3), (3, 1), 4, True),
+        ((2, 3), (3, 1), 5, False),
+        ((1, 10), (2**100, 1), 0, True),
+        ((0, 3), (3, 1), 2**100, True),
+        ((0, 2**100), (3, 1), 0, False),
+        ((11,), (0,), 0, False),
+        ((2,), (-1,), 5, False),
+        ((2**62, 2**62), (0, 0), 0, False),
+        ((True,), (1,), 0, False),
+    ],
+)
+def test_views_stay_inside_their_storage(
+    size: tuple[int, ...], stride: tuple[int, ...], offset: int, accepted: bool
+) -> None:
+    arguments = (StorageRecord("float32", "0", 10), offset, size, stride)
+    function = Name("torch._utils", "_rebuild_tensor_v2")
+    if accepted:
+        record = call_builder(function, arguments)
+        assert torch.zeros(10).as_strided(record.size, record.stride, record.offset).shape == size
+    else:
+        with pytest.raises(CheckpointError):
+            call_builder(function, arguments)
