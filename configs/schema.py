@@ -77,7 +77,10 @@ class ModelConfig:
     num_classes: int | None = setting(
         None, "Class count; none takes it from the weights or the data", minimum=1
     )
-    factory: str | None = setting(None, "For model=custom: package.module:function that returns the detector")
+    factory: str | None = setting(
+        None,
+        "For model=custom: package.module:function from class names to a CustomDetector; see docs/custom.md",
+    )
 
 
 @dataclass
@@ -102,7 +105,8 @@ class DataConfig:
     )
     format: str = setting("auto", "Layout of the folder; auto looks", choices=("auto", "yolo", "coco"))
     factory: str | None = setting(
-        None, "package.module:function that returns the dataset, instead of a folder"
+        None,
+        "package.module:function from a split's name to its dataset, instead of a folder; see docs/custom.md",
     )
     image_size: int = setting(
         640, "Side of the square network input after letterboxing", unit="pixels", minimum=32, multiple=32
@@ -291,7 +295,11 @@ class EvaluateConfig:
 class MetricConfig:
     """Your own measure instead of COCO AP."""
 
-    factory: str | None = setting(None, "package.module:function that returns the metric")
+    factory: str | None = setting(
+        None,
+        "package.module:function from (predict, batches) to a number, higher is better, that rows, best epoch and "
+        "gates then use; see docs/custom.md",
+    )
 
 
 @dataclass

@@ -89,6 +89,10 @@ def _combination_problems(config: Config) -> list[str]:
         )
     if config.model.name == "custom" and config.model.factory is None:
         problems.append("model=custom without a factory; add model.factory=package.module:function.")
+    if config.model.name != "custom" and config.model.factory is not None:
+        problems.append(
+            f"model.factory with model.name={config.model.name}; add model=custom, or leave it out."
+        )
     for name, factory in (
         ("model.factory", config.model.factory),
         ("data.factory", config.data.factory),

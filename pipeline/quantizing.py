@@ -50,7 +50,7 @@ def make_placement(job: Job) -> Placement:
         return load_placement(Path(config.plan))
     rules = [Rule(match=pattern, keep_float=True) for pattern in config.float_patterns]
     rules += [
-        Rule(rule.match, rule.keep_float or None, rule.bits, rule.scale, rule.observer, rule.share)
+        Rule(rule.match, rule.keep_float, rule.bits, rule.scale, rule.observer, rule.share)
         for rule in config.policy
     ]
     options = PlacementOptions(
