@@ -236,7 +236,7 @@ def _running_sum(values: Tensor) -> Tensor:
 
 
 def choose_weight_scale(
-    weight: Tensor, axis: int, method: str, bits: int, num_candidates: int = 80
+    weight: Tensor, axis: int, method: str, bits: int, num_candidates: int = 128
 ) -> Tensor:
     """Choose one scale per output channel of a symmetric grid [-(2^(bits-1)-1), 2^(bits-1)-1].
 
@@ -256,14 +256,17 @@ def choose_weight_scale(
     amax = torch.where(amax > _TINY, amax, torch.full_like(amax, float(high)))
     if method == "minmax":
         return (amax / high).float()
-    best_error = torch.full_like(amax, torch.inf)
-    best_scale = amax / high
+    unit = (w / amax[:, None]).float()  # every channel in [-1, 1]: the candidates are the same for all
     lowest = 0.4 if bits >= 6 else 0.2
-    for fraction in torch.linspace(1.0, lowest, num_candidates, dtype=torch.float64).tolist():
-        scale = amax * fraction / high
-        grid = scale[:, None]
-        error = ((w / grid).round().clamp(-high, high) * grid - w).square().sum(1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-    return best_scale.float()
+    fractions = torch.linspace(1.0, lowest, num_candidates, dtype=torch.float64, device=w.device)
+    at_once = max(1, _CHUNK // max(unit.numel(), 1))
+    errors = [_rounding_errors(unit, part.float() / high, high) for part in fractions.split(at_once)]
+    return (amax * fractions[torch.cat(errors).argmin(0)] / high).float()
+
+
+def _rounding_errors(unit: Tensor, steps: Tensor, high: int) -> Tensor:
+    """Squared errors [F, C] of rounding weights [C, N] to grids with steps [F]."""
+    grid = steps[:, None, None]
+    error = unit / grid
+    error.round_().clamp_(-high, high).mul_(grid).sub_(unit)
+    return error.square_().sum(2)

@@ -12,6 +12,7 @@ from torch import nn
 from models import build_detector, fold_detector
 from quant import FakeQuantize, Mode, WeightFakeQuantize, insert, place
 from quant.fake_quantize import MAX_SCALE, MIN_SCALE
+from quant.observers import choose_weight_scale
 
 WIDTHS = range(2, 9)
 SCALES = st.floats(2.0**-20, 2.0**20, allow_nan=False)
@@ -317,14 +318,15 @@ def test_weight_scales_that_are_not_learned_follow_the_weights_in_training_only(
     assert not quantizer.log_scale.requires_grad
 
 
-def test_a_dead_channel_that_comes_alive_gets_a_scale_that_fits_it():
+@pytest.mark.parametrize("dead", [0.0, 1e-12])
+def test_a_dead_channel_that_comes_alive_gets_a_scale_that_fits_it(dead):
     """Its calibrated step (1, by convention) says nothing about the weights it will have."""
     weight = torch.randn(3, 10)
-    weight[1] = 0.0
+    weight[1] = dead
     quantizer = WeightFakeQuantize(3, learned=False)
-    switched_on(quantizer, torch.tensor([0.02, 1.0, 0.02]), weight)
+    switched_on(quantizer, choose_weight_scale(weight, 0, "mse", 8), weight)
     quantizer.train()
-    assert torch.equal(quantizer(weight)[1], torch.zeros(10))
+    torch.testing.assert_close(quantizer(weight)[1], torch.zeros(10), rtol=0, atol=1e-9)
     weight[1] = 0.01 * torch.randn(10)
     error = (quantizer(weight)[1] - weight[1]).detach().abs().max()
     assert float(error) <= float(weight[1].abs().max()) / 127
