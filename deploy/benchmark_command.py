@@ -158,6 +158,8 @@ def _compare(options: argparse.Namespace) -> dict[str, Any]:
         for runtime in runtimes:
             runtime.close()
     print(format_rows(rows))
+    if options.table is not None:
+        write_atomically(options.table, format_comparison(rows, len(specs)).encode())
     print(f"speedup: median of {specs[0].label} / median of the row, measured alternately in one run")
     return {"scenario": "compare", "rows": rows, "machine": describe_machine()}
 
@@ -227,6 +229,24 @@ def format_rows(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def format_comparison(rows: Sequence[dict[str, Any]], num_models: int) -> str:
+    """Latency by batch as deployers publish it: one row a batch, one column a model, difference to the first."""
+    models = [f"{row['model']} ({row['precision']})" for row in rows[:num_models]]
+    lines = [
+        "| batch | " + " | ".join(f"{name}, ms" for name in models) + " |",
+        "|---" * (num_models + 1) + "|",
+    ]
+    for start in range(0, len(rows), num_models):
+        group = rows[start : start + num_models]
+        first = group[0]["median_ms"]
+        cells = [f"{first:.2f}"]
+        cells += [
+            f"{r['median_ms']:.2f} ({r['median_ms'] - first:+.2f}, x{r['speedup']:.2f})" for r in group[1:]
+        ]
+        lines.append(f"| {group[0]['batch']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m deploy.benchmark", description="Time engines; times are in ms."
@@ -252,6 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--per-layer", action="store_true", help="times by layer as well")
     parser.add_argument("--plot", type=Path, help="draw the times by layer to this SVG file")
     parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--table", type=Path, help="write the comparison as a Markdown table to this file")
     return parser
 
 

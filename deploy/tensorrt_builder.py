@@ -145,7 +145,7 @@ def decide_typing(rules: VersionRules, facts: GraphFacts, options: BuildOptions,
         raise DeployError(
             f"Unknown precision '{options.precision}'; expected one of {', '.join(PRECISIONS)}."
         )
-    if facts.target in ("openvino", "onnxruntime"):
+    if facts.is_quantized and facts.target in ("openvino", "onnxruntime"):
         raise DeployError(
             f"This graph was exported for {facts.target} (unsigned activations), which TensorRT does not take; export "
             f"it with target={'trt11' if rules.always_strongly_typed else 'trt10'}."

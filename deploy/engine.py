@@ -1,0 +1,156 @@
+"""Engines from the command line: build one, or look into a TensorRT engine.
+
+    python -m deploy.engine build MODEL.onnx FOLDER --runtime tensorrt --max-batch 12 --timing-cache timing.cache
+    python -m deploy.engine layers MODEL.engine --json layers.json --svg layers.svg
+    python -m deploy.engine version
+
+The last line of `build` is the engine's path, that of `version` TensorRT's version. Exit code 3 when something is
+missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy.build import RUNTIMES, build_engine
+from deploy.drawing import Box, draw_boxes
+from deploy.errors import DeployError
+from deploy.graph import load_onnx, save_onnx, write_atomically
+from deploy.passes import count_qdq, run_pass
+from deploy.tensorrt_api import import_tensorrt, rules_of
+from deploy.tensorrt_builder import PRECISIONS, BuildOptions
+from deploy.tensorrt_runtime import TensorRTRuntime
+from deploy.typed_target import strongly_typed
+
+EXIT_UNUSABLE = 3
+TYPE_WORDS = {
+    "Int8": "int8",
+    "Half": "fp16",
+    "FP16": "fp16",
+    "BFloat16": "bf16",
+    "Float": "fp32",
+    "FP32": "fp32",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        match options.command:
+            case "build":
+                print(_build(options))
+            case "layers":
+                _layers(options)
+            case "version":
+                version = str(import_tensorrt().__version__)
+                rules_of(version)
+                print(version)
+    except DeployError as error:
+        print(error, file=sys.stderr)
+        return EXIT_UNUSABLE
+    return 0
+
+
+def _build(options: argparse.Namespace) -> Path:
+    source: Path = options.model
+    if options.runtime != "tensorrt":
+        return build_engine(options.runtime, source, options.folder)
+    rules = rules_of(str(import_tensorrt().__version__))
+    if rules.always_strongly_typed and options.precision == "fp16":
+        source = write_half(source, options.folder / f"{source.stem}-fp16.onnx")
+    build = BuildOptions(
+        precision=options.precision,
+        best_batch=options.best_batch,
+        max_batch=options.max_batch,
+        workspace_bytes=options.workspace << 20,
+        timing_cache=options.timing_cache,
+        optimization_level=options.level,
+    )
+    return build_engine("tensorrt", source, options.folder, build)
+
+
+def write_half(source: Path, destination: Path) -> Path:
+    """Write a float graph in FP16 with an FP32 decode, for TensorRT versions without an FP16 flag.
+
+    Raises:
+        DeployError: the graph is quantized; such graphs are exported for trt11.
+    """
+    model = load_onnx(source)
+    if any(count_qdq(model)):
+        raise DeployError(f"{source} is quantized; export it with target=trt11 in place of --precision fp16.")
+    run_pass(model, strongly_typed("fp16"))
+    save_onnx(model, destination)
+    return destination
+
+
+def _layers(options: argparse.Namespace) -> None:
+    with TensorRTRuntime(options.engine, profile=options.runs > 0) as runtime:
+        images = np.zeros(runtime.profile_shapes()[1], np.float32)
+        for _ in range(options.runs):
+            runtime.infer(images)
+        runtime.write_layers(options.json)
+        if options.svg is not None:
+            write_atomically(options.svg, draw_engine(runtime.layer_information()).encode())
+    print(options.json)
+
+
+def draw_engine(information: Mapping[str, Any]) -> str:
+    """SVG of an engine's layers from TensorRT's layer information, which has to be detailed.
+
+    Raises:
+        DeployError: the engine was built without detailed profiling verbosity.
+    """
+    layers = information.get("Layers", [])
+    if not layers or not all(isinstance(layer, dict) for layer in layers):
+        raise DeployError(
+            "The engine tells the names of its layers only; build it with detailed profiling verbosity."
+        )
+    makers: dict[str, int] = {}
+    boxes = []
+    for index, layer in enumerate(layers):
+        sources = tuple(makers[t["Name"]] for t in layer.get("Inputs", []) if t["Name"] in makers)
+        label = str(layer.get("LayerType", "layer"))
+        boxes.append(Box(str(layer.get("Name", "")), label, _precision(layer), sources))
+        makers.update({tensor["Name"]: index for tensor in layer.get("Outputs", [])})
+    return draw_boxes(boxes)
+
+
+def _precision(layer: Mapping[str, Any]) -> str:
+    """Precision of a layer from the formats of its inputs, "Int8 NC/32HW32" or "Half"."""
+    formats = " ".join(str(tensor.get("Format/Datatype", "")) for tensor in layer.get("Inputs", []))
+    return next((name for word, name in TYPE_WORDS.items() if word in formats), "other")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.engine", description="Build engines and look into them."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    build = commands.add_parser("build", help="ONNX file to engine; prints the engine's path")
+    build.add_argument("model", type=Path)
+    build.add_argument("folder", type=Path)
+    build.add_argument("--runtime", choices=RUNTIMES, default="tensorrt")
+    build.add_argument("--precision", choices=PRECISIONS, default="int8")
+    build.add_argument("--best-batch", type=int, default=1, help="batch the kernels are chosen for")
+    build.add_argument("--max-batch", type=int, default=16)
+    build.add_argument("--workspace", type=int, default=4096, help="MiB")
+    build.add_argument("--timing-cache", type=Path)
+    build.add_argument("--level", type=int, choices=range(6), help="optimization level")
+    layers = commands.add_parser("layers", help="write a TensorRT engine's layers")
+    layers.add_argument("engine", type=Path)
+    layers.add_argument("--json", type=Path, required=True)
+    layers.add_argument("--svg", type=Path)
+    layers.add_argument("--runs", type=int, default=20, help="timed runs; 0 for no times")
+    commands.add_parser("version", help="print TensorRT's version")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

