@@ -17,7 +17,7 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,16 +40,20 @@ EXIT_INTERRUPTED = 130
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 Function = Callable[[Any], float | None]
+AfterSweep = Callable[[Sequence[tuple[str, Path]]], None]
 
 
 def hydra_entry(
-    config_name: str = "config", errors: Mapping[type[Exception], int] | None = None
+    config_name: str = "config",
+    errors: Mapping[type[Exception], int] | None = None,
+    after_sweep: AfterSweep | None = None,
 ) -> Callable[[Function], Callable[[], None]]:
     """Make a command-line entry of a function that takes a typed configuration.
 
     Args:
         config_name: "config" (the function takes `Config`) or "export" (`ExportConfig`).
         errors: Further exceptions that users should see as a message, each with its exit code.
+        after_sweep: Called once at the end of a `-m` sweep with (overrides, run directory) of every finished job.
 
     Returns:
         A decorator. The decorated function takes no arguments, reads `sys.argv`, and ends the process with an
@@ -64,7 +68,7 @@ def hydra_entry(
         def entry() -> None:
             full_error = os.environ.get(_FULL_ERROR, "0") == "1"
             try:
-                _run(function, config_name, codes, full_error)
+                _run(function, config_name, codes, full_error, after_sweep)
             except (ConfigError, HydraException, OmegaConfBaseException, YAMLError) as error:
                 if full_error:
                     raise
@@ -83,7 +87,11 @@ def hydra_entry(
 
 
 def _run(
-    function: Function, config_name: str, codes: Mapping[type[Exception], int], full_error: bool
+    function: Function,
+    config_name: str,
+    codes: Mapping[type[Exception], int],
+    full_error: bool,
+    after_sweep: AfterSweep | None,
 ) -> None:
     """Check argv, then let Hydra compose and call `function` once, or once per job of a sweep."""
     arguments, unknown = get_args_parser().parse_known_args()
@@ -96,12 +104,18 @@ def _run(
     check_overrides(arguments.overrides, schema, [CONFIG_DIR, *extra_dirs])
     register_configs()
     failures: list[int] = []
+    finished: list[tuple[str, Path]] = []
 
     def job(cfg: DictConfig) -> float | None:
         sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
         try:
             config = load(cfg, schema)
-            return function(_in_sweep(config) if sweeping and isinstance(config, Config) else config)
+            if not sweeping or not isinstance(config, Config):
+                return function(config)
+            config = _in_sweep(config)
+            result = function(config)
+            finished.append((HydraConfig.get().job.override_dirname, Path(str(config.run_dir))))
+            return result
         except tuple(codes) as error:
             if full_error:
                 raise
@@ -124,6 +138,8 @@ def _run(
             del os.environ[_FULL_ERROR]
         else:
             os.environ[_FULL_ERROR] = previous
+    if finished and after_sweep is not None:
+        after_sweep(finished)
     if failures:
         _stop(f"{len(failures)} job(s) of the sweep failed.", max(failures))
 

@@ -1,13 +1,20 @@
-"""The end of a run as a terminal sees it: the table on standard output, and exit codes for signals."""
+"""The end of a run, or of a sweep, as a terminal sees it: tables on standard output, exit codes for signals."""
 
 from __future__ import annotations
 
+import json
 import signal
+from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
 from pipeline.run import Run
-from report import Row, format_table
+from report import Row, format_table, write_atomically
 
 EXIT_TERMINATED = 143
 
@@ -19,6 +26,28 @@ def print_result(run: Run) -> None:
         print(format_table(rows))
     if run.path("report.html").exists():
         print(f"report: {run.path('report.html')}")
+
+
+def report_sweep(jobs: Sequence[tuple[str, Path]]) -> None:
+    """Print one line per job of a sweep: what differed, and the AP of every row; keep it as sweep.json beside them.
+
+    Args:
+        jobs: (overrides, run directory) of each job.
+    """
+    parts = [set(overrides.split(",")) for overrides, _ in jobs]
+    common = set.intersection(*parts)
+    found = [{row["name"]: row["ap"] for row in Run(directory).rows()} for _, directory in jobs]
+    columns = list(dict.fromkeys(name for row in found for name in row))
+    table = Table("job", *columns, box=SIMPLE_HEAD)
+    records = []
+    for (overrides, directory), row in zip(jobs, found, strict=True):
+        differing = ",".join(part for part in overrides.split(",") if part not in common)
+        figures = [row.get(name) for name in columns]
+        shown = ["-" if figure is None else f"{figure:.4f}" for figure in figures]
+        table.add_row(differing, *shown)
+        records.append({"job": differing, "directory": directory.name, "ap": row})
+    Console(width=140).print(table)
+    write_atomically(jobs[0][1].parent / "sweep.json", json.dumps(records, indent=2) + "\n")
 
 
 def quit_on_termination() -> None:

@@ -120,3 +120,15 @@ def test_missed_gate_exits_4_with_the_report_written(tmp_path: Path, finished_ru
     outcome = run_entry("train_qat.py", *TINY, "resume=true", "min_ap=0.999", cwd=finished_run)
     assert outcome.code == 4
     assert "min_ap=0.999" in outcome.err
+
+
+def test_sweep_ends_with_a_table_over_its_jobs(finished_run: Path) -> None:
+    arguments = [*TINY, "stages=[train,calibrate]", "quant.observer=minmax,entropy"]
+    outcome = run_entry("train_qat.py", "-m", *arguments, cwd=finished_run)
+    assert outcome.code == 0, outcome.err
+    table = outcome.out.strip().splitlines()[-2:]
+    assert [line.split()[0] for line in table] == ["quant.observer=minmax", "quant.observer=entropy"]
+    (sweep,) = (finished_run / "runs/demo/multirun").glob("*/sweep.json")
+    records = json.loads(sweep.read_text())
+    assert [record["directory"] for record in records] == ["0", "1"]
+    assert all(set(record["ap"]) == {"ptq"} for record in records)
