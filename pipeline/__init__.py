@@ -13,5 +13,6 @@ from pipeline.errors import EXIT_CODES
 from pipeline.exporting import run_export
 from pipeline.main import run_job
 from pipeline.run import Run
+from pipeline.terminal import report_sweep
 
-__all__ = ["EXIT_CODES", "Run", "run_export", "run_job"]
+__all__ = ["EXIT_CODES", "Run", "report_sweep", "run_export", "run_job"]
