@@ -89,10 +89,6 @@ def _combination_problems(config: Config) -> list[str]:
         )
     if config.model.name == "custom" and config.model.factory is None:
         problems.append("model=custom without a factory; add model.factory=package.module:function.")
-    if config.model.name != "custom" and config.model.factory is not None:
-        problems.append(
-            f"model.factory with model.name={config.model.name}; add model=custom, or leave it out."
-        )
     for name, factory in (
         ("model.factory", config.model.factory),
         ("data.factory", config.data.factory),
@@ -100,6 +96,8 @@ def _combination_problems(config: Config) -> list[str]:
     ):
         if factory is not None and not re.fullmatch(r"[\w.]+:\w+", factory):
             problems.append(f"{name}={factory}: expected package.module:function.")
+        elif name == "model.factory" and factory is not None and config.model.name != "custom":
+            problems.append(f"{name}={factory} with model.name={config.model.name}: add model=custom.")
     if config.model.name == "auto" and config.weights is None:
         problems.append(
             "model.name=auto without weights: nothing to recognise; add weights=FILE or model=yolov9t."

@@ -9,10 +9,11 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from pipeline.custom import CustomDetector
 from pipeline.errors import EXIT_CODES
 from pipeline.exporting import run_export
 from pipeline.main import run_job
 from pipeline.run import Run
 from pipeline.terminal import report_sweep
 
-__all__ = ["EXIT_CODES", "Run", "report_sweep", "run_export", "run_job"]
+__all__ = ["EXIT_CODES", "CustomDetector", "Run", "report_sweep", "run_export", "run_job"]

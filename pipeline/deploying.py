@@ -134,9 +134,10 @@ def check_widths(placement: Placement, target: str) -> None:
 
 def onnx_metadata(job: Job, detector: Detector, source: str) -> dict[str, str]:
     """What a deployer must know to use the file."""
+    stride = {"stride": str(max(detector.strides))} if detector.strides else {}
     return {
         "names": json.dumps(dict(enumerate(detector.names))),
-        "stride": str(max(detector.strides)),
+        **stride,
         "imgsz": json.dumps([job.config.data.image_size] * 2),
         "preprocessing": "letterbox (pad 114, centred, bilinear), RGB, divided by 255, NCHW float32",
         "output0": "[B, 4 + classes, anchors]: cx, cy, w, h in input pixels, then class scores",

@@ -18,9 +18,8 @@ from configs.schema import Config
 from data import (
     AugmentOptions,
     Batch,
-    DetectionDataset,
+    Dataset,
     DetectionLoader,
-    DetectionMetrics,
     build_loader,
     evaluate,
     generate_synthetic,
@@ -39,6 +38,9 @@ from models import (
     non_max_suppression,
     save_detector,
 )
+from pipeline.custom import CustomModel, OwnDetector, TaskLoss
+from pipeline.measuring import Metrics, describe, measure_custom, row_figures
+from pipeline.own_data import open_own
 from pipeline.progress import say, track
 from pipeline.run import Run
 from quant import Mode, insert, load_placement, set_mode
@@ -80,12 +82,12 @@ class Job:
         return Path(config.root)
 
     @cached_property
-    def train_set(self) -> DetectionDataset:
+    def train_set(self) -> Dataset:
         """Images for training and calibration."""
         return self._open(self.config.data.train_split)
 
     @cached_property
-    def val_set(self) -> DetectionDataset:
+    def val_set(self) -> Dataset:
         """Images for every reported figure."""
         return self._open(self.config.data.val_split)
 
@@ -94,12 +96,14 @@ class Job:
         """Ground truth of the validation split as a COCO dictionary."""
         return ground_truth(self.val_set)
 
-    def _open(self, split: str) -> DetectionDataset:
+    def _open(self, split: str) -> Dataset:
         config = self.config.data
+        if config.factory is not None:
+            return open_own(config.factory, split)
         merged = config.merge_classes or None
         return open_dataset(self.data_root, split, format=config.format, merge_classes=merged)
 
-    def letterboxed(self, dataset: DetectionDataset, batch_size: int, limit: int | None) -> DetectionLoader:
+    def letterboxed(self, dataset: Dataset, batch_size: int, limit: int | None) -> DetectionLoader:
         """Batches prepared as for inference, in a fixed order."""
         config = self.config.data
         return build_loader(dataset, config.image_size, batch_size, config.workers, limit=limit)
@@ -146,13 +150,23 @@ class Job:
 
     # -- models
 
+    @cached_property
+    def custom(self) -> CustomModel | None:
+        """The user's own network, where `model.factory` names one."""
+        reference = self.config.model.factory
+        if reference is None:
+            return None
+        return CustomModel(reference, self.val_set.names, self.config.data.image_size)
+
     def initial_detector(self) -> Detector:
         """The detector that the user brought, or one with random weights; fits the data's classes.
 
         Raises:
             CheckpointError: the file cannot be used, or its class count is not the data's.
-            ConfigError: nothing says which architecture to build.
+            ConfigError: nothing says which architecture to build, or `model.factory` does not do as it should.
         """
+        if self.custom is not None:
+            return self.custom.initial(Path(self.config.weights) if self.config.weights else None)
         config = self.config.model
         names = self.val_set.names
         architecture = None if config.name == "auto" else config.name
@@ -166,9 +180,10 @@ class Job:
             Path(self.config.weights), architecture, config.num_classes, config.activation
         )
         if detector.num_classes != len(names):
+            where = self.config.data.factory or self.data_root
             raise CheckpointError(
                 f"{self.config.weights} predicts {detector.num_classes} classes ({first(detector.names)}), but "
-                f"{self.data_root} has {len(names)} ({first(names)}): give the weights trained on this data, or map "
+                f"{where} has {len(names)} ({first(names)}): give the weights trained on this data, or map "
                 "its classes with data.merge_classes"
             )
         if tuple(name.lower() for name in detector.names) != tuple(name.lower() for name in names):
@@ -183,10 +198,14 @@ class Job:
         path = self.run.path(FLOAT_MODEL)
         if not path.exists():
             self.keep_detector(self.initial_detector())
-        return load_detector(path).to(self.device).eval()
+        detector = load_detector(path) if self.custom is None else self.custom.restore(path)
+        return detector.to(self.device).eval()
 
     def keep_detector(self, detector: Detector) -> None:
-        """Fold a float detector and keep it as this run's float model."""
+        """Keep a float detector as this run's float model: folded, or a user's own network as it is."""
+        if self.custom is not None:
+            self.custom.keep(detector, self.run.path(FLOAT_MODEL))
+            return
         save_detector(fold_detector(detector), self.run.path(FLOAT_MODEL))
 
     def save_quantized(self, model: fx.GraphModule, name: str) -> None:
@@ -211,9 +230,12 @@ class Job:
             return self.load_quantized("qat.safetensors", "finetune"), "qat"
         return self.load_quantized("ptq.safetensors", "calibrate"), "ptq"
 
-    def loss(self) -> DetectionLoss:
-        """The detection loss for this detector."""
-        return DetectionLoss(self.detector.num_classes, self.detector.strides)
+    def loss(self, detector: Detector | None = None) -> TaskLoss:
+        """The detection loss for a detector, the run's float one when None."""
+        detector = self.detector if detector is None else detector
+        if isinstance(detector, OwnDetector):
+            return detector.loss
+        return DetectionLoss(detector.num_classes, detector.strides)
 
     # -- evaluation
 
@@ -233,34 +255,21 @@ class Job:
 
     def measure(
         self, predict: Predict, label: str, batch_size: int | None = None, limit: int | None = None
-    ) -> DetectionMetrics:
-        """COCO figures on the validation split; the same path for torch and every engine."""
+    ) -> Metrics:
+        """COCO figures, or the user's metric, on the validation split; the same path for torch and every engine."""
         loader = self.val_loader(batch_size, limit)
         return self.evaluate_batches(predict, track(loader, f"evaluate {label}", len(loader)))
 
-    def evaluate_batches(self, predict: Predict, batches: Iterable[Batch]) -> DetectionMetrics:
-        """COCO figures over validation batches, without a word."""
+    def evaluate_batches(self, predict: Predict, batches: Iterable[Batch]) -> Metrics:
+        """COCO figures, or the user's metric, over validation batches, without a word."""
+        if self.config.metric.factory is not None:
+            return measure_custom(self.config.metric.factory, predict, batches, self.device)
         return evaluate(predict, batches, self.truth, self.config.evaluate.engine, self.device)
 
-    def record_row(self, name: str, metrics: DetectionMetrics, **figures: Any) -> None:
+    def record_row(self, name: str, metrics: Metrics, **figures: Any) -> None:
         """Keep one row of the result table."""
-        extras = {
-            key: value
-            for key, value in metrics.as_dict().items()
-            if key not in {"ap", "ap50", "precision", "recall"}
-        }
-        self.run.write_row(
-            name,
-            ap=metrics.ap,
-            ap50=metrics.ap50,
-            precision=metrics.precision,
-            recall=metrics.recall,
-            **extras,
-            **figures,
-        )
-        say(
-            f"{name}: AP {metrics.ap:.4f}  AP50 {metrics.ap50:.4f}  P {metrics.precision:.3f}  R {metrics.recall:.3f}"
-        )
+        self.run.write_row(name, **{**row_figures(metrics), **figures})
+        say(f"{name}: {describe(metrics)}")
 
 
 def first(names: Sequence[str], count: int = 5) -> str:

@@ -14,6 +14,7 @@ from configs.schema import STAGES, Config
 from pipeline.deploying import engine_stage, export_stage
 from pipeline.errors import RunError
 from pipeline.job import Job
+from pipeline.measuring import row_value
 from pipeline.progress import say
 from pipeline.quantizing import calibrate_stage, float_stage
 from pipeline.reporting import check_gates, report_stage
@@ -109,9 +110,10 @@ def check_input(job: Job) -> None:
 
 
 def shipped_ap(run: Run) -> float:
-    """AP of the INT8 engine where there is one, else of the last torch row; NaN where nothing was measured."""
-    rows = {row["name"]: row["ap"] for row in run.rows()}
+    """AP (or the user's metric) of the INT8 engine, else of the last torch row; NaN where nothing was measured."""
+    rows = {row["name"]: row_value(row) for row in run.rows()}
     for name in [*(n for n in rows if n.endswith(":int8")), "qat", "ptq", "float"]:
-        if rows.get(name) is not None:
-            return float(rows[name])
+        value = rows.get(name)
+        if value is not None:
+            return value
     return float("nan")

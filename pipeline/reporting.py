@@ -11,6 +11,7 @@ from models import non_max_suppression
 from pipeline.errors import GateError
 from pipeline.job import FLOAT_MODEL, Job
 from pipeline.machine import describe_machine, describe_versions
+from pipeline.measuring import measure_name, row_value
 from pipeline.progress import say
 from quant import Placement, load_placement
 from report import DetectionPanel, ReportData, Row, draw_detections, write_report
@@ -58,15 +59,18 @@ def check_gates(job: Job) -> None:
         rows.get("qat", rows.get("ptq")),
     )
     config = job.config
-    if shipped is None or shipped["ap"] is None:
+    value = None if shipped is None else row_value(shipped)
+    if shipped is None or value is None:
         return
-    if config.min_ap is not None and shipped["ap"] < config.min_ap:
-        raise GateError(f"{shipped['name']} reaches AP {shipped['ap']:.4f}, below min_ap={config.min_ap}")
-    if config.max_ap_drop is not None and "float" in rows:
-        drop = rows["float"]["ap"] - shipped["ap"]
+    measure = measure_name(config.metric.factory)
+    if config.min_ap is not None and value < config.min_ap:
+        raise GateError(f"{shipped['name']} reaches {measure} {value:.4f}, below min_ap={config.min_ap}")
+    reference = row_value(rows["float"]) if "float" in rows else None
+    if config.max_ap_drop is not None and reference is not None:
+        drop = reference - value
         if drop > config.max_ap_drop:
             raise GateError(
-                f"{shipped['name']} loses {drop:.4f} AP against float ({rows['float']['ap']:.4f}), more than "
+                f"{shipped['name']} loses {drop:.4f} {measure} against float ({reference:.4f}), more than "
                 f"max_ap_drop={config.max_ap_drop}: fine-tune longer, or leave "
                 "sensitive layers float (quant.float_patterns)"
             )
@@ -126,6 +130,8 @@ def _notes(job: Job) -> list[str]:
         notes.append(
             f"Row qat: weights of {rows['qat']['extras']['kept']}, the best on the validation images."
         )
+    if job.config.metric.factory is not None:
+        notes.append(f"Rows are measured by {job.config.metric.factory} (metric), not by COCO AP.")
     if job.config.data.limit_val:
         notes.append(f"Figures are over {job.config.data.limit_val} validation images only (data.limit_val).")
     if job.config.weights is None and "train" not in job.config.stages:

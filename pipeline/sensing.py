@@ -13,6 +13,7 @@ from data import to_input
 from models import measure_network
 from pipeline.errors import GateError
 from pipeline.job import Job
+from pipeline.measuring import measure_name, row_value, value_of
 from pipeline.progress import say, track
 from pipeline.sweep import Sweep
 from quant import (
@@ -79,7 +80,7 @@ def _map(job: Job, model: fx.GraphModule) -> list[UnitScore]:
         quantized ^= {unit} & set(units)
         switch_units(model, quantized)
         loader = job.val_loader(limit=job.config.sensitivity.images)
-        return job.evaluate_batches(job.predictor(model), loader).ap
+        return value_of(job.evaluate_batches(job.predictor(model), loader))
 
     ap = dict(track(sweep.run(items, measure), "sensitivity (map)", len(items)))
     return [
@@ -104,7 +105,12 @@ def _sweep_key(job: Job) -> str:
     digest = hashlib.sha256()
     for name in ("float.safetensors", "ptq.safetensors", "placement.yaml"):
         digest.update(job.run.need(name, "calibrate").read_bytes())
-    settings = (job.config.data.image_size, job.config.sensitivity.images, vars(job.config.evaluate))
+    settings = (
+        job.config.data.image_size,
+        job.config.sensitivity.images,
+        vars(job.config.evaluate),
+        job.config.metric.factory,
+    )
     digest.update(json.dumps([settings, job.truth], default=str).encode())
     return digest.hexdigest()[:16]
 
@@ -131,15 +137,17 @@ def _keep_budget(job: Job, model: fx.GraphModule, ranking: list[str], max_drop: 
         ConfigError: the float row is missing, so that there is nothing to compare with.
     """
     rows = {row["name"]: row for row in job.run.rows()}
-    if "float" not in rows:
+    reference = row_value(rows["float"]) if "float" in rows else None
+    if reference is None:
         raise ConfigError("quant.max_ap_drop needs the float row: add the stage `float` before `sensitivity`")
-    target = rows["float"]["ap"] - max_drop
+    target = reference - max_drop
+    figure = measure_name(job.config.metric.factory)
 
     def measure(kept: frozenset[str]) -> float:
         switch_units(model, set(ranking) - kept)
-        ap = job.evaluate_batches(job.predictor(model), job.val_loader()).ap
-        say(f"budget: {len(kept)} units float, AP {ap:.4f} (target {target:.4f})")
-        return ap
+        value = value_of(job.evaluate_batches(job.predictor(model), job.val_loader()))
+        say(f"budget: {len(kept)} units float, {figure} {value:.4f} (target {target:.4f})")
+        return value
 
     result = search_budget(ranking, measure, target)
     facts = measure_network(job.detector.network, (job.config.data.image_size,) * 2)
@@ -162,7 +170,7 @@ def _keep_budget(job: Job, model: fx.GraphModule, ranking: list[str], max_drop: 
     )
     if not result.met:
         raise GateError(
-            f"accuracy budget max_ap_drop={max_drop} not met: AP {result.accuracy:.4f} with {len(result.units)} "
+            f"accuracy budget max_ap_drop={max_drop} not met: {figure} {result.accuracy:.4f} with {len(result.units)} "
             f"units float, target {target:.4f}; raise the budget or fine-tune instead"
         )
     if result.units:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from configs.schema import AugmentConfig
 from data import AugmentOptions
 from pipeline.job import Job
+from pipeline.measuring import describe, value_of
 from pipeline.progress import say
 from quant import TrainingOptions, TrainingState, new_state, train_epochs
 
@@ -41,8 +43,6 @@ def train_stage(job: Job) -> None:
         distill_weight=0.0,
         amp=config.amp,
     )
-    from models import DetectionLoss
-
     loader = job.train_loader(config.batch_size, augmentation(job.config.augment))
     plain = job.train_loader(config.batch_size, LIGHT)
     heavy_batches = job.epoch_batches(loader, "train", config.epochs)
@@ -52,7 +52,7 @@ def train_stage(job: Job) -> None:
     def batches(epoch: int) -> Any:
         return heavy_batches(epoch) if epoch < last_heavy else light_batches(epoch)
 
-    loss = DetectionLoss(detector.num_classes, detector.strides)
+    loss = job.loss(detector)
     network = detector.network
     state: TrainingState | None = None
     for state in train_epochs(network, batches, len(loader), loss, options):
@@ -109,11 +109,11 @@ def finetune_stage(job: Job) -> None:
 
 
 class Best:
-    """The best weights so far, by AP on the validation images."""
+    """The best weights so far, by AP (or the user's metric) on the validation images."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.ap = -1.0
+        self.value = -math.inf
         self.label = ""
         self.weights: dict[str, torch.Tensor] = {}
 
@@ -121,14 +121,14 @@ class Best:
         """Measure a model and keep its weights where it is better."""
         limit = self.job.config.qat.validate_images
         metrics = self.job.measure(self.job.predictor(model), label, limit=limit)
-        say(f"{label}: AP {metrics.ap:.4f}")
-        if metrics.ap > self.ap:
-            self.ap, self.label = metrics.ap, label
+        say(f"{label}: {describe(metrics)}")
+        if value_of(metrics) > self.value:
+            self.value, self.label = value_of(metrics), label
             self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from a saved best."""
-        self.ap, self.label, self.weights = saved["best_ap"], saved["best_label"], saved["best"]
+        self.value, self.label, self.weights = saved["best_value"], saved["best_label"], saved["best"]
 
 
 def augmentation(config: AugmentConfig) -> AugmentOptions:
@@ -163,7 +163,7 @@ def _save_state(job: Job, model: nn.Module, state: TrainingState, best: Best) ->
         "step": state.step,
         "epoch": state.epoch,
         "best": best.weights,
-        "best_ap": best.ap,
+        "best_value": best.value,
         "best_label": best.label,
     }
     temporary = job.run.path(".qat-state.partial")

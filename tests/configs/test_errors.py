@@ -47,6 +47,7 @@ DEMO = "+experiment=demo"
         ("quant.policy=[{keep_float: true}]", ["match", "no value"]),
         ("data.merge_classes={x: [1]}", ["write '+data.merge_classes="]),
         ("model.factory=os", ["model.factory=os", "package.module:function"]),
+        ("model.factory=a.b:c", ["model.factory=a.b:c", "model.name=yolov9t", "model=custom"]),
         ("a b=", ["'a b='", "KEY=VALUE"]),
         ("model=custom", ["model.factory=package.module:function"]),
         ("model=auto", ["nothing to recognise", "weights=FILE"]),
