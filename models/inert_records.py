@@ -258,7 +258,7 @@ def _bound_method(arguments: tuple[Any, ...]) -> Record:
 
 
 def _rebuild_from_type(arguments: tuple[Any, ...]) -> Any:
-    """A tensor with attributes of its own: (rebuild function, class, arguments, attributes). The attributes are left."""
+    """A tensor with attributes: (rebuild function, class, arguments, attributes). The attributes are left out."""
     function, _, inner = arguments[:3]
     if not isinstance(function, Name) or str(function) not in _TENSOR_BUILDERS or type(inner) is not tuple:
         raise CheckpointError(f"Refused to rebuild a tensor by {str(function)[:80]}; nothing was executed")

@@ -113,6 +113,14 @@ def test_dangerous_class_as_object_is_refused() -> None:
         read_pickle(data)
 
 
+@pytest.mark.parametrize(
+    "name", ["os system", "posix system", "builtins eval", "torch load", "torch.jit load", "sys exit"]
+)
+def test_dangerous_names_are_refused_even_if_not_called(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"Refused {name.replace(' ', '.')}"):
+        read_pickle(b"\x80\x02c" + name.replace(" ", "\n").encode() + b"\n.")
+
+
 def test_text_opcodes_are_refused() -> None:
     with pytest.raises(CheckpointError, match="opcode b'S'"):
         read_pickle(b"S'x'\n.")

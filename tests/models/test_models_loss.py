@@ -81,6 +81,48 @@ def test_assignment_equals_the_papers_steps() -> None:
             assert torch.equal(result.boxes_BA4[image, anchor], rows[owner, 1:])
 
 
+def test_terms_equal_a_loop_over_positive_points() -> None:
+    """Sums as the papers have them, from the assigner's result and the raw maps, one point at a time."""
+    raw = random_raw(6)
+    loss = DetectionLoss(CLASSES, STRIDES, gains={"box": 1.0, "cls": 1.0, "dfl": 1.0})
+    terms = {name: float(term.detach()) for name, term in loss(raw, TARGETS, SIZE).items()}
+    centres, scores, boxes, sides = [], [], [], []
+    for (box, cls), stride in zip(raw, STRIDES, strict=True):
+        probability = box.detach().reshape(2, 4, 16, -1).softmax(dim=2)
+        for a in range(box.shape[2] * box.shape[3]):
+            x, y = (a % box.shape[3] + 0.5) * stride, (a // box.shape[3] + 0.5) * stride
+            expected = (probability[..., a] * torch.arange(16.0)[None, None]).sum(dim=2) * stride
+            corners = torch.stack(
+                (x - expected[:, 0], y - expected[:, 1], x + expected[:, 2], y + expected[:, 3]), dim=1
+            )
+            centres.append((x, y, stride))
+            boxes.append(corners)
+            sides.append(probability[..., a])
+            scores.append(cls.detach().flatten(2)[..., a])
+    logits = torch.stack(scores, dim=1)
+    points = torch.tensor([centre[:2] for centre in centres])
+    result = assign(logits.sigmoid(), torch.stack(boxes, dim=1), points, *pad_targets(TARGETS, 2))
+    total = float(result.scores_BAK.sum())
+    expected_terms = {"box": 0.0, "dfl": 0.0}
+    for image, a in result.positive_BA.nonzero().tolist():
+        x, y, stride = centres[a]
+        target = result.boxes_BA4[image, a]
+        weight = float(result.scores_BAK[image, a].sum()) / total
+        overlap = float(complete_box_iou(boxes[a][image : image + 1], target[None]))
+        expected_terms["box"] += weight * (1 - overlap)
+        for side, wanted in enumerate([x - target[0], y - target[1], target[2] - x, target[3] - y]):
+            cells = min(max(float(wanted) / stride, 0.0), 14.99)
+            low, part = int(cells), cells - int(cells)
+            bins = sides[a][image, side]
+            entropy = -(1 - part) * math.log(bins[low]) - part * math.log(bins[low + 1])
+            expected_terms["dfl"] += weight * entropy / 4
+    assert total > 1
+    assert terms["box"] == pytest.approx(expected_terms["box"], rel=1e-4)
+    assert terms["dfl"] == pytest.approx(expected_terms["dfl"], rel=1e-4)
+    entropy = torch.nn.functional.binary_cross_entropy(logits.sigmoid(), result.scores_BAK, reduction="sum")
+    assert terms["cls"] == pytest.approx(float(entropy) / total, rel=1e-4)
+
+
 def test_distribution_focal_loss_of_a_known_distance() -> None:
     logits = torch.zeros(1, 4, 16)
     logits[0, :, 2], logits[0, :, 3] = 3.0, 1.0
@@ -93,10 +135,10 @@ def test_distribution_focal_loss_of_a_known_distance() -> None:
 def test_images_without_objects_train_the_classes_only() -> None:
     raw = random_raw(1)
     terms = DetectionLoss(CLASSES, STRIDES)(raw, TARGETS[:0], SIZE)
-    assert float(terms["box"]) == 0
-    assert float(terms["dfl"]) == 0
+    assert float(terms["box"].detach()) == 0
+    assert float(terms["dfl"].detach()) == 0
     logits = torch.cat([cls.flatten() for _, cls in raw])
-    assert float(terms["cls"]) == pytest.approx(
+    assert float(terms["cls"].detach()) == pytest.approx(
         0.5 * float(torch.nn.functional.softplus(logits).sum()), rel=1e-5
     )
     sum(terms.values()).backward()  # type: ignore[union-attr]
@@ -137,6 +179,9 @@ def test_terms_are_single_precision_under_autocast() -> None:
         terms = DetectionLoss(CLASSES, STRIDES)(raw, TARGETS, SIZE)
     assert all(term.dtype == torch.float32 for term in terms.values())
     assert all(torch.equal(terms[name], expected[name]) for name in terms)
+    half = tuple((box.bfloat16(), cls.bfloat16()) for box, cls in raw)
+    terms = DetectionLoss(CLASSES, STRIDES)(half, TARGETS, SIZE)
+    assert all(term.dtype == torch.float32 for term in terms.values())
 
 
 def test_mismatches_are_refused() -> None:
