@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from report.charts import Chart, all_charts
 from report.data import ReportData, ReportError, Row, find_row, reference_engine
-from report.tables import COLUMNS, LEGEND, MEGABYTE, finite, table_cells
+from report.tables import LEGEND, MEGABYTE, columns_for, finite, table_cells
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
@@ -38,7 +38,7 @@ def render_html(data: ReportData) -> str:
     charts = {chart.key: chart for chart in all_charts(data)}
     return environment.get_template("report.html.j2").render(
         data=data,
-        columns=COLUMNS,
+        columns=columns_for(data.rows),
         cells=table_cells(data.rows),
         legend=LEGEND,
         tiles=headline(data.rows),

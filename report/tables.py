@@ -15,6 +15,7 @@ from rich.text import Text
 from report.data import Row, find_row, reference_engine
 
 MISSING = "-"
+METRIC = "metric"  # the extra that holds a user's own measure
 MEGABYTE = 1_000_000
 
 
@@ -48,14 +49,19 @@ def finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else value
 
 
+def _figure(row: Row, key: str) -> float | None:
+    """Return a row's figure of that name; `metric` stands among the extras."""
+    return finite(row.extras.get(METRIC) if key == METRIC else getattr(row, key))
+
+
 def _score(key: str, decimals: int = 4) -> Callable[[Row, Sequence[Row]], Cell]:
     """Write a 0..1 score, with its difference to the float row."""
 
     def cell(row: Row, rows: Sequence[Row]) -> Cell:
-        value, base = finite(getattr(row, key)), find_row(rows, "float")
+        value, base = _figure(row, key), find_row(rows, "float")
         if value is None:
             return Cell(MISSING)
-        reference = finite(getattr(base, key)) if base is not None and base is not row else None
+        reference = _figure(base, key) if base is not None and base is not row else None
         if reference is None:
             return Cell(f"{value:.{decimals}f}")
         difference = value - reference
@@ -107,16 +113,26 @@ COLUMNS = (
     ),
     Column("size_bytes", "Size", "MB", _size),
 )
-BRIEF = ("ap", "latency_ms_median")  # columns whose differences the terminal shows
+METRIC_COLUMN = Column(METRIC, "Metric", "", _score(METRIC))
+BRIEF = (METRIC, "ap", "latency_ms_median")  # columns whose differences the terminal shows
 LEGEND = (
-    "AP, AP50, precision and recall: difference to the float row. Latency and throughput: factor gained over the "
-    "float engine of the same runtime. Size: share of that engine, or of the float row."
+    "AP, AP50, metric, precision and recall: difference to the float row. Latency and throughput: factor gained over "
+    "the float engine of the same runtime. Size: share of that engine, or of the float row."
 )
 
 
+def columns_for(rows: Sequence[Row]) -> tuple[Column, ...]:
+    """Return the columns of a table: COLUMNS, or with a user's metric in the place of an AP that nobody measured."""
+    if not any(METRIC in row.extras for row in rows):
+        return COLUMNS
+    absent = {key for key in ("ap", "ap50") if all(getattr(row, key) is None for row in rows)}
+    return (METRIC_COLUMN, *(column for column in COLUMNS if column.key not in absent))
+
+
 def table_cells(rows: Sequence[Row]) -> list[tuple[str, list[Cell]]]:
-    """Return (row name, one Cell per entry of COLUMNS) for every row."""
-    return [(row.name, [column.cell(row, rows) for column in COLUMNS]) for row in rows]
+    """Return (row name, one Cell per entry of `columns_for`) for every row."""
+    columns = columns_for(rows)
+    return [(row.name, [column.cell(row, rows) for column in columns]) for row in rows]
 
 
 def _heading(column: Column) -> str:
@@ -138,12 +154,13 @@ def format_table(rows: Sequence[Row], width: int = 120) -> str:
     """
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", overflow="fold")
-    for column in COLUMNS:
+    columns = columns_for(rows)
+    for column in columns:
         table.add_column(Text(f"{column.heading}\n{column.unit}".rstrip()), justify="right", no_wrap=True)
     for row_name, cells in table_cells(rows):
         texts = [
             _text(cell) if column.key in BRIEF else cell.text
-            for column, cell in zip(COLUMNS, cells, strict=True)
+            for column, cell in zip(columns, cells, strict=True)
         ]
         table.add_row(Text(row_name), *(Text(text) for text in texts))
     buffer = io.StringIO()
@@ -166,7 +183,7 @@ def markdown_table(headings: Sequence[str], lines: Sequence[Sequence[object]], n
 
 def markdown_results(rows: Sequence[Row]) -> str:
     """Return the result table as Markdown."""
-    headings = ["", *(_heading(column) for column in COLUMNS)]
+    headings = ["", *(_heading(column) for column in columns_for(rows))]
     return markdown_table(
         headings, [[name, *(_text(cell) for cell in cells)] for name, cells in table_cells(rows)]
     )

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from report import Row, format_table
-from report.tables import escape_markdown, markdown_results, table_cells
+from report.tables import columns_for, escape_markdown, markdown_results, table_cells
 from tests.report.sample import sample_rows
 
 
@@ -74,3 +74,14 @@ def test_markdown_table_has_one_line_per_row_and_equal_columns() -> None:
 
 def test_markdown_escapes_what_would_break_a_table() -> None:
     assert escape_markdown("a|b\n<i>*c*") == "a\\|b &lt;i&gt;\\*c\\*"
+
+
+def test_a_metric_of_the_users_takes_the_place_of_ap() -> None:
+    rows = [Row("float", extras={"metric": 0.75}), Row("engine:openvino:int8", extras={"metric": 0.5})]
+    keys = [column.key for column in columns_for(rows)]
+    assert keys[0] == "metric"
+    assert not {"ap", "ap50"} & set(keys)
+    line = next(line for line in format_table(rows).splitlines() if "int8" in line)
+    assert "0.5000 (-0.2500)" in line
+    assert "0.5000 (-0.2500)" in markdown_results(rows)
+    assert columns_for([Row("float", ap=0.5)])[0].key == "ap"
