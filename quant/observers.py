@@ -206,7 +206,7 @@ def _least_divergence(histogram: Histogram, levels: int, num_candidates: int = 5
     The method of Migacz, "8-bit inference with TensorRT" (GTC 2017): the reference p keeps the first i bins and
     adds all outliers to the last; the approximation q spreads the count of each of `levels` equal parts evenly
     over the part's non-empty bins. Values in the lowest bin are zero on every grid: they count no more than those
-    of the next bin, or a rectified tensor's zeros would hide the rest.
+    of the next bin, or a rectified tensor's zeros would hide the rest. i runs over 512 equally spaced ends.
 
     Within a part q is constant, so sum p log q needs only the parts' sums, which are differences of running sums.
     """
