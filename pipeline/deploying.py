@@ -22,6 +22,7 @@ from deploy import (
     build_engine,
     compare_outputs,
     export_onnx,
+    inspect_graph,
 )
 from models import Detector
 from pipeline.job import Job, Predict
@@ -48,7 +49,7 @@ class Deployed(nn.Module):
 
 
 def export_stage(job: Job) -> None:
-    """Write the INT8 ONNX for the target of every runtime, and the float ONNX; compare each with torch.
+    """Write the INT8 ONNX for the target of every runtime, and the float ONNX; check the graphs, compare with torch.
 
     ONNX Runtime executes the files as the reference: their arithmetic is checked before any engine is built.
     """
@@ -72,9 +73,18 @@ def export_stage(job: Job) -> None:
     for name in [FLOAT_ONNX, *(model_name(job, target) for target in reports if target != "trt11")]:
         with ONNXRuntime(job.run.path(name), optimize=False) as reference:
             parity[name] = check_parity(job, reference)
+    checks = {report.path.name: inspect_graph(report.path) for report in reports.values()}
+    for name, check in checks.items():
+        say(f"check {name}: {len(check.findings)} findings")
+        for finding in check.findings:
+            say(f"  {finding.name}: {finding.hazard} {finding.remedy}")
     job.run.write_json(
         "export.json",
-        {"exports": [describe_export(report) for report in reports.values()], "parity": parity},
+        {
+            "exports": [describe_export(report) for report in reports.values()],
+            "parity": parity,
+            "checks": {name: check.as_dict() for name, check in checks.items()},
+        },
     )
 
 

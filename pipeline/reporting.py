@@ -41,6 +41,7 @@ def report_stage(job: Job) -> None:
         if run.path("sensitivity.json").exists()
         else None,
         placement=_placement_items(job),
+        findings=_findings(job),
         notes=_notes(job),
     )
     paths = write_report(run.directory, data)
@@ -121,6 +122,14 @@ def _placement_items(job: Job) -> list[dict[str, Any]] | None:
         {"name": name, "kind": "float", "reason": reason} for name, reason in placement.kept_float.items()
     ]
     return items
+
+
+def _findings(job: Job) -> list[dict[str, Any]]:
+    """What the graph check found in the INT8 files of the export stage."""
+    if not job.run.path("export.json").exists():
+        return []
+    checks = job.run.read_json("export.json")["checks"]
+    return [{"file": name, **finding} for name, check in checks.items() for finding in check["findings"]]
 
 
 def _notes(job: Job) -> list[str]:
