@@ -9,6 +9,7 @@ from deploy.findings import CheckReport, check_graph, inspect_graph
 from deploy.graph import load_onnx, save_onnx, verify_onnx
 from deploy.onnx_runtime import ONNXRuntime
 from deploy.openvino_runtime import OpenVINORuntime
+from deploy.outputs import OUTPUTS, NMSOptions
 from deploy.passes import PassCount, count_qdq
 from deploy.runtime import Runtime, engine_size
 from deploy.tensorrt_builder import BuildOptions
@@ -17,6 +18,7 @@ from deploy.timing import LatencyReport, benchmark, benchmark_alternately
 
 __all__ = [
     "OPSETS",
+    "OUTPUTS",
     "TARGETS",
     "BuildOptions",
     "CheckReport",
@@ -25,6 +27,7 @@ __all__ = [
     "ExportReport",
     "Finding",
     "LatencyReport",
+    "NMSOptions",
     "ONNXRuntime",
     "OpenVINORuntime",
     "PassCount",

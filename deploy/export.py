@@ -27,6 +27,7 @@ from deploy.errors import DeployError
 from deploy.graph import Graph, opset_of, save_onnx
 from deploy.onnx_runtime import record_histograms, run_model
 from deploy.onnxruntime_target import Histogram, integer_operators, preactivations
+from deploy.outputs import NMSOptions, output_pass
 from deploy.passes import GraphPass, PassCount, count_qdq, run_pass
 from deploy.runtime import FloatArray
 from deploy.typed_target import SCALE_TYPES, TYPED_OPSETS, strongly_typed
@@ -91,6 +92,8 @@ def export_onnx(
     dynamic_size: bool = False,
     images: Sequence[FloatArray] = (),
     scale_type: str = "fp16",
+    outputs: str = "decoded",
+    nms: NMSOptions | None = None,
 ) -> ExportReport:
     """Write `module` as an ONNX file for `target`; `path` is touched only when everything went well.
 
@@ -110,6 +113,8 @@ def export_onnx(
         images: batches for the onnxruntime target, float32 [B, 3, H, W] in [0, 1]: conv results get the range they
             have there (a normal distribution is assumed without images), and the first batch measures the parity.
         scale_type: for trt11, type of the scale tensors, "fp16" or "fp32"; see `deploy.typed_target`.
+        outputs: "decoded" (default), "raw", "onnx_nms" or "efficient_nms"; see `deploy.outputs`.
+        nms: thresholds for the last two.
 
     Raises:
         DeployError: unknown target, wrong opset in the result, Q/DQ missing or unexpected, or a pass that
@@ -120,18 +125,17 @@ def export_onnx(
     if scale_type not in SCALE_TYPES:
         raise DeployError(f"Unknown scale type '{scale_type}'; expected one of {', '.join(SCALE_TYPES)}.")
     opset = target_opset(target, scale_type)
+    change_outputs = output_pass(outputs, nms or NMSOptions(), target)
     model = _trace(module, image_size, opset, tuple(output_names), dynamic_batch, dynamic_size)
-    counts = [run_pass(model, graph_pass) for graph_pass in COMMON_PASSES]
+    counts = [run_pass(model, graph_pass) for graph_pass in (*COMMON_PASSES, change_outputs)]
     counts += [run_pass(model, graph_pass) for graph_pass in target_passes(target, scale_type)]
     parity = None
     if target == "onnxruntime" and quantized:
         count, parity = _for_onnxruntime(model, images, len(output_names))
         counts.append(count)
     _check_result(model, target, opset, quantized)
-    _add_metadata(
-        model,
-        {"octet.target": target, "octet.image_size": f"{image_size[0]}x{image_size[1]}", **(metadata or {})},
-    )
+    facts = {"target": target, "outputs": outputs, "image_size": f"{image_size[0]}x{image_size[1]}"}
+    _add_metadata(model, {**{f"octet.{key}": value for key, value in facts.items()}, **(metadata or {})})
     save_onnx(model, path)
     num_quantize, num_dequantize = count_qdq(model)
     return ExportReport(
