@@ -10,6 +10,8 @@ Shapes: B batch, K classes, D default boxes per cell, A default boxes of all lev
 
 from __future__ import annotations
 
+import math
+
 from collections.abc import Sequence
 
 import torch
@@ -56,7 +58,7 @@ class Decode(nn.Module):
         offsets_BA4, logits_BAC = flatten(maps, self.num_classes)
         centres_A2, sizes_A2 = default_boxes(self.anchors, maps).chunk(2, dim=1)
         centres = offsets_BA4[..., :2] / 10.0 * sizes_A2 + centres_A2
-        sizes = (offsets_BA4[..., 2:] / 5.0).clamp(max=4.0).exp() * sizes_A2
+        sizes = (offsets_BA4[..., 2:] / 5.0).clamp(max=math.log(1000 / 16)).exp() * sizes_A2
         scores = logits_BAC.softmax(dim=-1)[..., 1:]
         return torch.cat([centres, sizes, scores], dim=-1).transpose(1, 2)
 

@@ -3,7 +3,7 @@
 runs/<experiment>/<time>/
     config.json          the configuration, as composed
     state.json           stages done, with seconds
-    float.safetensors    the float detector, folded (+ .json manifest)
+    float.safetensors    the float detector, folded (+ .json manifest); a custom network's weights as they are
     placement.yaml, calibration.json, ptq.safetensors
     qat.safetensors, qat.jsonl, qat-state.pt
     model.onnx, float.onnx, engines/

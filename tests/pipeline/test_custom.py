@@ -146,6 +146,10 @@ def test_ssdlite_decodes_as_torchvision_does() -> None:
     torch.manual_seed(0)
     parts = ssdlite.build(NAMES)
     model = parts.loss.model.eval()  # type: ignore[union-attr]
+    for module in model.head.modules():  # offsets and logits that matter: those of the start are nearly 0
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.weight, std=100.0)
     images = torch.rand(2, 3, 96, 96)
     with torch.inference_mode():
         decoded = parts.decode(parts.network.eval()(images))  # type: ignore[misc]
@@ -155,6 +159,7 @@ def test_ssdlite_decodes_as_torchvision_does() -> None:
         for number in range(2):
             boxes = model.box_coder.decode_single(outputs["bbox_regression"][number], anchors[number])
             scores = outputs["cls_logits"][number].softmax(-1)[:, 1:]
+            assert outputs["bbox_regression"][number].std() > 0.5
             found = box_convert(decoded[number, :4].T, "cxcywh", "xyxy")
             assert torch.allclose(found, boxes, atol=1e-3)
             assert torch.allclose(decoded[number, 4:].T, scores, atol=1e-6)
