@@ -11,7 +11,6 @@ Shapes: B batch, K classes, D default boxes per cell, A default boxes of all lev
 from __future__ import annotations
 
 import math
-
 from collections.abc import Sequence
 
 import torch
