@@ -1,6 +1,6 @@
 """Reading a network's fx graph: what each node is to quantization.
 
-Four kinds (see docs/placement.md): *weighted* nodes want INT8 data and INT8 weights; quantize-dequantize commutes
+Four kinds (see docs/quantization.md): *weighted* nodes want INT8 data and INT8 weights; quantize-dequantize commutes
 through *transparent* ones; *arithmetic* ones take INT8 and make a new tensor with a scale of its own; the
 rest is *float*. Kinds are decided by the module type or the function called, never by a name.
 """

@@ -12,6 +12,7 @@ from quant import (
     CalibrationError,
     FakeQuantize,
     Mode,
+    Rule,
     activation_quantizers,
     calibrate,
     insert,
@@ -83,6 +84,20 @@ def test_min_max_scales_are_the_float_networks_maxima():
     assert scales["block.add"] == pytest.approx(max(largest["block"], largest["side.act"]) / 127, rel=1e-6)
     weight = network.get_submodule("side.conv").weight
     assert scales["side.conv"] == pytest.approx((weight.abs().amax((1, 2, 3)) / 127).tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_scales_fit_the_width_of_each_group(bits):
+    largest = float_tensors(small_net())
+    model = inserted(rules=(Rule("stem.act", bits=bits), Rule("side.conv", bits=bits)))
+    result = calibrate(model, images(), "minmax", "minmax")
+    scales, high = scales_of(model), 2 ** (bits - 1) - 1
+    assert scales["stem.act"] == pytest.approx(largest["stem.act"] / high, rel=1e-6)
+    assert scales["block.rep.act"] == pytest.approx(largest["block.rep.act"] / 127, rel=1e-6)
+    weight = small_net().get_submodule("side.conv").weight
+    assert scales["side.conv"] == pytest.approx((weight.abs().amax((1, 2, 3)) / high).tolist(), rel=1e-6)
+    stem = next(group for group in result.groups if group.name == "stem.act")
+    assert stem.amax == pytest.approx(largest["stem.act"])
 
 
 @pytest.mark.parametrize("method", METHODS)

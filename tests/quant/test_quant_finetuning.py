@@ -181,6 +181,8 @@ def test_parameters_are_split_by_what_they_are():
     assert len(groups["scales"]["params"]) == 4 + 5  # groups and layers, each once
     total = [id(p) for group in groups.values() for p in group["params"]]
     assert len(total) == len(set(total)) == len(list(model.parameters()))
+    fixed = parameter_groups(small_quantized(learn_scales=False), options())
+    assert [group["name"] for group in fixed] == ["weights", "biases"]
 
 
 # -- learning
@@ -231,10 +233,13 @@ def test_both_losses_are_weighted_and_recorded():
 
 
 def test_the_teacher_does_not_move():
-    model, teacher = small_quantized(), small_net()
+    """Not even one that comes in training mode, with batch statistics that would."""
+    model = small_quantized()
+    teacher = nn.Sequential(nn.Conv2d(3, 4, 3, 2, padding=1), nn.BatchNorm2d(4)).train()
     before = values_of(teacher)
-    list(train_epochs(model, batches, STEPS, squared_error, options(), teacher))
+    list(train_epochs(model, batches, STEPS, squared_error, options(epochs=1), teacher))
     assert equal(values_of(teacher), before)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
 def test_nothing_to_learn_from_is_an_error():
