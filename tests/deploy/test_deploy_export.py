@@ -43,6 +43,14 @@ def test_equals_torch_at_any_batch(tmp_path, target, batch):
     np.testing.assert_allclose(output, expected, atol=2e-3)
 
 
+def test_unsigned_codes_are_the_same_grid_to_its_ends(tmp_path):
+    signed = export_onnx(SmallDetector(), tmp_path / "s.onnx", SIZE, "trt10").path
+    unsigned = export_onnx(SmallDetector(), tmp_path / "u.onnx", SIZE, "openvino").path
+    # beyond the images' range, so that both ends of the grid clip
+    images = 6 * torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(1)) - 3
+    np.testing.assert_allclose(run(unsigned, images), run(signed, images), atol=1e-4)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_opset_metadata_and_counts(tmp_path, target):
     path = tmp_path / "m.onnx"
