@@ -1,10 +1,10 @@
 """Export passes per target, graph check, runtimes and benchmark, for any ONNX file."""
 
 from deploy.build import build_engine
-from deploy.check_rules import Finding
 from deploy.compare import CompareReport, compare_arrays, compare_outputs
 from deploy.errors import DeployError
 from deploy.export import OPSETS, TARGETS, ExportReport, export_onnx
+from deploy.finding import Finding
 from deploy.findings import CheckReport, check_graph, inspect_graph
 from deploy.graph import load_onnx, save_onnx, verify_onnx
 from deploy.onnx_runtime import ONNXRuntime

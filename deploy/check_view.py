@@ -281,3 +281,20 @@ def _infer(model: ModelProto) -> tuple[dict[str, tuple[int | None, ...]], dict[s
 def format_scale(value: Array | float) -> str:
     """A scale for a message."""
     return f"{float(np.asarray(value).reshape(-1)[0]):.6g}"
+
+
+def behind(view: View, quantize: NodeProto) -> list[NodeProto]:
+    """Readers of the dequantized values of a Q."""
+    return [reader for dq in view.readers(quantize.output[0]) for reader in view.readers(dq.output[0])]
+
+
+def reached(view: View, tensor: str) -> list[NodeProto]:
+    """All nodes behind a tensor."""
+    found: dict[int, NodeProto] = {}
+    pending = [tensor]
+    while pending:
+        for node in view.readers(pending.pop()):
+            if id(node) not in found:
+                found[id(node)] = node
+                pending.extend(node.output)
+    return list(found.values())

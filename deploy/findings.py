@@ -7,8 +7,9 @@ from pathlib import Path
 
 from onnx import ModelProto
 
-from deploy.check_rules import Finding, rules_for, unequal_scales
+from deploy.check_rules import rules_for, unequal_scales
 from deploy.check_view import WEIGHTED, View
+from deploy.finding import Finding
 from deploy.graph import load_onnx
 from deploy.passes import count_qdq
 
