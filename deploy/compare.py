@@ -41,17 +41,25 @@ class CompareReport:
         """Plain dict, ready for JSON."""
         return asdict(self)
 
-    def require(self, box_px: float, score: float) -> None:
-        """Raise DeployError unless confident boxes agree within `box_px` pixels and scores within `score`."""
-        if not (self.box_max_px_confident <= box_px and self.score_max <= score):
-            raise DeployError(
-                f"The engine disagrees with torch on {self.images} images: boxes by up to "
-                f"{self.box_max_px_confident:.3f} px "
-                f"(limit {box_px}) at {self.confident_anchors} confident anchors, scores by up to "
-                f"{self.score_max:.4f} "
-                f"(limit {score}). Do not use it: rebuild, try another runtime version or precision, and "
-                "compare again."
-            )
+    def require(self, box_px: float, score: float, mean_score: float | None = None) -> None:
+        """Raise DeployError unless confident boxes agree within `box_px` pixels and scores within `score`.
+
+        Args:
+            box_px: limit for confident anchors, input pixels.
+            score: limit of the largest difference over all anchors.
+            mean_score: limit of the mean difference, None for none. For INT8 engines this is what tells a broken
+                graph from arithmetic: one rounding that falls the other way can move single anchors far.
+        """
+        mean_agrees = mean_score is None or self.score_mean <= mean_score
+        if self.box_max_px_confident <= box_px and self.score_max <= score and mean_agrees:
+            return
+        limit = "" if mean_score is None else f" (limit {mean_score})"
+        raise DeployError(
+            f"The engine disagrees with torch on {self.images} images: boxes by up to "
+            f"{self.box_max_px_confident:.3f} px (limit {box_px}) at {self.confident_anchors} confident anchors, "
+            f"scores by up to {self.score_max:.4f} (limit {score}) and {self.score_mean:.6f} in the mean{limit}. Do "
+            "not use it: rebuild, try another runtime version or precision, and compare again."
+        )
 
 
 def compare_outputs(

@@ -253,7 +253,8 @@ def check_parity(job: Job, engine: Runtime) -> dict[str, object]:
     """Compare an engine with torch on real validation images before it is used.
 
     Rounding that falls the other way in one layer moves INT8 results by whole grid steps, so the limits for INT8
-    are those of a broken graph, not of arithmetic; the accuracy rows tell the rest.
+    are those of a broken graph, not of arithmetic (one was seen at 75 px and a mean score difference of 0.014, sound
+    ones stay below 0.0005); the accuracy rows tell the rest.
 
     Raises:
         DeployError: they disagree; the message has the figures.
@@ -281,5 +282,8 @@ def check_parity(job: Job, engine: Runtime) -> dict[str, object]:
         f"{report.confident_anchors} confident anchors, scores within {report.score_max:.4f} "
         f"(mean {report.score_mean:.6f})"
     )
-    report.require(box_px=0.05 if exact else 16.0, score=0.001 if exact else 0.3)
+    if exact:
+        report.require(box_px=0.05, score=0.001)
+    else:
+        report.require(box_px=16.0, score=1.0, mean_score=0.005)
     return report.as_dict()

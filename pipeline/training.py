@@ -88,8 +88,10 @@ def finetune_stage(job: Job) -> None:
     loader = job.train_loader(config.batch_size, augments[config.augment])
     state = new_state(model, options)
     best = Best(job)
+    earlier: list[dict[str, Any]] = []
     if job.run.path("qat-state.pt").exists():
         best.restore(_load_state(job, model, state))
+        earlier = [record for record in job.run.read_lines("qat.jsonl") if record["epoch"] < state.epoch]
     else:
         best.offer(model, "before fine-tuning")
     batches = job.epoch_batches(loader, "finetune", config.epochs)
@@ -99,7 +101,7 @@ def finetune_stage(job: Job) -> None:
         averaged = state.average.model if state.average is not None else model
         say(_progress(state))
         best.offer(averaged, f"epoch {state.epoch}")
-        job.run.write_lines("qat.jsonl", (record.as_dict() for record in state.records))
+        job.run.write_lines("qat.jsonl", [*earlier, *(record.as_dict() for record in state.records)])
         _save_state(job, model, state, best)
     model.load_state_dict(best.weights)
     job.save_quantized(model, "qat.safetensors")

@@ -174,6 +174,16 @@ def test_statistics_against_hand_computed_values():
     assert report.images_per_second == pytest.approx(4 / 50.5 * 1000)
 
 
+def test_compare_tells_a_broken_graph_from_one_rounding_by_the_mean():
+    reference = np.zeros((1, 6, 100), np.float32)
+    one_anchor, everywhere = reference.copy(), reference.copy()
+    one_anchor[0, 4, 3] = 0.4
+    everywhere[0, 4:] = 0.02
+    compare_arrays(one_anchor, reference).require(box_px=1, score=1, mean_score=0.005)
+    with pytest.raises(DeployError, match=r"0\.020000 in the mean \(limit 0\.005\)"):
+        compare_arrays(everywhere, reference).require(box_px=1, score=1, mean_score=0.005)
+
+
 def test_compare_finds_wrong_boxes_behind_right_scores():
     reference = np.zeros((1, 6, 5), np.float32)
     reference[0, :4] = 50
