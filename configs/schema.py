@@ -194,8 +194,8 @@ class QuantConfig:
     calibration_batch_size: int = setting(8, "Images per calibration step", unit="images", minimum=1)
     share_concat_scales: str = setting(
         "all",
-        "One scale per concat: always, where it costs no accuracy, or never",
-        choices=("all", "measured", "none"),
+        "One scale per concat for all its inputs, always or never; policy rules decide for single concats",
+        choices=("all", "none"),
     )
     weights: WeightQuantConfig = field(default_factory=WeightQuantConfig)
     activations: ActivationQuantConfig = field(default_factory=ActivationQuantConfig)
@@ -231,7 +231,6 @@ class QatConfig:
     clip_norm: float = setting(10.0, "Largest gradient norm; 0 switches clipping off", minimum=0)
     task_weight: float = setting(1.0, "Weight of the detection loss", minimum=0)
     distill_output: float = setting(1.0, "Weight of output distillation from the float copy", minimum=0)
-    distill_feature: float = setting(0.0, "Weight of feature distillation from the float copy", minimum=0)
     amp: bool = setting(True, "Autocast on a GPU; without effect on a CPU")
     learn_scales: bool = setting(True, "Learn the activation scales (LSQ, arXiv:1902.08153)")
     augment: str = setting(
@@ -270,12 +269,10 @@ class DeployConfig:
         "Precisions of the float engines that INT8 is compared with, where the machine has them",
         choices=PRECISIONS,
     )
-    opset: int | None = setting(None, "ONNX opset; none takes the target's own", minimum=13, maximum=25)
     batch: int = setting(1, "Batch of the timed engine", unit="images", minimum=1)
     dynamic_batch: bool = setting(True, "Leave the batch dimension open in the ONNX graph")
     threads: int = setting(0, "CPU threads of an engine; 0 takes all cores", unit="threads", minimum=0)
     benchmark_seconds: float = setting(5.0, "Timed duration per engine", unit="seconds", above=0)
-    benchmark_warmup: float = setting(1.0, "Untimed duration before it", unit="seconds", minimum=0)
 
 
 @dataclass
@@ -347,8 +344,6 @@ class ExportConfig:
     run: str = setting(MISSING, "Run directory of train_qat.py, e.g. runs/demo/latest")
     target: str = setting("openvino", "Which engine the ONNX graph is written for", choices=TARGETS)
     output: str | None = setting(None, "Path of the ONNX file; none writes into the run directory")
-    opset: int | None = setting(None, "ONNX opset; none takes the target's own", minimum=13, maximum=25)
-    batch: int = setting(1, "Batch of the graph where dynamic_batch is false", unit="images", minimum=1)
     dynamic_batch: bool = setting(True, "Leave the batch dimension open in the ONNX graph")
     build: bool = setting(False, "Also build the engine, where its runtime is installed")
     device: str = setting("cpu", "Device that exports; the file is the same")
