@@ -1,7 +1,7 @@
 """The hall: ties the rooms together into the main job.
 
 Waiting OpenMP threads sleep instead of spinning: with data workers or any other busy process beside it, a spinning
-torch was measured six to fifteen times slower on two cores (benchmarks/torch_waiting.py). The variable must be set
+torch was measured six to nine times slower on two cores (benchmarks/torch_waiting.py). The variable must be set
 before torch is imported, which is why it stands here; a value that the user sets wins.
 """
 

@@ -22,19 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RunError
-from report import write_atomically
+from report import ROW_KEYS, write_atomically
 
 CONFIG = "config.yaml"
-_FIGURES = (
-    "ap",
-    "ap50",
-    "precision",
-    "recall",
-    "latency_ms_median",
-    "latency_ms_p99",
-    "images_per_second",
-    "size_bytes",
-)
+_FIGURES = ROW_KEYS[1:]  # all but the name
 
 
 class Run:

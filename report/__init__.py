@@ -7,9 +7,10 @@ from report.data import DetectionPanel, ReportData, ReportError, Row
 from report.drawing import draw_detections
 from report.files import write_atomically
 from report.tables import format_table
-from report.write import ReportPaths, write_report
+from report.write import ROW_KEYS, ReportPaths, write_report
 
 __all__ = [
+    "ROW_KEYS",
     "DetectionPanel",
     "ReportData",
     "ReportError",
