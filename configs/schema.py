@@ -10,11 +10,12 @@ or "no limit", as the description says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
+
+from configs.setting import setting
 
 ARCHITECTURES = ("auto", "yolov9t", "yolov9s", "yolov9m", "yolov9c", "yolov9e", "custom")
 ACTIVATIONS = ("silu", "relu")
@@ -23,45 +24,6 @@ TARGETS = ("openvino", "onnxruntime", "trt10", "trt11")
 RUNTIMES = ("openvino", "onnxruntime", "tensorrt")
 PRECISIONS = ("f32", "f16", "bf16")
 OBSERVERS = ("minmax", "percentile", "mse", "entropy")
-
-
-def setting(
-    default: Any,
-    description: str,
-    *,
-    unit: str = "",
-    choices: Sequence[str] = (),
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    multiple: int | None = None,
-) -> Any:
-    """Declare one field: its default, what it means, and the limits that `configs.validation` enforces.
-
-    Args:
-        default: The value without any YAML or command line; a list or dict is copied per instance.
-        description: What the setting does, for the documentation.
-        unit: Physical unit or scale, for the documentation ("pixels", "seconds", "images").
-        choices: Allowed strings; for a list setting, allowed items.
-        minimum: Smallest allowed number (inclusive).
-        maximum: Largest allowed number (inclusive).
-        above: The number must be greater than this.
-        multiple: The number must be divisible by this.
-    """
-    metadata = {
-        "description": description,
-        "unit": unit,
-        "choices": tuple(choices),
-        "minimum": minimum,
-        "maximum": maximum,
-        "above": above,
-        "multiple": multiple,
-    }
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
