@@ -161,6 +161,13 @@ class QuantConfig:
     )
     weights: WeightQuantConfig = field(default_factory=WeightQuantConfig)
     activations: ActivationQuantConfig = field(default_factory=ActivationQuantConfig)
+    edge_bits: int = setting(
+        8,
+        "Least width of the image, of the layers that read it and of output layers",
+        unit="bits",
+        minimum=2,
+        maximum=8,
+    )
     float_patterns: list[str] = setting(
         [], "Name patterns of units to leave float; each must match something"
     )
@@ -193,6 +200,44 @@ class QatConfig:
     clip_norm: float = setting(10.0, "Largest gradient norm; 0 switches clipping off", minimum=0)
     task_weight: float = setting(1.0, "Weight of the detection loss", minimum=0)
     distill_output: float = setting(1.0, "Weight of output distillation from the float copy", minimum=0)
+    distill_features: float = setting(
+        0.0,
+        "Weight of feature distillation: tensors inside the network against the float copy's",
+        minimum=0,
+    )
+    distill_feature_names: list[str] = setting(
+        [], "Name patterns of the tensors compared, e.g. neck.*; empty takes what enters the head"
+    )
+    oscillation: str = setting(
+        "none",
+        "Weights that flip between two grid points: left alone, pulled to cell centres, or frozen",
+        choices=("none", "dampen", "freeze"),
+    )
+    dampen_weight: float = setting(
+        0.01, "For oscillation=dampen: weight of the pull at the end; it rises from 0", minimum=0
+    )
+    freeze_threshold: float = setting(
+        0.03,
+        "For oscillation=freeze: flip frequency that freezes a weight at the end; it falls from 4 times as much",
+        unit="flips per step",
+        above=0,
+        maximum=1,
+    )
+    skip_if_drop_below: float | None = setting(
+        None,
+        "Leave fine-tuning out where the row ptq loses less than this against float; none always fine-tunes",
+        unit="AP",
+        minimum=0,
+        maximum=1,
+    )
+    patience: int | None = setting(
+        None, "Stop after this many epochs without a better validation AP", unit="epochs", minimum=1
+    )
+    select: str = setting(
+        "best",
+        "Weights kept: of the epoch that is best on the validation images, or of the last one",
+        choices=("best", "last"),
+    )
     amp: bool = setting(True, "Autocast on a GPU; without effect on a CPU")
     learn_scales: bool = setting(True, "Learn the activation scales (LSQ, arXiv:1902.08153)")
     augment: str = setting(
@@ -202,9 +247,9 @@ class QatConfig:
     )
     validate_images: int | None = setting(
         None,
-        "Validation images per epoch; none takes all. The end is always measured on all",
+        "Validation images per epoch; none takes all, 0 measures at the end only. The end is always on all",
         unit="images",
-        minimum=1,
+        minimum=0,
     )
 
 

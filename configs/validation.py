@@ -98,6 +98,11 @@ def _combination_problems(config: Config) -> list[str]:
             problems.append(f"{name}={factory}: expected package.module:function.")
         elif name == "model.factory" and factory is not None and config.model.name != "custom":
             problems.append(f"{name}={factory} with model.name={config.model.name}: add model=custom.")
+    if config.qat.validate_images == 0 and (config.qat.select == "best" or config.qat.patience is not None):
+        problems.append(
+            "qat.validate_images=0: qat.select=best and qat.patience look at the validation of every epoch; use "
+            "qat.select=last without patience, or validate some images."
+        )
     if config.model.name == "auto" and config.weights is None:
         problems.append(
             "model.name=auto without weights: nothing to recognise; add weights=FILE or model=yolov9t."

@@ -13,6 +13,7 @@ from configs.errors import ConfigError
 from configs.schema import STAGES, Config
 from pipeline.deploying import engine_stage, export_stage
 from pipeline.errors import RunError
+from pipeline.finetuning import finetune_stage
 from pipeline.job import Job
 from pipeline.measuring import row_value
 from pipeline.progress import say
@@ -21,7 +22,7 @@ from pipeline.reporting import check_gates, report_stage
 from pipeline.run import CONFIG, Run
 from pipeline.sensing import sensitivity_stage
 from pipeline.terminal import print_result, quit_on_termination
-from pipeline.training import finetune_stage, train_stage
+from pipeline.training import train_stage
 
 RUN_STAGES: dict[str, Callable[[Job], None]] = {
     "train": train_stage,

@@ -56,6 +56,7 @@ def make_placement(job: Job) -> Placement:
     options = PlacementOptions(
         weight_bits=config.weights.bits,
         activation_bits=config.activations.bits,
+        edge_bits=config.edge_bits,
         share_concat_scales=config.share_concat_scales != "none",
     )
     return place(job.detector.network, options, tuple(rules))

@@ -134,11 +134,8 @@ def _findings(job: Job) -> list[dict[str, Any]]:
 
 def _notes(job: Job) -> list[str]:
     notes = []
-    rows = {row["name"]: row for row in job.run.rows()}
-    if "qat" in rows and "kept" in rows["qat"]["extras"]:
-        notes.append(
-            f"Row qat: weights of {rows['qat']['extras']['kept']}, the best on the validation images."
-        )
+    if job.run.path("qat.json").exists():
+        notes.append(_fine_tuning_note(job.run.read_json("qat.json")))
     if job.config.metric.factory is not None:
         notes.append(f"Rows are measured by {job.config.metric.factory} (metric), not by COCO AP.")
     if job.config.data.limit_val:
@@ -146,3 +143,14 @@ def _notes(job: Job) -> list[str]:
     if job.config.weights is None and "train" not in job.config.stages:
         notes.append("The float model has random weights: the figures show speed, not accuracy.")
     return notes
+
+
+def _fine_tuning_note(outcome: dict[str, Any]) -> str:
+    """Which weights the row qat shows, or why there is none."""
+    if outcome["skipped"]:
+        return (
+            f"Not fine-tuned: ptq loses {outcome['drop']:.4f} against float, less than the "
+            f"{outcome['limit']:g} of qat.skip_if_drop_below."
+        )
+    how = "the best on the validation images" if outcome["select"] == "best" else "the last"
+    return f"Row qat: weights of {outcome['kept']}, {how} of {outcome['epochs']} epochs."

@@ -5,7 +5,7 @@ runs/<experiment>/<time>/
     state.json           stages done, with seconds
     float.safetensors    the float detector, folded (+ .json manifest); a custom network's weights as they are
     placement.yaml, calibration.json, ptq.safetensors
-    qat.safetensors, qat.jsonl, qat-state.pt
+    qat.safetensors, qat.jsonl, qat.json, qat-state.pt
     model.onnx, float.onnx, engines/
     rows/<name>.json     one table row each
     report.html, report.md, report.json

@@ -2,6 +2,7 @@
 
 from quant.budget import BudgetResult, search_budget, without_units
 from quant.calibration import CalibrationError, CalibrationResult, calibrate
+from quant.distillation import DistillationError, feature_nodes
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
 from quant.finetuning import DivergenceError, TrainingOptions, TrainingState, new_state, train_epochs
 from quant.folding import fold_batchnorms
@@ -23,6 +24,7 @@ __all__ = [
     "BudgetResult",
     "CalibrationError",
     "CalibrationResult",
+    "DistillationError",
     "DivergenceError",
     "FakeQuantize",
     "Group",
@@ -44,6 +46,7 @@ __all__ = [
     "activation_quantizers",
     "calibrate",
     "dump_placement",
+    "feature_nodes",
     "fold_batchnorms",
     "insert",
     "load_placement",

@@ -1,12 +1,11 @@
 """The training loop: quantization-aware fine-tuning, and float training with the same code.
 
 The student learns from two teachers at once. The task loss (given as a function, so that this room needs to know no
-detector) keeps it on the labels; distillation keeps every output map on the float copy's:
+detector) keeps it on the labels; distillation (see distillation.py) keeps its output maps, and tensors inside the
+network, on the float copy's:
 
-    loss = task_weight * sum(task terms) + distill_weight * mean over maps of  |s - t|^2 / |t - mean(t)|^2
-
-Each distillation term is divided by the teacher map's own variance, so that a term of 0.01 means one per cent of
-unexplained variance for every map of every network, and no map or network size can drown the others.
+    loss = task_weight * sum(task terms) + distill_weight * unexplained variance of the outputs
+           + feature_weight * unexplained variance of the features + dampening (see oscillation.py)
 
 Scales are learned in the log domain (see fake_quantize.py) with a learning rate of their own: a step of 0.001 is
 a relative change of 0.1 per cent for every scale.
@@ -25,8 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.distillation import distillation_loss, feature_nodes, with_features
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
 from quant.insertion import quantized_layers
+from quant.oscillation import OscillationTracker, dampening_loss
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,11 @@ class TrainingOptions:
         clip_norm: largest gradient norm of the weights; 0 switches clipping off.
         task_weight: weight of the task loss.
         distill_weight: weight of output distillation (needs a teacher).
+        feature_weight: weight of feature distillation (needs a teacher); 0 costs nothing.
+        feature_patterns: names of the tensors to compare; none takes what enters the head (see distillation.py).
+        dampen_weight: strength of oscillation dampening at the last step, risen to along a cosine; 0 is none.
+        freeze_threshold: flips per step above which a weight is frozen in the end, fallen to from four times as
+            much along a cosine; None freezes nothing.
         amp: whether the forward pass runs under autocast to bfloat16 (CUDA only).
     """
 
@@ -68,12 +74,20 @@ class TrainingOptions:
     clip_norm: float = 10.0
     task_weight: float = 1.0
     distill_weight: float = 1.0
+    feature_weight: float = 0.0
+    feature_patterns: tuple[str, ...] = ()
+    dampen_weight: float = 0.0
+    freeze_threshold: float | None = None
     amp: bool = False
 
 
 @dataclass
 class StepRecord:
-    """What one step did: the losses by name, the learning rate, and the gradient norm before clipping."""
+    """What one step did: the losses by name, the learning rate, and the gradient norm before clipping.
+
+    `figures` are of the whole epoch and stand on its last step: the shares of weights that oscillate and that are
+    frozen (0..1), and what the caller adds.
+    """
 
     step: int
     epoch: int
@@ -81,12 +95,13 @@ class StepRecord:
     losses: dict[str, float]
     gradient_norm: float
     seconds: float
+    figures: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for a JSON line."""
         record = asdict(self)
-        losses = record.pop("losses")
-        return {**record, **losses}
+        losses, figures = record.pop("losses"), record.pop("figures")
+        return {**record, **losses, **figures}
 
 
 @dataclass
@@ -95,6 +110,7 @@ class TrainingState:
 
     optimizer: torch.optim.Optimizer
     average: ModelAverage | None
+    oscillation: OscillationTracker
     step: int = 0
     epoch: int = 0
     records: list[StepRecord] = field(default_factory=list)
@@ -165,32 +181,12 @@ def rate_factor(step: int, total: int, warmup_fraction: float, final_fraction: f
     return final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def flatten_maps(raw: Any) -> list[Tensor]:
-    """Tensors of a nested tuple, list or dict of outputs, in order."""
-    if isinstance(raw, Tensor):
-        return [raw]
-    values: Iterable[Any] = raw.values() if isinstance(raw, dict) else raw
-    return [tensor for value in values for tensor in flatten_maps(value)]
-
-
-def distillation_loss(student: Any, teacher: Any) -> Tensor:
-    """Unexplained variance of the teacher's maps, averaged over maps; a scalar, 0 where they agree.
-
-    For each map: mean((s - t)^2) / var(t). A student that answers the teacher's mean everywhere gets 1.
-    """
-    terms = []
-    for s, t in zip(flatten_maps(student), flatten_maps(teacher), strict=True):
-        target = t.detach().float()
-        terms.append((s.float() - target).square().mean() / target.var().clamp(min=1e-8))
-    return torch.stack(terms).mean()
-
-
 def new_state(model: nn.Module, options: TrainingOptions) -> TrainingState:
-    """Optimizer and average for a model at step 0."""
+    """Optimizer, average and oscillation tracker for a model at step 0."""
     groups = parameter_groups(model, options)
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.999), fused=True)
     average = ModelAverage(model, options.ema_decay, options.ema_warmup) if options.ema_decay > 0 else None
-    return TrainingState(optimizer, average)
+    return TrainingState(optimizer, average, OscillationTracker(model))
 
 
 def train_epochs(
@@ -219,27 +215,56 @@ def train_epochs(
     """
     state = state or new_state(model, options)
     total = options.epochs * steps_per_epoch
-    if teacher is not None:
-        teacher.eval().requires_grad_(False)
+    forward = _Forward(model, teacher, options)
     while state.epoch < options.epochs:
         model.train()
         for images, targets in epoch_batches(state.epoch):
-            _train_step(model, images, targets, task_loss, options, teacher, state, total)
+            _train_step(forward, images, targets, task_loss, options, state, total)
         state.epoch += 1
         _settle_scales(model)
         if state.average is not None:
             _settle_scales(state.average.model)
+        if state.records:
+            state.records[-1].figures.update(state.oscillation.shares())
         model.eval()
         yield state
 
 
+class _Forward:
+    """The student and its teacher, each returning what the losses compare.
+
+    Args:
+        student: the model that is trained.
+        teacher: float network, or None.
+        options: which distillation is on; what is off is not computed.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, options: TrainingOptions) -> None:
+        self.student = student
+        distilled = options.distill_weight > 0 or options.feature_weight > 0
+        self.teacher = teacher.eval().requires_grad_(False) if teacher is not None and distilled else None
+        self.seen: list[nn.Module] | None = None  # both, returning (outputs, features)
+        if self.teacher is not None and options.feature_weight > 0:
+            names = feature_nodes(self.teacher, options.feature_patterns)
+            self.seen = [with_features(network, names) for network in (student, self.teacher)]
+
+    def __call__(self, images: Tensor) -> tuple[Any, Any]:
+        """The student's (outputs, features); features are empty where none are compared."""
+        return self.seen[0](images) if self.seen else (self.student(images), ())
+
+    @torch.no_grad()
+    def reference(self, images: Tensor) -> tuple[Any, Any]:
+        """The teacher's."""
+        assert self.teacher is not None
+        return self.seen[1](images) if self.seen else (self.teacher(images), ())
+
+
 def _train_step(
-    model: nn.Module,
+    forward: _Forward,
     images: Tensor,
     targets: Tensor,
     task_loss: TaskLoss,
     options: TrainingOptions,
-    teacher: nn.Module | None,
     state: TrainingState,
     total: int,
 ) -> None:
@@ -247,9 +272,13 @@ def _train_step(
     factor = rate_factor(state.step, total, options.warmup_fraction, options.final_fraction)
     for group in state.optimizer.param_groups:
         group["lr"] = group["peak"] * factor
+    rise = 0.5 * (
+        1.0 - math.cos(math.pi * min(state.step / total, 1.0))
+    )  # 0 at the first step, 1 at the last
     with torch.autocast(images.device.type, torch.bfloat16, enabled=options.amp and images.is_cuda):
-        raw = model(images)
-        terms = _loss_terms(raw, images, targets, task_loss, options, teacher)
+        terms = _loss_terms(forward, images, targets, task_loss, options)
+    if options.dampen_weight > 0:
+        terms["dampening"] = options.dampen_weight * rise * dampening_loss(forward.student)
     loss = torch.stack(list(terms.values())).sum()
     values = {name: float(term.detach()) for name, term in terms.items()}
     if not math.isfinite(float(loss.detach())):
@@ -261,8 +290,10 @@ def _train_step(
         # quantizers turn NaN into their lowest code, so a broken weight need not show in the next loss
         raise _diverged("gradient", state.step, values, options)
     state.optimizer.step()
+    limit = options.freeze_threshold
+    state.oscillation.update(None if limit is None else limit * (4.0 - 3.0 * rise))
     if state.average is not None:
-        state.average.update(model)
+        state.average.update(forward.student)
     state.records.append(
         StepRecord(
             step=state.step,
@@ -277,24 +308,22 @@ def _train_step(
 
 
 def _loss_terms(
-    raw: Any,
-    images: Tensor,
-    targets: Tensor,
-    task_loss: TaskLoss,
-    options: TrainingOptions,
-    teacher: nn.Module | None,
+    forward: _Forward, images: Tensor, targets: Tensor, task_loss: TaskLoss, options: TrainingOptions
 ) -> dict[str, Tensor]:
     terms: dict[str, Tensor] = {}
+    raw, features = forward(images)
     if options.task_weight > 0:
         height, width = int(images.shape[-2]), int(images.shape[-1])
         for name, term in task_loss(raw, targets, (height, width)).items():
             terms[name] = options.task_weight * term
-    if teacher is not None and options.distill_weight > 0:
-        with torch.no_grad():
-            reference = teacher(images)
-        terms["distillation"] = options.distill_weight * distillation_loss(raw, reference)
+    if forward.teacher is not None:
+        reference, wanted = forward.reference(images)
+        if options.distill_weight > 0:
+            terms["distillation"] = options.distill_weight * distillation_loss(raw, reference)
+        if options.feature_weight > 0:
+            terms["features"] = options.feature_weight * distillation_loss(features, wanted)
     if not terms:
-        raise ValueError("task weight and distillation weight are both 0: nothing to learn from")
+        raise ValueError("task weight and distillation weights are all 0: nothing to learn from")
     return terms
 
 

@@ -101,6 +101,8 @@ class PlacementOptions:
     Attributes:
         weight_bits: width of weight grids, 2 to 8.
         activation_bits: width of activation grids, 2 to 8.
+        edge_bits: least width of the network's input, of the weights that read it, and of output layers (where those
+            are quantized): they lose most at few bits and cost least.
         share_concat_scales: whether concats share one scale over their inputs.
         quantize_outputs: whether layers whose result leaves the network are quantized, too (they carry the
             network's answer and are the most sensitive ones).
@@ -109,6 +111,7 @@ class PlacementOptions:
 
     weight_bits: int = 8
     activation_bits: int = 8
+    edge_bits: int = 8
     share_concat_scales: bool = True
     quantize_outputs: bool = False
     quantize_narrow: bool = False
@@ -166,7 +169,8 @@ class _Planner:
         self._check_policy(groups)
         owner = {layer: group.name for group in reversed(groups) for layer in group.layers}
         layers = dict.fromkeys(str(node.target) for node in quantized)
-        weights = tuple(self._weight_site(layer, owner[layer]) for layer in layers)
+        edges = {str(node.target) for node in quantized if self._is_edge(node)}
+        weights = tuple(self._weight_site(layer, owner[layer], layer in edges) for layer in layers)
         return Placement(tuple(groups), weights, self.kept_float, self.concats)
 
     def _check_policy(self, groups: list[Group]) -> None:
@@ -327,11 +331,14 @@ class _Planner:
     def _group(self, tensors: list[fx.Node], layers: list[str]) -> Group:
         names = [self.paths[node] for node in tensors]
         sites = tuple(TensorSite(self.paths[node], node.name, self._readers(node)) for node in tensors)
+        options = self.options
+        reads_input = any(node.op == "placeholder" for node in tensors)
+        bits = max(options.activation_bits, options.edge_bits if reads_input else 0)
         return Group(
             name=names[0],
             tensors=sites,
             layers=tuple(dict.fromkeys(layers)),
-            bits=self.policy.lookup("bits", names) or self.options.activation_bits,
+            bits=self.policy.lookup("bits", names) or bits,
             observer=self.policy.lookup("observer", names),
             scale=self.policy.lookup("scale", names),
         )
@@ -339,11 +346,20 @@ class _Planner:
     def _readers(self, producer: fx.Node) -> tuple[str, ...]:
         return tuple(node.name for node in sorted(self.edges[producer], key=self.order.__getitem__))
 
-    def _weight_site(self, path: str, group: str) -> WeightSite:
+    def _is_edge(self, node: fx.Node) -> bool:
+        """Whether a layer reads the network's input or makes its output."""
+        return any(
+            source.op == "placeholder" for source in self._peek(inputs_of(node)[0])
+        ) or self._is_output(node)
+
+    def _weight_site(self, path: str, group: str, is_edge: bool) -> WeightSite:
         layer = self.modules[path]
         assert isinstance(layer, WEIGHTED_MODULES)
         axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
-        bits = self.policy.lookup("bits", [path]) or self.options.weight_bits
+        options = self.options
+        bits = self.policy.lookup("bits", [path]) or max(
+            options.weight_bits, options.edge_bits if is_edge else 0
+        )
         return WeightSite(path, axis, bits, group)
 
 

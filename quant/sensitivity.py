@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from quant.distillation import distillation_loss
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
-from quant.finetuning import TaskLoss, TrainingBatch, distillation_loss
+from quant.finetuning import TaskLoss, TrainingBatch
 from quant.insertion import activation_quantizers, placement_of, quantized_layers, quantizers, set_mode
 
 METHODS = ("fisher", "sqnr")

@@ -14,6 +14,7 @@ from report.tables import finite
 
 MAX_POINTS = 2000  # per line; more cannot be told apart on a screen
 MAX_BARS = 40
+_NO_LOSS = ("ap", "validation", "share_")  # beginnings of other figures
 _NOT_DRAWN = frozenset({"step", "epoch", "stage", "learning_rate", "lr", "seconds", "time"})
 
 
@@ -74,19 +75,21 @@ def accuracy_chart(rows: Sequence[Row]) -> Chart | None:
 
 
 def curve_charts(records: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """One chart of loss terms, one of validation AP and one of learning rates per training stage."""
+    """Per training stage one chart of loss terms, one of validation results, one of shares, one of learning rates."""
     stages: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         stages.setdefault(str(record.get("stage", "training")), []).append(record)
     charts: list[Chart] = []
     for number, (stage, items) in enumerate(stages.items()):
         names = list(dict.fromkeys(key for item in items for key, value in item.items() if _is_number(value)))
-        loss = [name for name in names if name not in _NOT_DRAWN and not name.startswith("ap")]
-        results = [name for name in names if name.startswith("ap")]
+        loss = [name for name in names if name not in _NOT_DRAWN and not name.startswith(_NO_LOSS)]
+        results = [name for name in names if name.startswith(("ap", "validation"))]
+        shares = [name for name in names if name.startswith("share_")]
         rates = [name for name in names if name in ("learning_rate", "lr")]
         for kind, label, keys in (
             ("loss", "Loss", loss),
             ("ap", "Validation AP", results),
+            ("share", "Share of weights", shares),
             ("rate", "Learning rate", rates),
         ):
             if keys:

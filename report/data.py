@@ -82,7 +82,8 @@ class ReportData:
         machine: property -> value.
         stages: [{"name": str, "seconds": float}], in the order they ran.
         curves: training records; "step" is required, "stage", "epoch" and "learning_rate" are known, every
-            other number is drawn: names that begin with "ap" as validation results, the rest as loss terms.
+            other number is drawn: names that begin with "ap" or "validation" as validation results, with "share_"
+            as shares of the weights, the rest as loss terms.
         detections: pictures side by side.
         sensitivity: [{"unit": str, "score": float, ...}], any order; None where the stage did not run.
         placement: [{"name": str, "kind": "activation" | "weight" | "float", ...}]; "scale" is drawn where given.

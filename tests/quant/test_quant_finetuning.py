@@ -21,7 +21,8 @@ from quant import (
     set_mode,
     train_epochs,
 )
-from quant.finetuning import ModelAverage, distillation_loss, flatten_maps, parameter_groups, rate_factor
+from quant.distillation import distillation_loss, flatten_maps
+from quant.finetuning import ModelAverage, parameter_groups, rate_factor
 
 STEPS = 4
 
@@ -243,7 +244,7 @@ def test_the_teacher_does_not_move():
 
 
 def test_nothing_to_learn_from_is_an_error():
-    with pytest.raises(ValueError, match="both 0"):
+    with pytest.raises(ValueError, match="all 0"):
         list(train_epochs(small_quantized(), batches, STEPS, squared_error, options(task_weight=0.0)))
 
 

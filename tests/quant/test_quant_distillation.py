@@ -1,0 +1,145 @@
+"""Feature distillation: which tensors are found, that both networks give the same ones, and what the loss does."""
+
+import pytest
+import torch
+from quant_networks import NeckNet, folded, small_images, small_net
+from torch import nn
+
+from models import build_detector, fold_detector
+from quant import (
+    DistillationError,
+    Mode,
+    Rule,
+    TrainingOptions,
+    calibrate,
+    feature_nodes,
+    insert,
+    place,
+    set_mode,
+    trace,
+    train_epochs,
+)
+from quant.distillation import distillation_loss, with_features
+
+
+@pytest.mark.parametrize("architecture", ["yolov9t", "yolov9e"])
+def test_what_enters_the_head_is_found_without_naming_a_model(architecture):
+    """The oracle is the network itself: the features its neck hands to its head."""
+    network = fold_detector(build_detector(architecture, 3)).network.eval()
+    handed_over = []
+    hook = network.head.register_forward_pre_hook(lambda module, args: handed_over.extend(args[0]))
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        network(images)
+        hook.remove()
+        _, features = with_features(trace(network), feature_nodes(network))(images)
+    assert [feature.shape[-1] for feature in features] == [8, 4, 2]
+    assert len(features) == len(handed_over)
+    assert all(torch.equal(a, b) for a, b in zip(features, handed_over, strict=True))
+
+
+def test_a_network_with_one_output_is_compared_before_its_last_layer():
+    assert feature_nodes(small_net()) == ["last_act"]
+
+
+def test_a_network_of_one_layer_has_nothing_inside():
+    with pytest.raises(DistillationError, match="between input and output"):
+        feature_nodes(nn.Sequential(nn.Conv2d(3, 4, 1)))
+
+
+def test_patterns_name_tensors():
+    assert feature_nodes(small_net(), ["stem.act", "side.*"]) == ["stem_act", "side_conv", "side_act"]
+
+
+def test_a_pattern_without_a_match_names_the_closest():
+    with pytest.raises(DistillationError, match=r"'side\.akt' matches no tensor.*closest: 'side\.act'"):
+        feature_nodes(small_net(), ["side.akt"])
+
+
+def test_the_student_has_the_tensors_of_its_teacher_by_name():
+    """With its quantizers off the student computes what the teacher does, so the features are equal bit for bit."""
+    network = folded(NeckNet())
+    student = insert(network, place(network)).eval()
+    images = torch.rand(1, 3, 64, 64)
+    names = feature_nodes(network)
+    assert len(names) == 3
+    with torch.no_grad():
+        ours, theirs = with_features(student, names)(images), with_features(network, names)(images)
+    assert float(distillation_loss(ours, theirs)) == 0.0
+
+
+def test_a_student_of_another_network_is_told():
+    with pytest.raises(DistillationError, match="no node 'nonsense'"):
+        with_features(small_net(), ["nonsense"])
+
+
+def test_parameters_are_shared_with_the_network():
+    network = small_net()
+    twin = with_features(network, feature_nodes(network))
+    assert {id(p) for p in twin.parameters()} == {id(p) for p in network.parameters()}
+
+
+def batches(epoch):
+    for step in range(4):
+        yield small_images(4, seed=10 * epoch + step), torch.zeros(1)
+
+
+def options(**changes):
+    return TrainingOptions(
+        **{"epochs": 12, "learning_rate": 3e-3, "scale_learning_rate": 1e-2, "task_weight": 0.0, **changes}
+    )
+
+
+def distances(student, teacher):
+    """Unexplained variance of the student's and the teacher's features on images that training has not seen."""
+    names, images = feature_nodes(teacher), small_images(8, seed=999)
+    with torch.no_grad():
+        return float(
+            distillation_loss(
+                with_features(student, names)(images)[1], with_features(teacher, names)(images)[1]
+            )
+        )
+
+
+def test_features_alone_bring_the_student_closer():
+    teacher = small_net()
+    student = insert(teacher, place(teacher, rules=(Rule("*", bits=3),))).eval()
+    calibrate(student, [small_images()])
+    before = distances(student, teacher)
+    output = student.get_submodule("output").weight.clone()
+    states = train_epochs(
+        student, batches, 4, lambda *_: {}, options(feature_weight=1.0, distill_weight=0.0), teacher
+    )
+    for state in states:
+        assert set(state.records[-1].losses) == {"features", "total"}
+    assert distances(student, teacher) < 0.6 * before
+    assert not any(isinstance(key, str) and "WithFeatures" in key for key in student.state_dict())
+    assert output.norm() > 0.99 * student.get_submodule("output").weight.norm()  # it is behind the features
+
+
+def test_weight_and_record_of_the_feature_term():
+    teacher = small_net()
+    student = insert(teacher, place(teacher)).eval()
+    calibrate(student, [small_images()])
+    set_mode(student, Mode.QUANTIZE)
+    names = feature_nodes(teacher)
+    images, _ = next(batches(0))
+    student.train()
+    ours, theirs = with_features(student, names)(images)[1][0], with_features(teacher, names)(images)[1][0]
+    expected = 0.25 * float(((ours - theirs).square().mean() / theirs.var()).detach())
+    choices = options(epochs=1, feature_weight=0.25, learning_rate=0.0, scale_learning_rate=0.0)
+    (state,) = train_epochs(student, batches, 4, lambda *_: {}, choices, teacher)
+    assert state.records[0].losses["features"] == pytest.approx(expected, rel=1e-5)
+    assert state.records[0].losses["distillation"] > 0
+
+
+def test_without_weight_no_second_graph_is_made(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("features were asked for")
+
+    monkeypatch.setattr("quant.finetuning.with_features", refuse)
+    monkeypatch.setattr("quant.finetuning.feature_nodes", refuse)
+    teacher = small_net()
+    student = insert(teacher, place(teacher)).eval()
+    calibrate(student, [small_images()])
+    list(train_epochs(student, batches, 4, lambda *_: {}, options(epochs=1), teacher))
