@@ -19,7 +19,7 @@ from configs.setting import setting
 
 ARCHITECTURES = ("auto", "yolov9t", "yolov9s", "yolov9m", "yolov9c", "yolov9e", "custom")
 ACTIVATIONS = ("silu", "relu")
-STAGES = ("train", "float", "calibrate", "sensitivity", "finetune", "export", "engine", "report")
+STAGES = ("train", "float", "place", "calibrate", "sensitivity", "finetune", "export", "engine", "report")
 TARGETS = ("openvino", "onnxruntime", "trt10", "trt11")
 RUNTIMES = ("openvino", "onnxruntime", "tensorrt")
 PRECISIONS = ("f32", "f16", "bf16")
@@ -156,8 +156,15 @@ class QuantConfig:
     calibration_batch_size: int = setting(8, "Images per calibration step", unit="images", minimum=1)
     share_concat_scales: str = setting(
         "all",
-        "One scale per concat for all its inputs, always or never; policy rules decide for single concats",
-        choices=("all", "none"),
+        "One scale per concat for all its inputs: always, never, or where measured to cost no accuracy; policy rules "
+        "decide for single concats",
+        choices=("all", "measured", "none"),
+    )
+    share_tolerance: float = setting(
+        0.1,
+        "For share_concat_scales=measured: relative rise of the output error that a shared scale may cost",
+        unit="fraction",
+        minimum=0,
     )
     weights: WeightQuantConfig = field(default_factory=WeightQuantConfig)
     activations: ActivationQuantConfig = field(default_factory=ActivationQuantConfig)

@@ -120,6 +120,13 @@ class Job:
         for batch in track(loader, "calibrate", len(loader)):
             yield to_input(batch.images, self.device)
 
+    def few_calibration_images(self, count: int) -> list[Tensor]:
+        """At most `count` of the calibration images, spread evenly over the split, held on the device as batches."""
+        config = self.config.quant
+        limit = min(count, config.calibration_images)
+        loader = self.letterboxed(self.train_set, config.calibration_batch_size, limit)
+        return [to_input(batch.images, self.device) for batch in loader]
+
     def train_loader(self, batch_size: int, augment: AugmentOptions | None) -> DetectionLoader:
         """Shuffled training batches; `set_epoch` gives each epoch its own order and augmentation."""
         config = self.config

@@ -17,7 +17,7 @@ from pipeline.finetuning import finetune_stage
 from pipeline.job import Job
 from pipeline.measuring import row_value
 from pipeline.progress import say
-from pipeline.quantizing import calibrate_stage, float_stage
+from pipeline.quantizing import calibrate_stage, float_stage, place_stage
 from pipeline.reporting import check_gates, report_stage
 from pipeline.run import CONFIG, Run
 from pipeline.sensing import sensitivity_stage
@@ -27,6 +27,7 @@ from pipeline.training import train_stage
 RUN_STAGES: dict[str, Callable[[Job], None]] = {
     "train": train_stage,
     "float": float_stage,
+    "place": place_stage,
     "calibrate": calibrate_stage,
     "sensitivity": sensitivity_stage,
     "finetune": finetune_stage,
@@ -103,7 +104,7 @@ def check_input(job: Job) -> None:
     unknown = [stage for stage in job.config.stages if stage not in RUN_STAGES]
     if unknown:
         raise ConfigError(f"stages={job.config.stages}: {unknown[0]!r} is not one of {', '.join(STAGES)}")
-    if {"train", "calibrate", "finetune"} & set(job.config.stages):
+    if {"train", "place", "calibrate", "finetune"} & set(job.config.stages):
         job.train_set  # noqa: B018 - opening verifies it
     job.val_set  # noqa: B018
     if not job.run.path("float.safetensors").exists():

@@ -14,8 +14,12 @@ from quant import (
     dump_placement,
     insert,
     load_placement,
+    measure_sharing,
     place,
 )
+
+PLAN = "placement.yaml"
+COMPARED_IMAGES = 16  # for the outputs that decide about shared scales
 
 
 def float_stage(job: Job) -> None:
@@ -26,21 +30,41 @@ def float_stage(job: Job) -> None:
     )
 
 
+def place_stage(job: Job) -> None:
+    """Decide the plan, print it as a tree and save it; the stage `calibrate` then takes it, edited or not."""
+    print(save_placement(job).describe())
+    say(
+        f"plan: {job.run.path(PLAN)}; edit it there and resume, or pass it to another run with quant.plan=FILE"
+    )
+
+
 def calibrate_stage(job: Job) -> None:
-    """Place and insert the quantizers, choose every scale, measure the row `ptq`."""
+    """Insert the quantizers, choose every scale, measure the row `ptq`."""
     config = job.config.quant
-    placement = make_placement(job)
-    job.run.write_text("placement.yaml", dump_placement(placement))
+    placement = load_placement(job.run.path(PLAN)) if job.run.is_done("place") else save_placement(job)
     say(
         f"placement: {len(placement.weights)} layers and {sum(len(g.tensors) for g in placement.groups)} tensors in "
         f"{len(placement.groups)} groups quantized, {len(placement.kept_float)} layers float"
     )
     model = insert(job.detector.network, placement, job.config.qat.learn_scales).to(job.device).eval()
-    weight_method = "minmax" if config.observer == "minmax" else "mse"
-    result = calibrate(model, job.calibration_images(), config.observer, weight_method, config.percentile)
+    result = calibrate(
+        model, job.calibration_images(), config.observer, weight_method(job), config.percentile
+    )
     job.run.write_json("calibration.json", result.as_dict())
     job.save_quantized(model, "ptq.safetensors")
     job.record_row("ptq", job.measure(job.predictor(model), "ptq"), observer=config.observer)
+
+
+def weight_method(job: Job) -> str:
+    """How weight scales are chosen: the range for observer=minmax, else the least squared error."""
+    return "minmax" if job.config.quant.observer == "minmax" else "mse"
+
+
+def save_placement(job: Job) -> Placement:
+    """Make this job's plan and keep it."""
+    placement = make_placement(job)
+    job.run.write_text(PLAN, dump_placement(placement))
+    return placement
 
 
 def make_placement(job: Job) -> Placement:
@@ -59,4 +83,35 @@ def make_placement(job: Job) -> Placement:
         edge_bits=config.edge_bits,
         share_concat_scales=config.share_concat_scales != "none",
     )
+    if config.share_concat_scales == "measured":
+        return _measured_placement(job, options, tuple(rules))
     return place(job.detector.network, options, tuple(rules))
+
+
+def _measured_placement(job: Job, options: PlacementOptions, rules: tuple[Rule, ...]) -> Placement:
+    """The plan in which only those concats share a scale where that costs no accuracy; `sharing.json` says why."""
+    config = job.config.quant
+    result = measure_sharing(
+        job.detector.network,
+        options,
+        rules,
+        job.calibration_images(),
+        job.few_calibration_images(COMPARED_IMAGES),
+        config.observer,
+        weight_method(job),
+        config.percentile,
+        config.share_tolerance,
+    )
+    job.run.write_json("sharing.json", result.as_dict())
+    for decision in result.decisions:
+        verdict = "one scale" if decision.shared else "split"
+        say(
+            f"concat {decision.concat}: {verdict}; output error {decision.error_shared:.4g} shared, "
+            f"{decision.error_split:.4g} split ({decision.cost:+.1%})"
+        )
+    split = [decision.concat for decision in result.decisions if not decision.shared]
+    say(
+        f"{len(split)} of {len(result.decisions)} concats split (tolerance {result.tolerance:.1%}): output error "
+        f"{result.error_all_shared:.4g} -> {result.error_decided:.4g}"
+    )
+    return result.placement

@@ -19,11 +19,13 @@ from quant.placement import Group, Placement, PlacementOptions, TensorSite, Weig
 from quant.plan_file import PlanError, dump_placement, load_placement
 from quant.policy import Policy, PolicyError, Rule, parse_rules
 from quant.sensitivity import UnitScore, measure_fisher, measure_sqnr
+from quant.sharing import ConcatDecision, SharingResult, measure_sharing
 
 __all__ = [
     "BudgetResult",
     "CalibrationError",
     "CalibrationResult",
+    "ConcatDecision",
     "DistillationError",
     "DivergenceError",
     "FakeQuantize",
@@ -36,6 +38,7 @@ __all__ = [
     "Policy",
     "PolicyError",
     "Rule",
+    "SharingResult",
     "TensorSite",
     "TraceError",
     "TrainingOptions",
@@ -51,6 +54,7 @@ __all__ = [
     "insert",
     "load_placement",
     "measure_fisher",
+    "measure_sharing",
     "measure_sqnr",
     "new_state",
     "parse_rules",

@@ -82,7 +82,7 @@ class Placement:
     concats: dict[str, bool] = field(default_factory=dict)
 
     def describe(self) -> str:
-        """The plan as a tree: one line per group, its tensors and layers below."""
+        """The plan as a tree: one line per group, its tensors and layers below; then what is float, and the concats."""
         lines = []
         for group in self.groups:
             scale = f", scale {group.scale:g}" if group.scale is not None else ""
@@ -90,7 +90,10 @@ class Placement:
             lines += [f"  tensor {tensor.name} -> {', '.join(tensor.users)}" for tensor in group.tensors]
             lines += [f"  layer  {layer}" for layer in group.layers]
         lines += [f"float: {name} ({reason})" for name, reason in self.kept_float.items()]
-        lines += [f"concat {name}: own scale" for name, shared in self.concats.items() if not shared]
+        lines += [
+            f"concat {name}: {'one scale over its inputs' if shared else 'own scale'}"
+            for name, shared in self.concats.items()
+        ]
         return "\n".join(lines)
 
 
