@@ -1,4 +1,4 @@
-"""`python -m deploy.check MODEL.onnx [--strict] [--json FILE] [--svg FILE] [--size HxW]`: findings for a Q/DQ graph.
+"""`python -m deploy.check MODEL.onnx [--strict] [--json FILE] [--svg FILE] [--target TARGET]`: findings of a graph.
 
 Exit code 0; 4 with --strict when there are findings; 3 when the file cannot be read.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from deploy.check_svg import draw_graph
 from deploy.check_view import View
 from deploy.errors import DeployError
+from deploy.export import TARGETS
 from deploy.findings import CheckReport, inspect_graph
 from deploy.graph import load_onnx, write_atomically
 
@@ -25,9 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the check; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        report = inspect_graph(options.model, options.size)
+        report = inspect_graph(options.model, options.size, options.target)
         if options.svg is not None:
-            write_atomically(options.svg, draw_graph(View(load_onnx(options.model), options.size)).encode())
+            view = View(load_onnx(options.model), options.size, options.target)
+            write_atomically(options.svg, draw_graph(view).encode())
     except DeployError as error:
         print(error, file=sys.stderr)
         return EXIT_UNREADABLE
@@ -70,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, help="write findings and summary to this file")
     parser.add_argument("--svg", type=Path, help="draw the graph, coloured by precision, to this file")
     parser.add_argument("--size", type=_size, help="image size HEIGHTxWIDTH, for graphs that leave it open")
+    parser.add_argument(
+        "--target", choices=TARGETS, help="engine the graph is for, where the file does not tell"
+    )
     return parser
 
 

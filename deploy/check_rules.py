@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from onnx import NodeProto
 
-from deploy.check_parameters import bad_parameters, float_islands, needless_quantizers, weight_parameters
-from deploy.check_view import ACTIVATIONS, WEIGHTED, View, behind, format_scale, reached
+from deploy.check_activations import quantizer_inside_conv
+from deploy.check_parameters import bad_parameters, weight_parameters
+from deploy.check_placement import float_islands, float_pools, needless_quantizers
+from deploy.check_view import WEIGHTED, View, format_scale, reached
 from deploy.finding import Finding, Findings, Rule
 from deploy.graph import attributes
 
@@ -58,56 +60,6 @@ def _why_float(view: View, node: NodeProto) -> tuple[str, str]:
         f"{kind}'s input joins tensors of {len(scales)} scales ({values}); it runs in float or each is quantized again",
         "let the tensors that meet here share one scale",
     )
-
-
-def quantizer_inside_conv(view: View) -> Findings:
-    """Rule 2: no Q/DQ between conv, batch norm and activation."""
-    for node in view.weighted():
-        result = node.output[0]
-        for reader in view.readers(result):
-            if reader.op_type == "BatchNormalization":
-                yield Finding(
-                    reader.name, f"batch norm behind '{node.name}' is not folded; no INT8 kernel takes it in",
-                    "fold it into the conv before quantizing", "batch-norm",
-                )  # fmt: skip
-                result = reader.output[0]
-        for tensor in (result, *_sigmoids(view, result)):
-            for quantize in _quantizers_of(view, tensor):
-                if any(_is_activation(view, reader, tensor) for reader in behind(view, quantize)):
-                    yield Finding(
-                        quantize.name,
-                        f"Q/DQ between '{node.name}' and its activation keeps the two from running as one kernel",
-                        "put the Q/DQ behind the activation", "q-inside-conv", 1,
-                    )  # fmt: skip
-
-
-def _sigmoids(view: View, tensor: str) -> list[str]:
-    """Outputs of Sigmoid nodes that read a tensor, directly or through Q/DQ."""
-    readers = list(view.readers(tensor))
-    for quantize in _quantizers_of(view, tensor):
-        readers += behind(view, quantize)
-    return [node.output[0] for node in readers if node.op_type in ("Sigmoid", "HardSigmoid")]
-
-
-def _quantizers_of(view: View, tensor: str) -> list[NodeProto]:
-    return [node for node in view.readers(tensor) if node.op_type == "QuantizeLinear"]
-
-
-def _is_activation(view: View, node: NodeProto, tensor: str) -> bool:
-    if node.op_type in ACTIVATIONS:
-        return True
-    if node.op_type != "Mul" or len(node.input) != 2:
-        return False
-    sources = [_before_quantizer(view, name) for name in node.input]
-    return any(source is not None and source.op_type in ("Sigmoid", "HardSigmoid") for source in sources)
-
-
-def _before_quantizer(view: View, tensor: str) -> NodeProto | None:
-    """Producer of a tensor, looked up through a Q/DQ pair."""
-    node = view.producer(tensor)
-    while node is not None and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-        node = view.producer(node.input[0])
-    return node
 
 
 def residual_adds(view: View) -> Findings:
@@ -240,6 +192,7 @@ RULES: tuple[Rule, ...] = (
     quantizer_inside_conv,
     residual_adds,
     unequal_scales,
+    float_pools,
     narrow_convs,
     needless_quantizers,
     bad_parameters,

@@ -33,6 +33,7 @@ MOVING = frozenset(
         "Resize",
     }
 )
+AVERAGE_POOLS = ("AveragePool", "GlobalAveragePool")
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 ACTIVATIONS = frozenset(
     {
@@ -87,19 +88,23 @@ class View:
     Args:
         model: any ONNX model.
         image_size: (height, width) for inputs whose size the file leaves open; otherwise its metadata is asked.
+        target: engine the graph is for; None asks the metadata.
 
     Attributes:
         graph: the graph without Identity nodes.
-        target: what `octet.target` in the metadata says; "" for files of other tools.
+        target: the engine; "" for files of other tools, also where they quantized a float file of ours.
         shapes: shapes with batch 1; types: element types; both by tensor name, where inference could tell.
         fixed: tensors computed from constants only.
     """
 
-    def __init__(self, model: ModelProto, image_size: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, model: ModelProto, image_size: tuple[int, int] | None = None, target: str | None = None
+    ) -> None:
         copy = ModelProto()
         copy.CopyFrom(model)
         metadata = {entry.key: entry.value for entry in copy.metadata_props}
-        self.target = metadata.get("octet.target", "")
+        stated = "" if metadata.get("octet.quantized") == "false" else metadata.get("octet.target", "")
+        self.target = stated if target is None else target
         fix_input_shapes(copy, image_size or _stored_size(metadata))
         self.graph = Graph(copy)
         drop_identities(self.graph)
@@ -233,7 +238,7 @@ class View:
         """Precision an engine will run a node in: int8, fp16, bf16, fp32 or other."""
         if node.op_type in WEIGHTED and node.input[1] in self.fixed:
             return "int8" if self.is_quantized(node) else self.float_type(node.output[0]) or "fp32"
-        if self.is_moving(node) or node.op_type in ("AveragePool", "GlobalAveragePool"):
+        if self.is_moving(node) or node.op_type in AVERAGE_POOLS:
             roots = [self.dequantizer(root) for name in self.moved_inputs(node) for root in self.roots(name)]
             if roots and all(root is not None for root in roots):
                 return "int8"

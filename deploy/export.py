@@ -104,8 +104,8 @@ def export_onnx(
         path: file to write.
         image_size: (height, width) in pixels.
         target: engine the graph is for.
-        metadata: strings to store in the file (class names, stride, preprocessing ...); `octet.target` and
-            `octet.image_size` are added.
+        metadata: strings to store in the file (class names, stride, preprocessing ...); `octet.target`,
+            `octet.quantized`, `octet.outputs` and `octet.image_size` are added.
         output_names: names of the graph's outputs.
         dynamic_batch: leave the batch open; otherwise it is 1.
         quantized: whether Q/DQ nodes have to be there (True) or must not be (False).
@@ -134,7 +134,14 @@ def export_onnx(
         count, parity = _for_onnxruntime(model, images, len(output_names))
         counts.append(count)
     _check_result(model, target, opset, quantized)
-    facts = {"target": target, "outputs": outputs, "image_size": f"{image_size[0]}x{image_size[1]}"}
+    facts = {
+        "target": target,
+        "quantized": str(
+            quantized
+        ).lower(),  # tells a graph of ours from a float one that another tool quantized
+        "outputs": outputs,
+        "image_size": f"{image_size[0]}x{image_size[1]}",
+    }
     _add_metadata(model, {**{f"octet.{key}": value for key, value in facts.items()}, **(metadata or {})})
     save_onnx(model, path)
     num_quantize, num_dequantize = count_qdq(model)

@@ -8,7 +8,7 @@ from pathlib import Path
 from onnx import ModelProto
 
 from deploy.check_rules import rules_for, unequal_scales
-from deploy.check_view import WEIGHTED, View
+from deploy.check_view import AVERAGE_POOLS, WEIGHTED, View
 from deploy.finding import Finding
 from deploy.graph import load_onnx
 from deploy.passes import count_qdq
@@ -60,25 +60,32 @@ def check_graph(path: Path, image_size: tuple[int, int] | None = None) -> list[F
     return list(inspect_graph(path, image_size).findings)
 
 
-def inspect_graph(path: Path, image_size: tuple[int, int] | None = None) -> CheckReport:
+def inspect_graph(
+    path: Path, image_size: tuple[int, int] | None = None, target: str | None = None
+) -> CheckReport:
     """Check an ONNX file, of this project or of any other tool.
 
     Args:
         path: the file; it is treated as untrusted data.
         image_size: (height, width) where neither shapes nor metadata of the file tell; needed for the MAC shares
             only.
+        target: engine the graph is for, one of `TARGETS`; None takes what the file says, TensorRT where it says
+            nothing.
 
     Raises:
         DeployError: the file cannot be read.
     """
-    return inspect_model(load_onnx(path), str(path), image_size)
+    return inspect_model(load_onnx(path), str(path), image_size, target)
 
 
 def inspect_model(
-    model: ModelProto, path: str = "", image_size: tuple[int, int] | None = None
+    model: ModelProto,
+    path: str = "",
+    image_size: tuple[int, int] | None = None,
+    target: str | None = None,
 ) -> CheckReport:
     """Check a model in memory; it is not changed."""
-    view = View(model, image_size)
+    view = View(model, image_size, target)
     findings = [finding for rule in rules_for(view) for finding in rule(view)]
     return CheckReport(path, view.target, tuple(findings), summarize_view(view, model))
 
@@ -114,7 +121,7 @@ def summarize_view(view: View, model: ModelProto) -> Summary:
 
 def count_precision_changes(view: View) -> int:
     """Kernels that only change type or scale: Q or DQ that no neighbour takes in, and scales beyond the first."""
-    takers = {*WEIGHTED, "Add", "AveragePool", "GlobalAveragePool", "QuantizeLinear"}
+    takers = {*WEIGHTED, "Add", *AVERAGE_POOLS, "QuantizeLinear"}
     if view.target == "onnxruntime":
         takers |= {"Sigmoid", "Mul"}  # it has integer kernels for these
     changes = (

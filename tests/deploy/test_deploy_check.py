@@ -258,7 +258,26 @@ def test_duplicate_output_and_useless_quantizers(good):
         softmax = next(node for node in graph.nodes if node.op_type == "Softmax")
         add_pair(graph, softmax.input[0])
 
-    assert rules(edited(good, in_decode)) == ["useless-q"]
+    assert rules(edited(good, in_decode)) == ["q-in-decode"]
+
+    def before_the_sums_of_the_boxes(graph):
+        """An Add reads this one, but no conv comes after it: 8 bits for distances of boxes."""
+        distance = next(node for node in graph.nodes if node.op_type == "ReduceSum")
+        add_pair(graph, distance.output[0], 0.25)
+
+    (finding,) = inspect_model(edited(good, before_the_sums_of_the_boxes)).findings
+    assert finding.rule == "q-in-decode"
+    assert "steps of 0.25" in finding.hazard
+
+    def inside_the_network(graph):
+        tensor = graph.producers[graph.producers[conv(graph, 1).input[0]].input[0]].input[0]
+        graph.rewire(tensor, "magnitude")
+        graph.insert([helper.make_node("Abs", [tensor], ["magnitude"], "magnitude")])
+        add_pair(graph, tensor)
+
+    (finding,) = inspect_model(edited(good, inside_the_network)).findings
+    assert finding.rule == "useless-q"
+    assert "only Abs reads" in finding.hazard
 
     def requantize(graph):
         quantize = next(
@@ -300,6 +319,70 @@ def test_weights_and_zero_points(good, tmp_path):
     assert rules(model) == []
     del model.metadata_props[:]
     assert set(rules(model)) == {"zero-point"}
+
+
+def test_unsigned_codes_without_a_zero_point(good):
+    """NNCF's form of tensors that are never negative: uint8, zero point 0, stated or left out."""
+
+    def unsigned(graph, stated):
+        graph.constants["byte_zero"] = np.uint8(0)
+        image = next(node for node in graph.nodes if node.input[0] == "images")
+        for node in (image, *graph.consumers[image.output[0]]):
+            del node.input[2:]
+            node.input.extend(["byte_zero"] if stated else [])
+
+    for stated in (True, False):
+        (finding,) = inspect_model(edited(good, lambda graph, s=stated: unsigned(graph, s))).findings
+        assert finding.rule == "zero-point"
+        assert "uint8" in finding.hazard
+
+
+def test_target_of_graphs_that_other_tools_quantized(tmp_path, capsys):
+    """A tool that keeps the metadata of our float file does not make the graph ours."""
+    path = export_onnx(SmallDetector(), tmp_path / "u.onnx", SIZE, "openvino").path
+    model = onnx.load(path)
+    entries = {entry.key: entry for entry in model.metadata_props}
+    assert entries["octet.quantized"].value == "true"
+    entries["octet.quantized"].value = "false"
+    assert set(rules(model)) == {"zero-point"}
+    onnx.save(model, path)
+    assert main([str(path), "--target", "openvino", "--strict"]) == 0
+    assert main([str(path), "--strict"]) == 4
+    assert "TensorRT assumed" in capsys.readouterr().out
+
+
+def test_dequantizer_that_does_not_fit_its_quantizer(good):
+    def change(graph):
+        graph.constants["other_scale"] = np.float32(0.5)
+        graph.producers[conv(graph, 1).input[0]].input[1] = "other_scale"
+
+    (finding,) = (f for f in inspect_model(edited(good, change)).findings if f.rule == "pair-mismatch")
+    assert "values change" in finding.hazard
+
+
+class Pooled(nn.Module):
+    """conv -> average-pool -> conv, with Q/DQ in front of the pool or behind it only."""
+
+    def __init__(self, in_front):
+        super().__init__()
+        self.first, self.last = QuantizedConv(3, 16), QuantizedConv(16, 16)
+        self.in_front = in_front
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(F.avg_pool2d(self.first.quantized_input(x) if self.in_front else x, 2))
+
+
+def test_average_pool_in_float(tmp_path):
+    assert rules(exported(Pooled(True), tmp_path / "good.onnx")) == []
+    (finding,) = inspect_model(exported(Pooled(False), tmp_path / "bad.onnx")).findings
+    assert (finding.rule, finding.name) == ("float-pool", "/AveragePool")
+
+
+def test_quantizers_of_one_hazard_are_told_once(good):
+    """A pair around an activation: one finding for the place, none for float readers, none for its DQ."""
+    found = rules(edited(good, lambda graph: add_pair(graph, conv(graph, 1).output[0], 0.05, np.int8(3))))
+    assert found == ["q-inside-conv", "zero-point"]
 
 
 def test_float_islands_and_half_decode(tmp_path):
