@@ -166,6 +166,15 @@ class QuantConfig:
         unit="fraction",
         minimum=0,
     )
+    equalize: bool = setting(
+        False, "Even out channel ranges between layers around ReLU before quantizing (arXiv:1906.04721)"
+    )
+    adaround: bool = setting(
+        False, "Round weights up or down by their layer's output error on the data (arXiv:2004.10568)"
+    )
+    bias_correction: bool = setting(
+        False, "Move the mean output of every quantized layer back to the float one (arXiv:1906.04721)"
+    )
     weights: WeightQuantConfig = field(default_factory=WeightQuantConfig)
     activations: ActivationQuantConfig = field(default_factory=ActivationQuantConfig)
     edge_bits: int = setting(

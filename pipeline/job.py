@@ -43,10 +43,12 @@ from pipeline.measuring import Metrics, describe, measure_custom, row_figures
 from pipeline.own_data import open_own
 from pipeline.progress import say, track
 from pipeline.run import Run
+from pipeline.team import Team
 from quant import Mode, insert, load_placement, set_mode
 
 Predict = Callable[[Tensor], list[Tensor]]
 FLOAT_MODEL = "float.safetensors"
+ALONE = Team()
 
 
 class Job:
@@ -55,11 +57,13 @@ class Job:
     Args:
         config: validated configuration.
         run: directory of artifacts.
+        team: the processes that share the work.
     """
 
-    def __init__(self, config: Config, run: Run) -> None:
+    def __init__(self, config: Config, run: Run, team: Team = ALONE) -> None:
         self.config = config
         self.run = run
+        self.team = team
         self.device = choose_device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -103,20 +107,31 @@ class Job:
         merged = config.merge_classes or None
         return open_dataset(self.data_root, split, format=config.format, merge_classes=merged)
 
-    def letterboxed(self, dataset: Dataset, batch_size: int, limit: int | None) -> DetectionLoader:
-        """Batches prepared as for inference, in a fixed order."""
+    def letterboxed(
+        self, dataset: Dataset, batch_size: int, limit: int | None, team: Team = ALONE
+    ) -> DetectionLoader:
+        """Batches prepared as for inference, in a fixed order; of a team, each process gets its share."""
         config = self.config.data
-        return build_loader(dataset, config.image_size, batch_size, config.workers, limit=limit)
+        return build_loader(
+            dataset,
+            config.image_size,
+            batch_size,
+            config.workers,
+            limit=limit,
+            rank=team.rank,
+            world_size=team.size,
+        )
 
     def val_loader(self, batch_size: int | None = None, limit: int | None = None) -> DetectionLoader:
         """Validation batches."""
         limit = limit or self.config.data.limit_val
         return self.letterboxed(self.val_set, batch_size or self.config.evaluate.batch_size, limit)
 
-    def calibration_images(self) -> Iterator[Tensor]:
-        """Letterboxed training images on the device, spread evenly over the split."""
+    def calibration_images(self, team: Team = ALONE) -> Iterator[Tensor]:
+        """Letterboxed training images on the device, spread evenly over the split; of a team, this process's share."""
         config = self.config.quant
-        loader = self.letterboxed(self.train_set, config.calibration_batch_size, config.calibration_images)
+        size, limit = config.calibration_batch_size, config.calibration_images
+        loader = self.letterboxed(self.train_set, size, limit, team)
         for batch in track(loader, "calibrate", len(loader)):
             yield to_input(batch.images, self.device)
 

@@ -16,11 +16,12 @@ from pipeline.errors import RunError
 from pipeline.finetuning import finetune_stage
 from pipeline.job import Job
 from pipeline.measuring import row_value
-from pipeline.progress import say
+from pipeline.progress import mute, say
 from pipeline.quantizing import calibrate_stage, float_stage, place_stage
 from pipeline.reporting import check_gates, report_stage
 from pipeline.run import CONFIG, Run
 from pipeline.sensing import sensitivity_stage
+from pipeline.team import Team, join_team
 from pipeline.terminal import print_result, quit_on_termination
 from pipeline.training import train_stage
 
@@ -36,32 +37,53 @@ RUN_STAGES: dict[str, Callable[[Job], None]] = {
     "report": report_stage,
 }
 
+SHARED_STAGES = frozenset(
+    {"calibrate"}
+)  # a team's processes work on these together; the first does all others
+
 
 def run_job(config: Config) -> float:
     """Run the configured stages and return the AP of the shipped model (the value that sweeps optimise).
 
-    A stage that has finished in a resumed run directory is skipped; asking for a stage anew needs a fresh one.
+    A stage that has finished in a resumed run directory is skipped; asking for a stage anew needs a fresh one. Under
+    torchrun calibration is shared among the processes, and the first does everything else.
 
     Raises:
         GateError: a gate that the user set is missed (the report is written before).
         ConfigError, RunError, DataError, CheckpointError, DeployError: with value, expectation and remedy.
     """
     quit_on_termination()
-    run = open_run(config)
-    job = Job(config, run)
-    check_input(job)
+    team = join_team()
+    mute(not team.first)
+    job = Job(config, _open_together(config, team), team)
+    run = job.run
+    if team.first:
+        check_input(job)
     say(f"run: {run.directory}")
+    if team.size > 1:
+        say(f"{team.size} processes: they share the calibration images; the first does all other stages")
     for stage in config.stages:
-        if run.is_done(stage) and stage != "report":
+        if stage != "report" and team.share(run.is_done(stage)):
             say(f"{stage}: done before")
             continue
         say(f"--- {stage}")
         started = time.perf_counter()
-        RUN_STAGES[stage](job)
-        run.mark_done(stage, time.perf_counter() - started)
-    print_result(run)
-    check_gates(job)
+        if team.first or stage in SHARED_STAGES:
+            RUN_STAGES[stage](job)
+        if team.first:
+            run.mark_done(stage, time.perf_counter() - started)
+        team.wait()
+    if team.first:
+        print_result(run)
+        check_gates(job)
     return shipped_ap(run)
+
+
+def _open_together(config: Config, team: Team) -> Run:
+    """The run directory that the first process makes or opens, in every process."""
+    run = open_run(config) if team.first else None
+    directory = team.share(None if run is None else str(run.directory))
+    return run if run is not None else Run(Path(str(directory)))
 
 
 def open_run(config: Config) -> Run:

@@ -26,6 +26,11 @@ def say(text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
+def mute(silent: bool) -> None:
+    """Keep this process from writing progress, or let it again: one of a team is enough."""
+    console.quiet = silent
+
+
 def track(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
     """Yield the items and show how far along they are.
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from statistics import median
+
+import torch
+from torch import fx, nn
 
 from pipeline.job import Job
 from pipeline.progress import say
@@ -12,13 +17,16 @@ from quant import (
     Rule,
     calibrate,
     dump_placement,
+    equalize,
     insert,
     load_placement,
     measure_sharing,
     place,
+    reconstruct,
 )
 
 PLAN = "placement.yaml"
+REPAIR_IMAGES = 32  # for rounding and bias correction
 COMPARED_IMAGES = 16  # for the outputs that decide about shared scales
 
 
@@ -39,20 +47,63 @@ def place_stage(job: Job) -> None:
 
 
 def calibrate_stage(job: Job) -> None:
-    """Insert the quantizers, choose every scale, measure the row `ptq`."""
+    """Insert the quantizers, choose every scale, measure the row `ptq`; all processes of a team work on the scales."""
     config = job.config.quant
-    placement = load_placement(job.run.path(PLAN)) if job.run.is_done("place") else save_placement(job)
+    if job.team.first and not job.run.is_done("place"):
+        save_placement(job)
+    job.team.wait()
+    placement = load_placement(job.run.path(PLAN))
     say(
         f"placement: {len(placement.weights)} layers and {sum(len(g.tensors) for g in placement.groups)} tensors in "
         f"{len(placement.groups)} groups quantized, {len(placement.kept_float)} layers float"
     )
-    model = insert(job.detector.network, placement, job.config.qat.learn_scales).to(job.device).eval()
-    result = calibrate(
-        model, job.calibration_images(), config.observer, weight_method(job), config.percentile
-    )
+    network = prepared_network(job)
+    model = insert(network, placement, job.config.qat.learn_scales).to(job.device).eval()
+    images = job.calibration_images(job.team)
+    result = calibrate(model, images, config.observer, weight_method(job), config.percentile, job.team.gather)
+    if not job.team.first:
+        return
+    assert result.convergence is not None
+    say(f"calibration: {result.convergence.sentence()}")
+    if config.adaround or config.bias_correction:
+        _repair(job, model)
     job.run.write_json("calibration.json", result.as_dict())
     job.save_quantized(model, "ptq.safetensors")
     job.record_row("ptq", job.measure(job.predictor(model), "ptq"), observer=config.observer)
+
+
+def prepared_network(job: Job) -> nn.Module:
+    """The float network that is quantized: the run's, or its equalised copy."""
+    if not job.config.quant.equalize:
+        return job.detector.network
+    result = equalize(job.detector.network)
+    say(
+        f"equalised {len(result.pairs)} pairs of layers; {len(result.left_alone)} left alone, since the activation "
+        "between them is not homogeneous"
+    )
+    return result.network
+
+
+def _repair(job: Job, model: fx.GraphModule) -> None:
+    """Rounding and bias correction by the layers' outputs; `repairs.json` has the figures of every layer."""
+    config = job.config.quant
+    images = torch.cat(job.few_calibration_images(REPAIR_IMAGES))
+    repairs = reconstruct(model, images, config.adaround, config.bias_correction)
+    job.run.write_json(
+        "repairs.json", {"images": len(images), "layers": [asdict(repair) for repair in repairs]}
+    )
+    rounded = [
+        repair.error_rounded / repair.error_nearest
+        for repair in repairs
+        if repair.error_nearest and repair.error_rounded is not None
+    ]
+    if rounded:
+        say(
+            f"adaround: {len(rounded)} layers; output error {median(rounded):.2f} of rounding to nearest (median)"
+        )
+    shifts = [repair.shift for repair in repairs if repair.shift is not None]
+    if shifts:
+        say(f"bias correction: {len(shifts)} layers; largest mean shift taken out {max(shifts):.3g}")
 
 
 def weight_method(job: Job) -> str:
@@ -92,7 +143,7 @@ def _measured_placement(job: Job, options: PlacementOptions, rules: tuple[Rule, 
     """The plan in which only those concats share a scale where that costs no accuracy; `sharing.json` says why."""
     config = job.config.quant
     result = measure_sharing(
-        job.detector.network,
+        prepared_network(job),
         options,
         rules,
         job.calibration_images(),

@@ -41,6 +41,9 @@ def report_stage(job: Job) -> None:
         if run.path("sensitivity.json").exists()
         else None,
         placement=_placement_items(job),
+        calibration=run.read_json("calibration.json").get("convergence")
+        if run.path("calibration.json").exists()
+        else None,
         findings=_findings(job),
         notes=_notes(job),
     )

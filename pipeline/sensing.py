@@ -17,6 +17,7 @@ from pipeline.measuring import measure_name, row_value, value_of
 from pipeline.progress import say, track
 from pipeline.sweep import Sweep
 from quant import (
+    ACTIVATION_QUANTIZERS,
     Mode,
     Placement,
     UnitScore,
@@ -183,9 +184,10 @@ def _apply(job: Job, model: fx.GraphModule, placement: Placement) -> None:
     found = activation_quantizers(model)
     for name, quantizer in activation_quantizers(smaller).items():
         quantizer.load_state_dict(found[name].state_dict())
-    layers = quantized_layers(model)
-    for name, layer in quantized_layers(smaller).items():
-        layer.weight_quantizer.load_state_dict(layers[name].weight_quantizer.state_dict())
+    own = {key for key in smaller.state_dict() if not key.startswith(f"{ACTIVATION_QUANTIZERS}.")}
+    smaller.load_state_dict(
+        {key: value for key, value in model.state_dict().items() if key in own}, strict=False
+    )
     set_mode(smaller, Mode.QUANTIZE)
     job.run.write_text("placement.yaml", dump_placement(placement))
     job.save_quantized(smaller, "ptq.safetensors")

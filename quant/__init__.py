@@ -3,11 +3,13 @@
 from quant.budget import BudgetResult, search_budget, without_units
 from quant.calibration import CalibrationError, CalibrationResult, calibrate
 from quant.distillation import DistillationError, feature_nodes
+from quant.equalization import EqualizationResult, equalize
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
 from quant.finetuning import DivergenceError, TrainingOptions, TrainingState, new_state, train_epochs
 from quant.folding import fold_batchnorms
 from quant.graph import TraceError, trace
 from quant.insertion import (
+    ACTIVATION_QUANTIZERS,
     InsertionError,
     activation_quantizers,
     insert,
@@ -18,19 +20,23 @@ from quant.insertion import (
 from quant.placement import Group, Placement, PlacementOptions, TensorSite, WeightSite, place
 from quant.plan_file import PlanError, dump_placement, load_placement
 from quant.policy import Policy, PolicyError, Rule, parse_rules
+from quant.reconstruction import LayerRepair, reconstruct
 from quant.sensitivity import UnitScore, measure_fisher, measure_sqnr
 from quant.sharing import ConcatDecision, SharingResult, measure_sharing
 
 __all__ = [
+    "ACTIVATION_QUANTIZERS",
     "BudgetResult",
     "CalibrationError",
     "CalibrationResult",
     "ConcatDecision",
     "DistillationError",
     "DivergenceError",
+    "EqualizationResult",
     "FakeQuantize",
     "Group",
     "InsertionError",
+    "LayerRepair",
     "Mode",
     "Placement",
     "PlacementOptions",
@@ -49,6 +55,7 @@ __all__ = [
     "activation_quantizers",
     "calibrate",
     "dump_placement",
+    "equalize",
     "feature_nodes",
     "fold_batchnorms",
     "insert",
@@ -61,6 +68,7 @@ __all__ = [
     "place",
     "placement_of",
     "quantized_layers",
+    "reconstruct",
     "search_budget",
     "set_mode",
     "trace",

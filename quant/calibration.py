@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from quant.convergence import (
+    Convergence,
+    Histograms,
+    Milestones,
+    follow_scales,
+    merge_histograms,
+    merge_milestones,
+)
 from quant.fake_quantize import Mode
 from quant.insertion import activation_quantizers, placement_of, quantized_layers, quantizers, set_mode
 from quant.observers import METHODS, Histogram, choose_scale, choose_weight_scale
 
 log = logging.getLogger(__name__)
+FIXED = "fixed"  # in place of a method, for scales that the plan gives
+
+
+Gather = Callable[
+    [Any], list[Any]
+]  # this process's item -> every process's items, in the same order everywhere
 
 
 class CalibrationError(ValueError):
@@ -36,14 +51,21 @@ class GroupCalibration:
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """Result of `calibrate`: one entry per group, and the number of images seen."""
+    """Result of `calibrate`: one entry per group, the number of images seen, and how the scales settled."""
 
     groups: tuple[GroupCalibration, ...]
     num_images: int
+    convergence: Convergence | None = None
 
     def as_dict(self) -> dict[str, object]:
         """Plain data for a JSON file."""
-        return {"num_images": self.num_images, "groups": [asdict(group) for group in self.groups]}
+        content: dict[str, object] = {
+            "num_images": self.num_images,
+            "groups": [asdict(group) for group in self.groups],
+        }
+        if self.convergence is not None:
+            content["convergence"] = self.convergence.as_dict()
+        return content
 
 
 def calibrate(
@@ -52,6 +74,7 @@ def calibrate(
     method: str = "mse",
     weight_method: str = "mse",
     percentile: float = 99.99,
+    gather: Gather | None = None,
 ) -> CalibrationResult:
     """Set every scale of an inserted model and leave all quantizers switched on.
 
@@ -64,6 +87,8 @@ def calibrate(
         method: default method for activations: `minmax`, `percentile`, `mse` or `entropy`.
         weight_method: `minmax` or `mse`.
         percentile: for the percentile method, in percent.
+        gather: where several processes calibrate one model, each on its own share of the images: collects an item from
+            all of them. Counts add up exactly, so the scales do not depend on the number of processes.
 
     Raises:
         CalibrationError: no batch, an unknown method, or a group that saw NaN or infinite values only, or such
@@ -73,10 +98,30 @@ def calibrate(
         if name not in METHODS:
             raise CalibrationError(f"unknown calibration method {name!r}: choose one of {', '.join(METHODS)}")
     calibrate_weights(model, weight_method)
-    histograms, num_images = collect_histograms(model, batches)
+    milestones = Milestones(1 if gather is None else len(gather(None)))
+    histograms, num_images = collect_histograms(model, batches, milestones.see)
+    if gather is not None:
+        parts = gather((histograms, num_images, milestones))
+        histograms = merge_histograms([part[0] for part in parts])
+        num_images = sum(part[1] for part in parts)
+        milestones = merge_milestones([part[2] for part in parts])
     result = apply_histograms(model, histograms, method, percentile, num_images)
     set_mode(model, Mode.QUANTIZE)
-    return result
+    return replace(result, convergence=_convergence(model, result, milestones, percentile))
+
+
+def _convergence(
+    model: fx.GraphModule, result: CalibrationResult, milestones: Milestones, percentile: float
+) -> Convergence:
+    """The scales that fewer images would have given, chosen by the method that chose the final ones."""
+    quantizer_of = activation_quantizers(model)
+    chosen = {group.name: group for group in result.groups if group.method != FIXED}
+
+    def scale_of(name: str, histogram: Histogram) -> float:
+        return choose_scale(histogram, chosen[name].method, quantizer_of[name].bits, percentile).scale
+
+    final = {name: group.scale for name, group in chosen.items()}
+    return follow_scales(milestones, result.num_images, final, scale_of)
 
 
 def calibrate_weights(model: fx.GraphModule, method: str = "mse") -> None:
@@ -95,10 +140,15 @@ def calibrate_weights(model: fx.GraphModule, method: str = "mse") -> None:
         quantizer.set_scale(scale.to(layer.weight.device), layer.weight)
 
 
-def collect_histograms(model: fx.GraphModule, batches: Iterable[Tensor]) -> tuple[dict[str, Histogram], int]:
+def collect_histograms(
+    model: fx.GraphModule,
+    batches: Iterable[Tensor],
+    after_batch: Callable[[Histograms, int], None] | None = None,
+) -> tuple[Histograms, int]:
     """Run float inference and count the magnitudes in every group; returns the histograms and the image count.
 
-    The network's training flag and the quantizers' modes are restored afterwards.
+    `after_batch` is called with both after each batch. The network's training flag and the quantizers' modes are
+    restored afterwards.
     """
     groups = activation_quantizers(model)
     histograms = {name: Histogram() for name in groups}
@@ -114,6 +164,8 @@ def collect_histograms(model: fx.GraphModule, batches: Iterable[Tensor]) -> tupl
             for images in batches:
                 model(images)
                 num_images += len(images)
+                if after_batch is not None:
+                    after_batch(histograms, num_images)
     finally:
         for observed in groups.values():
             observed.observer = None
@@ -146,7 +198,7 @@ def apply_histograms(
         if group.scale is None:
             quantizer.set_scale(scale)
         else:
-            chosen_by, scale = "fixed", group.scale
+            chosen_by, scale = FIXED, group.scale
         found.append(
             GroupCalibration(
                 name=group.name,

@@ -248,7 +248,9 @@ def choose_weight_scale(
         axis: axis of the output channels.
         method: `minmax` for the largest magnitude; every other method searches the least squared error.
         bits: width of the grid.
-        num_candidates: clipping points tried per channel, from 0.4 (0.2 below 6 bits) of the largest magnitude.
+        num_candidates: clipping points tried per channel, from 0.4 (0.2 below 6 bits) of the largest magnitude. The
+            grids that have the largest magnitude on a lower code, or on the one beyond the highest, are tried, too:
+            weights that have been quantized before lie on one of them and lose nothing there.
 
     Returns:
         Positive finite scales, float32 [channels]; 1 for a channel of zeros.
@@ -262,6 +264,8 @@ def choose_weight_scale(
     unit = (w / amax[:, None]).float()  # every channel in [-1, 1]: the candidates are the same for all
     lowest = 0.4 if bits >= 6 else 0.2
     fractions = torch.linspace(1.0, lowest, num_candidates, dtype=torch.float64, device=w.device)
+    codes = [code for code in range(-(-high // 2), high + 2) if code != high]
+    fractions = torch.cat((fractions, high / torch.tensor(codes, dtype=torch.float64, device=w.device)))
     at_once = max(1, _CHUNK // max(unit.numel(), 1))
     errors = [_rounding_errors(unit, part.float() / high, high) for part in fractions.split(at_once)]
     return (amax * fractions[torch.cat(errors).argmin(0)] / high).float()

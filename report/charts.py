@@ -5,6 +5,7 @@ Colours are left out on purpose: the page gives every series its colour from its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -190,6 +191,39 @@ def placement_chart(items: Sequence[Mapping[str, Any]] | None) -> Chart | None:
     )
 
 
+def calibration_chart(convergence: Mapping[str, Any] | None) -> Chart | None:
+    """How far the scales of fewer calibration images lie from the final ones."""
+    if convergence is None or len(convergence["images"]) < 2:
+        return None
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": name,
+            "x": list(convergence["images"]),
+            "y": [finite(float(share)) for share in convergence[key]],
+            "hovertemplate": f"%{{x}} images<br>{name} %{{y:.2%}}<extra></extra>",
+        }
+        for name, key in (("largest of all quantizers", "largest"), ("median", "median"))
+    ]
+    layout = {
+        "xaxis": {"title": {"text": "calibration images"}, "type": "log", "dtick": math.log10(2)},
+        "yaxis": {
+            "title": {"text": "distance from the final scale"},
+            "tickformat": ".0%",
+            "rangemode": "tozero",
+        },
+        "showlegend": True,
+    }
+    return Chart(
+        "calibration",
+        "Calibration",
+        "Distance of the scales from the final ones, over the number of calibration images.",
+        traces,
+        layout,
+    )
+
+
 def all_charts(data: ReportData) -> list[Chart]:
     """Return every chart that the data can fill."""
     charts = [
@@ -197,6 +231,7 @@ def all_charts(data: ReportData) -> list[Chart]:
         *curve_charts(data.curves),
         sensitivity_chart(data.sensitivity),
         placement_chart(data.placement),
+        calibration_chart(data.calibration),
         stage_chart(data.stages),
     ]
     return [chart for chart in charts if chart is not None]

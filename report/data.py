@@ -87,6 +87,8 @@ class ReportData:
         detections: pictures side by side.
         sensitivity: [{"unit": str, "score": float, ...}], any order; None where the stage did not run.
         placement: [{"name": str, "kind": "activation" | "weight" | "float", ...}]; "scale" is drawn where given.
+        calibration: how scales settle: {"images": [int], "largest": [float], "median": [float]}, the relative
+            distances of all scales from the final ones at each image count; None where nothing was calibrated.
         findings: of the graph check: [{"name", "hazard", "remedy", ...}].
         notes: sentences for the reader.
     """
@@ -102,6 +104,7 @@ class ReportData:
     detections: Sequence[DetectionPanel] = ()
     sensitivity: Sequence[Mapping[str, Any]] | None = None
     placement: Sequence[Mapping[str, Any]] | None = None
+    calibration: Mapping[str, Any] | None = None
     findings: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
 

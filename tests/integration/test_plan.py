@@ -90,8 +90,9 @@ def test_an_edited_plan_is_taken_and_calibrated(placed: tuple[Path, str]) -> Non
     plan["kept_float"][dropped["layer"]] = "edited by hand"
     edited = folder / "edited.yaml"
     edited.write_text(yaml.safe_dump(plan, sort_keys=False))
+    repairs = ("quant.equalize=true", "quant.adaround=true", "quant.bias_correction=true")
     outcome = run_entry(
-        "train_qat.py", *TINY, "stages=[calibrate]", f"quant.plan={edited}", cwd=folder, timeout=550
+        "train_qat.py", *TINY, "stages=[calibrate]", f"quant.plan={edited}", *repairs, cwd=folder, timeout=550
     )
     assert outcome.code == 0, outcome.err
     run = folder / "runs/demo/latest"
@@ -100,6 +101,10 @@ def test_an_edited_plan_is_taken_and_calibrated(placed: tuple[Path, str]) -> Non
     assert groups["input.images"]["method"] == "fixed"
     assert groups["input.images"]["scale"] == pytest.approx(0.0125)
     assert groups["backbone.stem1.act"]["method"] == "minmax"
+    assert "equalised 0 pairs of layers; 57 left alone" in outcome.err  # SiLU is not homogeneous
+    repaired = json.loads((run / "repairs.json").read_text())["layers"]
+    assert {entry["layer"] for entry in repaired} == {site["layer"] for site in plan["weights"]}
+    assert all(entry["error_rounded"] <= entry["error_nearest"] * 1.0001 for entry in repaired)
 
 
 @pytest.mark.slow

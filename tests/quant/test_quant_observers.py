@@ -331,6 +331,18 @@ def test_mse_weight_scales_are_as_good_as_a_search_per_channel(bits):
         assert error <= min(errors) * 1.05
 
 
+@pytest.mark.parametrize("top", [127, 128, 101, 64])
+def test_weights_quantized_before_lose_nothing(top):
+    """Whatever code of their old grid the largest one was on: the full grid's ends, or one of 7 bits within 8."""
+    codes = torch.randint(-top + 1, top, (4, 200), generator=torch.Generator().manual_seed(top))
+    codes[:, 0] = -top
+    step = torch.tensor([0.1, 0.003, 1.0, 7.7])[:, None]
+    scale = choose_weight_scale(codes * step, 0, "mse", 8)[:, None]
+    high = min(top, 127)  # the code of -128 is not on a weight grid: that one value is clipped
+    restored = (codes * step / scale).round().clamp(-high, high) * scale
+    torch.testing.assert_close(restored, codes.clamp(-high, high) * step, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("method", ["minmax", "mse"])
 @pytest.mark.parametrize("fill", [0.0, 1e-30, 1e-12, 1e20, math.nan])
 def test_weight_scales_are_positive_and_finite(method, fill):

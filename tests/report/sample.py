@@ -65,6 +65,7 @@ def sample_data() -> ReportData:
             for n in range(80)
         ]
         + [{"name": "head.dfl", "kind": "float", "reason": "narrow"}],
+        calibration={"images": [8, 16, 32], "largest": [0.4, 0.03, 0.0], "median": [0.1, 0.01, 0.0]},
         findings=[{"name": "Conv_3", "hazard": "float conv & slow", "remedy": "quantize <it>"}],
         notes=["A note with <b>markup</b>."],
     )

@@ -119,8 +119,13 @@ def test_html_holds_plotly_once_and_draws_every_chart(page: Page) -> None:
     places = {attributes["id"] for attributes in page.all("div") if attributes.get("class") == "plot"}
     assert places == {f"chart-{chart['key']}" for chart in charts}
     assert {chart["key"] for chart in charts} == {
-        "accuracy", "loss-0", "ap-0", "rate-0", "sensitivity", "placement", "stages",
+        "accuracy", "loss-0", "ap-0", "rate-0", "sensitivity", "placement", "calibration", "stages",
     }  # fmt: skip
+    settling = next(chart for chart in charts if chart["key"] == "calibration")
+    assert [(trace["x"], trace["y"]) for trace in settling["traces"]] == [
+        ([8, 16, 32], [0.4, 0.03, 0.0]),
+        ([8, 16, 32], [0.1, 0.01, 0.0]),
+    ]
     loss = next(chart for chart in charts if chart["key"] == "loss-0")
     assert [trace["name"] for trace in loss["traces"]] == ["box", "cls", "distill"]
     assert len(loss["traces"][0]["x"]) == 200

@@ -1,0 +1,81 @@
+"""Convergence of calibration, and calibration by several processes: checked against calibrations of fewer images."""
+
+import pytest
+from quant_networks import small_images, small_net
+
+from quant import activation_quantizers, calibrate, insert, place
+from quant.calibration import collect_histograms
+from quant.convergence import Convergence, Milestones
+
+
+def images(count=8, size=4):
+    return [small_images(size, seed) for seed in range(count)]
+
+
+def calibrated(batches, method="percentile", **options):
+    network = small_net()
+    model = insert(network, place(network))
+    return model, calibrate(model, batches, method, **options)
+
+
+def scales_of(result):
+    return {group.name: group.scale for group in result.groups}
+
+
+def test_scales_at_each_count_are_those_of_a_calibration_that_ends_there():
+    _, result = calibrated(images())
+    found = result.convergence
+    assert found.counts == (8, 16, 32)
+    for index, num_batches in enumerate((2, 4, 8)):
+        _, shorter = calibrated(images(num_batches))
+        assert {name: scales[index] for name, scales in found.scales.items()} == scales_of(shorter)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "counts"), [([3] * 12, [9, 18, 33]), ([100], [100]), ([5], []), ([8, 8, 100, 1], [8, 16, 116])]
+)
+def test_milestones_are_doublings(sizes, counts):
+    milestones, seen = Milestones(), 0
+    for size in sizes:
+        seen += size
+        milestones.see({}, seen)
+    assert milestones.counts == counts
+
+
+def test_enough_is_the_first_count_that_stays_close():
+    scales = {"a": (2.0, 1.04, 0.97, 1.0), "b": (1.0, 1.0, 1.0, 1.0)}
+    found = Convergence((8, 16, 32, 64), scales)
+    assert found.enough == 16
+    assert "at most 3.0% (median 1.5%) from 32 to 64 images; 16 images are enough" in found.sentence()
+    late = Convergence((8, 16, 32), {"a": (1.0, 2.0, 1.0)})  # close by chance, then far again
+    assert late.enough == 32
+    assert "raise quant.calibration_images" in late.sentence()
+    assert "too few" in Convergence((4,), {"a": (1.0,)}).sentence()
+
+
+def test_fixed_scales_do_not_count():
+    _, result = calibrated(images())
+    assert set(result.convergence.scales) == set(scales_of(result))
+    content = result.as_dict()["convergence"]
+    assert content["images"] == [8, 16, 32]
+    assert content["largest"][-1] == content["median"][-1] == 0
+    assert content["largest"][0] >= content["median"][0] > 0
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])
+def test_two_processes_find_the_scales_of_one(method):
+    """Each sees every second batch; the other's share reaches it through `gather`."""
+    alone, expected = calibrated(images(), method)
+    network = small_net()
+    other, milestones = insert(network, place(network)), Milestones(2)
+    theirs = (*collect_histograms(other, images()[1::2], milestones.see), milestones)
+
+    def gather(mine):
+        return [mine, None if mine is None else theirs]
+
+    shared, found = calibrated(images()[::2], method, gather=gather)
+    assert scales_of(found) == scales_of(expected)
+    assert found.num_images == 32
+    assert found.convergence == expected.convergence
+    for name, quantizer in activation_quantizers(shared).items():
+        assert float(quantizer.scale) == float(activation_quantizers(alone)[name].scale)
