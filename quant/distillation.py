@@ -5,6 +5,9 @@ Every term is the unexplained variance of one tensor,
     mean((s - t)^2) / var(t),
 
 so that 0.01 means one per cent for every tensor of every network, and no tensor or network size can drown the others.
+A level of a detector that never sees an object answers with nearly a constant; in units of its own tiny variance its
+rounding noise would drown the levels that matter. So in training the variance of a map counts as at least a tenth of
+the mean variance of the maps with as many channels (the same branch on other levels).
 Besides the outputs, tensors inside the network can be compared (FitNets, arXiv:1412.6550). A student made by `insert`
 has the node names of its teacher's graph, so a tensor is found in both by one name.
 """
@@ -22,6 +25,7 @@ from torch import Tensor, fx, nn
 from quant.graph import Kind, inputs_of, kind_of, paths_of, trace
 
 _EPSILON = 1e-8
+VARIANCE_FLOOR = 0.1
 
 
 class DistillationError(ValueError):
@@ -36,15 +40,25 @@ def flatten_maps(raw: Any) -> list[Tensor]:
     return [tensor for value in values for tensor in flatten_maps(value)]
 
 
-def distillation_loss(student: Any, teacher: Any) -> Tensor:
+def distillation_loss(student: Any, teacher: Any, floor: float = 0.0) -> Tensor:
     """Unexplained variance of the teacher's maps, averaged over maps; a scalar, 0 where they agree.
 
     For each map: mean((s - t)^2) / var(t). A student that answers the teacher's mean everywhere gets 1.
+
+    Args:
+        student: maps in any nesting, [B, C, ...] each.
+        teacher: as many maps of the same shapes.
+        floor: least var(t), as a share of the mean variance of the teacher's maps with as many channels.
     """
+    wanted = [target.detach().float() for target in flatten_maps(teacher)]
+    variances = [target.var() for target in wanted]
     terms = []
-    for s, t in zip(flatten_maps(student), flatten_maps(teacher), strict=True):
-        target = t.detach().float()
-        terms.append((s.float() - target).square().mean() / target.var().clamp(min=_EPSILON))
+    for s, t, own in zip(flatten_maps(student), wanted, variances, strict=True):
+        alike = [
+            var for other, var in zip(wanted, variances, strict=True) if other.shape[1:2] == t.shape[1:2]
+        ]
+        variance = torch.maximum(own, floor * torch.stack(alike).mean()).clamp(min=_EPSILON)
+        terms.append((s.float() - t).square().mean() / variance)
     return torch.stack(terms).mean()
 
 

@@ -22,6 +22,23 @@ from quant import (
 from quant.distillation import distillation_loss, with_features
 
 
+def test_a_nearly_constant_map_counts_in_units_of_its_kind():
+    """Variances 4 and 0.0004 on maps of two channels, 0.0004 on one of three: only the second is lifted, to 0.2."""
+    loud, quiet = torch.tensor([[[-2.0, 2.0]] * 2]), torch.tensor([[[-0.02, 0.02]] * 2])
+    alone = torch.tensor([[[-0.02, 0.02]] * 3])
+    teacher = [loud, quiet, alone]
+    expected = []
+    for index, target in enumerate(teacher):
+        student = [t + 0.1 if i == index else t for i, t in enumerate(teacher)]
+        kind = [t.var(correction=1) for t in teacher if t.shape == target.shape]
+        variance = max(float(target.var()), 0.1 * float(torch.stack(kind).mean()))
+        expected.append(0.01 / variance / 3)
+        assert float(distillation_loss(student, teacher, floor=0.1)) == pytest.approx(expected[-1], rel=1e-4)
+        plain = 0.01 / float(target.var()) / 3
+        assert float(distillation_loss(student, teacher)) == pytest.approx(plain, rel=1e-4)
+    assert expected[1] < 0.01 * expected[2]
+
+
 @pytest.mark.parametrize("architecture", ["yolov9t", "yolov9e"])
 def test_what_enters_the_head_is_found_without_naming_a_model(architecture):
     """The oracle is the network itself: the features its neck hands to its head."""
