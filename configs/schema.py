@@ -70,6 +70,9 @@ class DataConfig:
         None,
         "package.module:function from a split's name to its dataset, instead of a folder; see docs/custom.md",
     )
+    cache_dir: str | None = setting(
+        "runs/cache", "Folder that remembers which images were verified; none verifies them on every run"
+    )
     image_size: int = setting(
         640, "Side of the square network input after letterboxing", unit="pixels", minimum=32, multiple=32
     )
@@ -154,6 +157,11 @@ class QuantConfig:
     percentile: float = setting(99.99, "For observer=percentile", unit="percent", above=50, maximum=100)
     calibration_images: int = setting(256, "Training images observed, letterboxed", unit="images", minimum=1)
     calibration_batch_size: int = setting(8, "Images per calibration step", unit="images", minimum=1)
+    imported_ranges: str = setting(
+        "use",
+        "Ranges in a quantized checkpoint: use takes them for the scales, ignore calibrates everything",
+        choices=("use", "ignore"),
+    )
     share_concat_scales: str = setting(
         "all",
         "One scale per concat for all its inputs: always, never, or where measured to cost no accuracy; policy rules "

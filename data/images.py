@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -140,8 +141,9 @@ def scan_images(
         One header per path.
 
     Raises:
-        DataError: some files are broken; names the first ten.
+        DataError: some files are broken (names the first ten), or the cache folder cannot be written.
     """
+    started = time.perf_counter()
     cache_file = _cache_file(paths, cache_dir) if cache_dir and verify else None
     known = _read_cache(cache_file) if cache_file else {}
 
@@ -163,6 +165,9 @@ def scan_images(
             "Restore these files, or remove them and their annotations."
         )
     headers = {key: header for key, header in results if isinstance(header, ImageHeader)}
+    if verify:
+        new = len(headers.keys() - known.keys())
+        _log.info("Verified %d of %d images in %.1f s.", new, len(paths), time.perf_counter() - started)
     if cache_file and headers.keys() - known.keys():
         _write_cache(cache_file, headers)
     return [header for _, header in results if isinstance(header, ImageHeader)]
@@ -187,8 +192,14 @@ def _read_cache(cache_file: Path) -> dict[str, ImageHeader]:
 
 
 def _write_cache(cache_file: Path, headers: dict[str, ImageHeader]) -> None:
-    cache_file.parent.mkdir(parents=True, exist_ok=True)
     entries = {key: (header.height, header.width, header.transposed) for key, header in headers.items()}
     temporary = cache_file.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(entries), encoding="utf-8")
-    temporary.replace(cache_file)
+    try:
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(entries), encoding="utf-8")
+        temporary.replace(cache_file)
+    except OSError as error:
+        raise DataError(
+            f"Cannot write {cache_file} ({error.strerror}), which remembers verified images: choose another folder "
+            "with data.cache_dir, or data.cache_dir=null to verify them on every run."
+        ) from error

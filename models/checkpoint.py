@@ -16,10 +16,12 @@ from torch import Tensor
 
 from models.convert import count_classes, is_folded
 from models.errors import CheckpointError
-from models.interpretation import interpret
+from models.interpretation import PROJECTION_KEYS, interpret
 from models.loading import load_detector, save_detector
 from models.reading import Checkpoint, read_checkpoint
 
+MEGABYTE = 1_000_000
+BINS = ("decode.projection", *PROJECTION_KEYS, *(key.replace(".", "_") for key in PROJECTION_KEYS))
 EXIT_OK = 0
 EXIT_CHECKPOINT = 3
 
@@ -39,7 +41,8 @@ def describe_checkpoint(path: str | Path) -> dict[str, str]:
         for key, tensor in state.items()
         if "_quantizer." not in key and not key.startswith("amax.")
     }
-    facts = {"file": str(path), "format": str(metadata["format"])}
+    size = Path(path).stat().st_size / MEGABYTE
+    facts = {"file": f"{path} ({size:.1f} MB)", "format": str(metadata["format"])}
     if metadata.get("entry"):
         facts["entry"] = str(metadata["entry"])
     if metadata.get("model_class"):
@@ -47,12 +50,27 @@ def describe_checkpoint(path: str | Path) -> dict[str, str]:
     facts["network"] = _describe_network(checkpoint)
     facts["classes"] = _describe_classes(checkpoint)
     activation = metadata.get("manifest", {}).get("activation") or metadata.get("activation")
-    facts["activation"] = str(activation or "not stated")
+    facts["activation"] = str(
+        activation
+        or "not stated: SiLU is assumed; say model.activation=relu in a run, or --activation relu here"
+    )
     facts["parameters"] = f"{sum(tensor.numel() for key, tensor in weights.items() if _is_parameter(key)):,}"
     facts["tensors"] = f"{len(weights)} ({_describe_types(weights)})"
-    quantizers = len(checkpoint.amax) + sum(key.startswith("amax.") for key in state)
-    facts["quantized"] = f"yes, {quantizers} ranges" if quantizers else "no"
+    facts["quantized"] = _describe_ranges(checkpoint)
     return facts
+
+
+def _describe_ranges(checkpoint: Checkpoint) -> str:
+    """How many quantizer ranges there are, and how many of them a run would use."""
+    total = len(checkpoint.amax) + sum(key.startswith("amax.") for key in checkpoint.state)
+    if not total:
+        return "no"
+    try:
+        meaning = interpret(checkpoint, "the file")
+    except CheckpointError:
+        return f"yes, {total} ranges"
+    unmatched = f", {len(meaning.unmatched)} without a counterpart here" if meaning.unmatched else ""
+    return f"yes, {total} ranges: {len(meaning.amax)} of convolutions{unmatched}"
 
 
 def _describe_network(checkpoint: Checkpoint) -> str:
@@ -75,7 +93,7 @@ def _describe_classes(checkpoint: Checkpoint) -> str:
         match = interpret(checkpoint, "the file")
     except CheckpointError:
         return "unknown"
-    return f"{count_classes(match.state)}, without names"
+    return f"{count_classes(match.state)}, without names (in a run they go by the data's order)"
 
 
 def _describe_types(state: dict[str, Tensor]) -> str:
@@ -85,7 +103,8 @@ def _describe_types(state: dict[str, Tensor]) -> str:
 
 
 def _is_parameter(key: str) -> bool:
-    return not key.endswith(("running_mean", "running_var", "num_batches_tracked", "decode.projection"))
+    """Whether `count_parameters` would count it: neither statistics nor the bins of the box distribution."""
+    return not key.endswith(("running_mean", "running_var", "num_batches_tracked", *BINS))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,8 @@ weights' type.
 """
 
 import copy
+import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +16,18 @@ from torch import Tensor, nn
 from models.blocks import ConvBlock, ConvNorm, RepConvBlock
 from models.detector import Detector
 
+_logger = logging.getLogger(__name__)
+
 
 def fold_detector(detector: Detector) -> Detector:
     """Return a folded copy in evaluation mode; the detector itself is not changed.
 
     In the copy each `ConvBlock` is conv (with bias) + activation (its `bn` is an `nn.Identity`), and each
-    `RepConvBlock` is one 3x3 `ConvBlock` under the same name. The output is equal up to rounding.
+    `RepConvBlock` is one 3x3 `ConvBlock` under the same name. The output is equal up to rounding. Imported ranges go
+    with the layers; those of two merged kernels say nothing about their sum and are left out (and logged).
     """
     folded = copy.deepcopy(detector).eval()
+    folded.amax = _folded_ranges(folded.network, detector.amax)
     fold_network(folded.network)
     folded.folded = True
     return folded
@@ -40,6 +46,33 @@ def fold_network(network: nn.Module) -> None:
             module.bn = nn.Identity()
 
 
+def _folded_ranges(network: nn.Module, amax: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Ranges of the layers that `fold_network` will leave, from those of the layers that are there now."""
+    ranges = dict(amax)
+    lost = []
+    for name, module in network.named_modules():
+        if isinstance(module, RepConvBlock):
+            branches = [f"{name}.{branch}.conv" for branch in ("dense", "pointwise")]
+            inputs = [ranges.pop(f"{branch}.input") for branch in branches if f"{branch}.input" in ranges]
+            if inputs:
+                ranges[f"{name}.conv.input"] = torch.stack(inputs).amax()
+            found = [f"{branch}.weight" for branch in branches if f"{branch}.weight" in ranges]
+            lost += [key for key in found if ranges.pop(key) is not None]
+        elif isinstance(module, ConvNorm) and isinstance(module.bn, nn.BatchNorm2d):
+            key = f"{name}.conv.weight"
+            if key in ranges:
+                ranges[key] = (ranges[key].double() * _gain(module.bn).abs()).float()
+    if lost:
+        _logger.info("ranges of merged kernels left out: %s", ", ".join(lost))
+    return ranges
+
+
+def _gain(norm: nn.BatchNorm2d) -> Tensor:
+    """What a normalisation multiplies each channel with, in float64."""
+    assert norm.running_var is not None
+    return norm.weight.detach().double() / torch.sqrt(norm.running_var.double() + norm.eps)
+
+
 def _folded_weight(block: ConvNorm) -> tuple[Tensor, Tensor]:
     """Kernel and bias of a block, in float64. The block may be folded already."""
     weight = block.conv.weight.detach().double()
@@ -49,8 +82,7 @@ def _folded_weight(block: ConvNorm) -> tuple[Tensor, Tensor]:
         return weight, bias
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_mean is not None
-    assert norm.running_var is not None
-    gain = norm.weight.detach().double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    gain = _gain(norm)
     shifted = norm.bias.detach().double() + (bias - norm.running_mean.double()) * gain
     return weight * gain.reshape(-1, 1, 1, 1), shifted
 

@@ -12,6 +12,7 @@ from quant import (
     InsertionError,
     PlanError,
     PolicyError,
+    RangeError,
     TraceError,
 )
 
@@ -34,6 +35,7 @@ EXIT_CODES: dict[type[Exception], int] = {
     DataError: 3,
     CheckpointError: 3,
     CalibrationError: 3,
+    RangeError: 3,
     DivergenceError: 3,
     DeployError: 3,
     GateError: 4,

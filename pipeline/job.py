@@ -105,7 +105,10 @@ class Job:
         if config.factory is not None:
             return open_own(config.factory, split)
         merged = config.merge_classes or None
-        return open_dataset(self.data_root, split, format=config.format, merge_classes=merged)
+        cache = Path(config.cache_dir) if config.cache_dir else None
+        return open_dataset(
+            self.data_root, split, format=config.format, merge_classes=merged, cache_dir=cache
+        )
 
     def letterboxed(
         self, dataset: Dataset, batch_size: int, limit: int | None, team: Team = ALONE

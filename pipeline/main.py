@@ -16,7 +16,7 @@ from pipeline.errors import RunError
 from pipeline.finetuning import finetune_stage
 from pipeline.job import Job
 from pipeline.measuring import row_value
-from pipeline.progress import mute, say
+from pipeline.progress import mute, say, show_room_logs
 from pipeline.quantizing import calibrate_stage, float_stage, place_stage
 from pipeline.reporting import check_gates, report_stage
 from pipeline.run import CONFIG, Run
@@ -53,6 +53,7 @@ def run_job(config: Config) -> float:
         ConfigError, RunError, DataError, CheckpointError, DeployError: with value, expectation and remedy.
     """
     quit_on_termination()
+    show_room_logs()
     team = join_team()
     mute(not team.first)
     job = Job(config, _open_together(config, team), team)

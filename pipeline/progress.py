@@ -1,7 +1,8 @@
-"""Progress: a rich bar with an estimate on a terminal, one plain line per task everywhere else."""
+"""Progress: a rich bar with an estimate on a terminal, one plain line per task everywhere else; and the rooms' logs."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,32 @@ def say(text: str) -> None:
 def mute(silent: bool) -> None:
     """Keep this process from writing progress, or let it again: one of a team is enough."""
     console.quiet = silent
+
+
+class _RoomLog(logging.Handler):
+    """Says what the rooms log, each line once: a file that is opened again for another stage is no news."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text not in self.said:
+            self.said.add(text)
+            say(text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}")
+
+
+_room_log = _RoomLog()
+
+
+def show_room_logs() -> None:
+    """From now on, let a run's output hold what the rooms log: what was dropped, kept, assumed or left out."""
+    _room_log.said.clear()
+    for room in ("models", "data", "quant", "deploy"):
+        logger = logging.getLogger(room)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(_room_log)
 
 
 def track(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:

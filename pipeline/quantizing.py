@@ -7,8 +7,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from configs.errors import ConfigError
 from pipeline.job import Job
 from pipeline.progress import say
 from quant import (
@@ -59,17 +60,40 @@ def calibrate_stage(job: Job) -> None:
     )
     network = prepared_network(job)
     model = insert(network, placement, job.config.qat.learn_scales).to(job.device).eval()
-    images = job.calibration_images(job.team)
-    result = calibrate(model, images, config.observer, weight_method(job), config.percentile, job.team.gather)
+    images, ranges = job.calibration_images(job.team), imported_ranges(job)
+    result = calibrate(
+        model, images, config.observer, weight_method(job), config.percentile, job.team.gather, ranges
+    )
     if not job.team.first:
         return
-    assert result.convergence is not None
-    say(f"calibration: {result.convergence.sentence()}")
+    for line in result.imported.describe() if result.imported is not None else ():
+        say(line)
+    if result.convergence is not None:
+        say(f"calibration: {result.convergence.sentence()}")
     if config.adaround or config.bias_correction:
         _repair(job, model)
     job.run.write_json("calibration.json", result.as_dict())
     job.save_quantized(model, "ptq.safetensors")
-    job.record_row("ptq", job.measure(job.predictor(model), "ptq"), observer=config.observer)
+    imported = {"imported_groups": len(result.imported.groups)} if result.imported is not None else {}
+    job.record_row("ptq", job.measure(job.predictor(model), "ptq"), observer=config.observer, **imported)
+
+
+def imported_ranges(job: Job) -> dict[str, Tensor]:
+    """Ranges that the float weights brought along from a quantized checkpoint, where the settings want them.
+
+    Raises:
+        ConfigError: equalisation would move the ranges.
+    """
+    ranges = job.detector.amax
+    if ranges and job.config.quant.imported_ranges == "ignore":
+        say(f"imported ranges: {len(ranges)} ignored (quant.imported_ranges=ignore)")
+        return {}
+    if ranges and job.config.quant.equalize:
+        raise ConfigError(
+            f"quant.equalize=true moves ranges between channels, and the weights bring {len(ranges)} ranges of their "
+            "own: add quant.imported_ranges=ignore, or leave equalisation out"
+        )
+    return ranges
 
 
 def prepared_network(job: Job) -> nn.Module:

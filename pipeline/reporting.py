@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from data import unletterbox
-from models import non_max_suppression
+from models import measure_network, non_max_suppression
 from pipeline.errors import GateError
 from pipeline.job import FLOAT_MODEL, Job
 from pipeline.machine import describe_machine, describe_versions
@@ -44,6 +44,7 @@ def report_stage(job: Job) -> None:
         calibration=run.read_json("calibration.json").get("convergence")
         if run.path("calibration.json").exists()
         else None,
+        model=_model_facts(job),
         findings=_findings(job),
         notes=_notes(job),
     )
@@ -125,6 +126,38 @@ def _placement_items(job: Job) -> list[dict[str, Any]] | None:
         {"name": name, "kind": "float", "reason": reason} for name, reason in placement.kept_float.items()
     ]
     return items
+
+
+def _model_facts(job: Job) -> dict[str, Any] | None:
+    """What the float network costs, layer by layer, and what the plan makes of each layer."""
+    if not job.run.path(FLOAT_MODEL).exists():
+        return None
+    path = job.run.path("placement.yaml")
+    bits = {site.layer: site.bits for site in load_placement(path).weights} if path.exists() else {}
+    facts = measure_network(job.detector.network, (job.config.data.image_size,) * 2)
+    layers: dict[str, dict[str, Any]] = {}
+    shares: dict[str, float] = {}
+    for layer in facts.layers:
+        precision = f"INT{bits[layer.name]}" if layer.name in bits else "float"
+        shares[precision] = shares.get(precision, 0.0) + layer.macs / facts.macs
+        if layer.name in layers:  # it runs several times
+            layers[layer.name]["macs"] += layer.macs
+            continue
+        layers[layer.name] = {
+            "name": layer.name,
+            "kind": layer.kind,
+            "parameters": layer.parameters,
+            "macs": layer.macs,
+            "output": list(layer.output_shape),
+            "precision": precision,
+        }
+    return {
+        "parameters": facts.parameters,
+        "macs": facts.macs,
+        "strides": list(facts.strides),
+        "shares": dict(sorted(shares.items())),
+        "layers": list(layers.values()),
+    }
 
 
 def _findings(job: Job) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 
 from torch import fx
@@ -152,7 +153,9 @@ def _keep_budget(job: Job, model: fx.GraphModule, ranking: list[str], max_drop: 
 
     result = search_budget(ranking, measure, target)
     facts = measure_network(job.detector.network, (job.config.data.image_size,) * 2)
-    macs = {layer.name: layer.macs for layer in facts.layers}
+    macs: Counter[str] = Counter()
+    for layer in facts.layers:  # a layer that runs several times stands there as often
+        macs[layer.name] += layer.macs
     layers = {group.name: group.layers for group in placement_of(model).groups}
     costs = [
         {"unit": unit, "layers": list(layers[unit]), "macs": sum(macs[layer] for layer in layers[unit])}

@@ -27,6 +27,9 @@ def train_stage(job: Job) -> None:
     """Train the float detector, from scratch or from weights, and keep its average as the run's float model."""
     config = job.config.train
     detector = job.initial_detector().to(job.device)
+    if detector.amax:
+        say(f"imported ranges: {len(detector.amax)} dropped, since training moves the weights away from them")
+        detector.amax = {}
     options = TrainingOptions(
         epochs=config.epochs,
         learning_rate=config.learning_rate,

@@ -8,6 +8,7 @@ from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
 from quant.finetuning import DivergenceError, TrainingOptions, TrainingState, new_state, train_epochs
 from quant.folding import fold_batchnorms
 from quant.graph import TraceError, trace
+from quant.imported import ImportedRanges, RangeError, import_ranges
 from quant.insertion import (
     ACTIVATION_QUANTIZERS,
     InsertionError,
@@ -35,6 +36,7 @@ __all__ = [
     "EqualizationResult",
     "FakeQuantize",
     "Group",
+    "ImportedRanges",
     "InsertionError",
     "LayerRepair",
     "Mode",
@@ -43,6 +45,7 @@ __all__ = [
     "PlanError",
     "Policy",
     "PolicyError",
+    "RangeError",
     "Rule",
     "SharingResult",
     "TensorSite",
@@ -58,6 +61,7 @@ __all__ = [
     "equalize",
     "feature_nodes",
     "fold_batchnorms",
+    "import_ranges",
     "insert",
     "load_placement",
     "measure_fisher",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,11 +19,13 @@ from quant.convergence import (
     merge_milestones,
 )
 from quant.fake_quantize import Mode
+from quant.imported import ImportedRanges, import_ranges
 from quant.insertion import activation_quantizers, placement_of, quantized_layers, quantizers, set_mode
 from quant.observers import METHODS, Histogram, choose_scale, choose_weight_scale
 
 log = logging.getLogger(__name__)
 FIXED = "fixed"  # in place of a method, for scales that the plan gives
+IMPORTED = "imported"  # ... of a group whose range came with the checkpoint
 
 
 Gather = Callable[
@@ -37,25 +39,29 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True)
 class GroupCalibration:
-    """What calibration found for one group: all in the tensor's own units; `clipped` is a share of the values."""
+    """What calibration found for one group: all in the tensor's own units; `clipped` is a share of the values.
+
+    `maximum` and `clipped` are None where no value was looked at, because the range was imported.
+    """
 
     name: str
     method: str
-    maximum: float
+    maximum: float | None
     amax: float
     scale: float
-    clipped: float
+    clipped: float | None
     num_values: int
     num_ignored: int
 
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """Result of `calibrate`: one entry per group, the number of images seen, and how the scales settled."""
+    """Result of `calibrate`: one entry per group, the number of images, how the scales settled, what was imported."""
 
     groups: tuple[GroupCalibration, ...]
     num_images: int
     convergence: Convergence | None = None
+    imported: ImportedRanges | None = None
 
     def as_dict(self) -> dict[str, object]:
         """Plain data for a JSON file."""
@@ -65,6 +71,8 @@ class CalibrationResult:
         }
         if self.convergence is not None:
             content["convergence"] = self.convergence.as_dict()
+        if self.imported is not None:
+            content["imported"] = self.imported.as_dict()
         return content
 
 
@@ -75,11 +83,13 @@ def calibrate(
     weight_method: str = "mse",
     percentile: float = 99.99,
     gather: Gather | None = None,
+    ranges: Mapping[str, Tensor] | None = None,
 ) -> CalibrationResult:
     """Set every scale of an inserted model and leave all quantizers switched on.
 
     Weight scales depend on the weights alone. Activation scales come from one pass of float inference over the
-    batches; a group with a fixed scale keeps it, one with an observer of its own uses that.
+    batches; a group with a fixed scale keeps it, one with an observer of its own uses that. What has an imported
+    range is not calibrated; where every group has one, no batch is drawn.
 
     Args:
         model: result of `insert`.
@@ -89,25 +99,29 @@ def calibrate(
         percentile: for the percentile method, in percent.
         gather: where several processes calibrate one model, each on its own share of the images: collects an item from
             all of them. Counts add up exactly, so the scales do not depend on the number of processes.
+        ranges: of a quantized checkpoint, as `import_ranges` takes them; None or empty calibrates everything.
 
     Raises:
         CalibrationError: no batch, an unknown method, or a group that saw NaN or infinite values only, or such
             a weight.
+        RangeError: an imported range does not fit.
     """
     for name in (method, weight_method):
         if name not in METHODS:
             raise CalibrationError(f"unknown calibration method {name!r}: choose one of {', '.join(METHODS)}")
-    calibrate_weights(model, weight_method)
+    imported = import_ranges(model, ranges) if ranges else ImportedRanges()
+    calibrate_weights(model, weight_method, imported.weights)
     milestones = Milestones(1 if gather is None else len(gather(None)))
-    histograms, num_images = collect_histograms(model, batches, milestones.see)
+    histograms, num_images = collect_histograms(model, batches, milestones.see, imported.groups)
     if gather is not None:
         parts = gather((histograms, num_images, milestones))
         histograms = merge_histograms([part[0] for part in parts])
         num_images = sum(part[1] for part in parts)
         milestones = merge_milestones([part[2] for part in parts])
-    result = apply_histograms(model, histograms, method, percentile, num_images)
+    result = apply_histograms(model, histograms, method, percentile, num_images, imported.groups)
     set_mode(model, Mode.QUANTIZE)
-    return replace(result, convergence=_convergence(model, result, milestones, percentile))
+    convergence = _convergence(model, result, milestones, percentile) if num_images else None
+    return replace(result, convergence=convergence, imported=imported if ranges else None)
 
 
 def _convergence(
@@ -115,7 +129,7 @@ def _convergence(
 ) -> Convergence:
     """The scales that fewer images would have given, chosen by the method that chose the final ones."""
     quantizer_of = activation_quantizers(model)
-    chosen = {group.name: group for group in result.groups if group.method != FIXED}
+    chosen = {group.name: group for group in result.groups if group.method not in (FIXED, IMPORTED)}
 
     def scale_of(name: str, histogram: Histogram) -> float:
         return choose_scale(histogram, chosen[name].method, quantizer_of[name].bits, percentile).scale
@@ -124,8 +138,8 @@ def _convergence(
     return follow_scales(milestones, result.num_images, final, scale_of)
 
 
-def calibrate_weights(model: fx.GraphModule, method: str = "mse") -> None:
-    """Choose one scale per output channel of every quantized layer.
+def calibrate_weights(model: fx.GraphModule, method: str = "mse", skip: Collection[str] = ()) -> None:
+    """Choose one scale per output channel of every quantized layer, those to skip aside.
 
     Raises:
         CalibrationError: a layer has NaN or infinite weights.
@@ -135,6 +149,8 @@ def calibrate_weights(model: fx.GraphModule, method: str = "mse") -> None:
             raise CalibrationError(
                 f"layer {name!r} has NaN or infinite weights: use a checkpoint from before the training diverged"
             )
+        if name in skip:
+            continue
         quantizer = layer.weight_quantizer
         scale = choose_weight_scale(layer.weight, quantizer.axis, method, quantizer.bits)
         quantizer.set_scale(scale.to(layer.weight.device), layer.weight)
@@ -144,13 +160,19 @@ def collect_histograms(
     model: fx.GraphModule,
     batches: Iterable[Tensor],
     after_batch: Callable[[Histograms, int], None] | None = None,
+    skip: Collection[str] = (),
 ) -> tuple[Histograms, int]:
-    """Run float inference and count the magnitudes in every group; returns the histograms and the image count.
+    """Run float inference and count the magnitudes in every group, those to skip aside.
 
-    `after_batch` is called with both after each batch. The network's training flag and the quantizers' modes are
-    restored afterwards.
+    `after_batch` is called with the histograms and the image count after each batch. The network's training flag and
+    the quantizers' modes are restored afterwards.
+
+    Returns:
+        The histograms, and the number of images; none is looked at where all groups are skipped.
     """
-    groups = activation_quantizers(model)
+    groups = {name: found for name, found in activation_quantizers(model).items() if name not in skip}
+    if skip and not groups:
+        return {}, 0
     histograms = {name: Histogram() for name in groups}
     modes = [(quantizer, quantizer.mode) for quantizer in quantizers(model)]
     training = model.training
@@ -178,12 +200,22 @@ def collect_histograms(
 
 
 def apply_histograms(
-    model: fx.GraphModule, histograms: dict[str, Histogram], method: str, percentile: float, num_images: int
+    model: fx.GraphModule,
+    histograms: dict[str, Histogram],
+    method: str,
+    percentile: float,
+    num_images: int,
+    imported: Mapping[str, float] | None = None,
 ) -> CalibrationResult:
-    """Set each group's scale from its histogram."""
+    """Set each group's scale from its histogram; a group with an imported range has its scale already."""
     quantizer_of = activation_quantizers(model)
     found = []
     for group in placement_of(model).groups:
+        if imported and group.name in imported:
+            amax = imported[group.name]
+            scale = amax / quantizer_of[group.name].high
+            found.append(GroupCalibration(group.name, IMPORTED, None, amax, scale, None, 0, 0))
+            continue
         histogram, quantizer = histograms[group.name], quantizer_of[group.name]
         if histogram.num_values == 0:
             raise CalibrationError(

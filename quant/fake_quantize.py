@@ -39,16 +39,22 @@ class Mode(enum.Enum):
     QUANTIZE = "quantize"  # rounds it to the grid
 
 
+def _round_to_grid(x: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """X on the grid and the in-range mask, with a scale that stays where it is, on the device."""
+    zero_point = torch.zeros(1, dtype=torch.int32, device=x.device)
+    enabled = torch.ones(1, dtype=torch.int64, device=x.device)
+    y, mask = torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
+        x, scale.reshape(1), zero_point, enabled, low, high
+    )
+    return y, mask
+
+
 class _FakeQuantizeTensor(torch.autograd.Function):
     """Per-tensor fake quantization with gradients for the input and the logarithm of the scale."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_scale: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-        zero_point = torch.zeros(1, dtype=torch.int32, device=x.device)
-        enabled = torch.ones(1, dtype=torch.int64, device=x.device)
-        y, mask = torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
-            x, scale.reshape(1), zero_point, enabled, low, high
-        )
+        y, mask = _round_to_grid(x, scale, low, high)
         ctx.save_for_backward(x, y, mask)
         ctx.gradient_scale = 1.0 / math.sqrt(max(x.numel(), 1) * high)
         return y
@@ -137,8 +143,10 @@ class FakeQuantize(nn.Module):
         y = x.float()
         if torch.is_grad_enabled() and (x.requires_grad or self.log_scale.requires_grad):
             y = _FakeQuantizeTensor.apply(y, self.log_scale, self.scale, self.low, self.high)
-        else:
+        elif y.device.type == "cpu":
             y = torch.fake_quantize_per_tensor_affine(y, float(self.scale), 0, self.low, self.high)
+        else:  # reading the scale as a number would wait for all that the device has still to do
+            y, _ = _round_to_grid(y, self.scale, self.low, self.high)
         return y.to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -206,15 +206,31 @@ class _Planner:
             self.kept_float[path] = reason
 
     def _is_output(self, node: fx.Node) -> bool:
-        """Whether the result reaches the output through nothing that computes with weights."""
+        """Whether the result is an answer of the network.
+
+        It is where it leaves as it is (reshaped or joined at most), and where it leaves through anything without
+        weights (an activation, say) and no other layer reads it: a feature that is returned as well is no answer.
+        """
+        unchanged = {Kind.TRANSPARENT, Kind.CONCAT}
+        if self._readers_behind(node, unchanged)[0]:
+            return True
+        leaves, is_read = self._readers_behind(node, set(Kind) - {Kind.WEIGHTED})
+        return leaves and not is_read
+
+    def _readers_behind(self, node: fx.Node, passing: set[Kind]) -> tuple[bool, bool]:
+        """Whether the network's output, and whether a weighted layer, is reached through nodes of these kinds."""
         frontier = list(node.users)
+        seen = set(frontier)
+        leaves = read = False
         while frontier:
             user = frontier.pop()
-            if user.op == "output":
-                return True
-            if self.kinds[user] in {Kind.TRANSPARENT, Kind.CONCAT} or user.op == "call_function":
-                frontier += list(user.users)
-        return False
+            leaves |= user.op == "output"
+            read |= self.kinds[user] is Kind.WEIGHTED
+            if self.kinds[user] in passing:
+                fresh = [reader for reader in user.users if reader not in seen]
+                seen.update(fresh)
+                frontier += fresh
+        return leaves, read
 
     def _narrow(self, node: fx.Node) -> str | None:
         """Why a convolution below 16 channels has no good INT8 kernel, by the channel rules modelopt publishes."""

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+MODEL_KEYS = ("parameters", "macs", "strides", "shares", "layers")
+LAYER_KEYS = ("name", "kind", "parameters", "macs", "output", "precision")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -89,6 +91,9 @@ class ReportData:
         placement: [{"name": str, "kind": "activation" | "weight" | "float", ...}]; "scale" is drawn where given.
         calibration: how scales settle: {"images": [int], "largest": [float], "median": [float]}, the relative
             distances of all scales from the final ones at each image count; None where nothing was calibrated.
+        model: facts about the network at `image_size`: {"parameters": int, "macs": int (multiply-accumulates for one
+            image), "strides": [int], "shares": precision -> share of the MACs, 0..1, "layers": [{"name", "kind",
+            "parameters", "macs", "output", "precision"}] in the order they run}; None where nobody measured it.
         findings: of the graph check: [{"name", "hazard", "remedy", ...}].
         notes: sentences for the reader.
     """
@@ -105,6 +110,7 @@ class ReportData:
     sensitivity: Sequence[Mapping[str, Any]] | None = None
     placement: Sequence[Mapping[str, Any]] | None = None
     calibration: Mapping[str, Any] | None = None
+    model: Mapping[str, Any] | None = None
     findings: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
 
@@ -120,6 +126,8 @@ class ReportData:
             ("sensitivity item", self.sensitivity or (), ("unit", "score")),
             ("placement item", self.placement or (), ("name", "kind")),
             ("finding", self.findings, ("name", "hazard", "remedy")),
+            ("model", (self.model,) if self.model is not None else (), MODEL_KEYS),
+            ("layer", (self.model or {}).get("layers", ()), LAYER_KEYS),
         ):
             for item in items:
                 missing = [key for key in keys if key not in item]

@@ -17,7 +17,16 @@ from markupsafe import Markup
 
 from report.charts import Chart, all_charts
 from report.data import ReportData, ReportError, Row, find_row, reference_engine
-from report.tables import LEGEND, MEGABYTE, columns_for, finite, table_cells
+from report.tables import (
+    LAYER_HEADINGS,
+    LEGEND,
+    MEGABYTE,
+    columns_for,
+    finite,
+    layer_lines,
+    model_facts,
+    table_cells,
+)
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
@@ -49,6 +58,8 @@ def render_html(data: ReportData) -> str:
             sorted(data.sensitivity or (), key=lambda item: -float(item["score"])), ("unit", "score")
         ),
         placement=dict_table(data.placement or (), ("name", "kind")),
+        facts=model_facts(data.model) if data.model is not None else {},
+        layers={"keys": LAYER_HEADINGS, "lines": layer_lines(data.model) if data.model is not None else []},
         findings=dict_table(data.findings, ("name", "hazard", "remedy")),
         total_seconds=sum(float(stage["seconds"]) for stage in data.stages),
         pictures=[

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -187,3 +188,42 @@ def markdown_results(rows: Sequence[Row]) -> str:
     return markdown_table(
         headings, [[name, *(_text(cell) for cell in cells)] for name, cells in table_cells(rows)]
     )
+
+
+def model_facts(model: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a network costs as label -> text: parameters, multiply-accumulates by precision, strides."""
+    shares = ", ".join(f"{share:.1%} {precision}" for precision, share in model["shares"].items())
+    return {
+        "Parameters": f"{model['parameters']:,}",
+        "Multiply-accumulates per image": f"{model['macs']:,}",
+        "of these": shares or MISSING,
+        "Input pixels per cell of each output map": ", ".join(map(str, model["strides"])) or MISSING,
+    }
+
+
+LAYER_HEADINGS = ("Layer", "Precision", "MACs", "Share", "Parameters", "Kind", "Output")
+
+
+def layer_lines(model: Mapping[str, Any], first: int | None = None) -> list[list[str]]:
+    """Return one line per weighted layer, under LAYER_HEADINGS.
+
+    Args:
+        model: as `ReportData.model`.
+        first: only so many, those with the most multiply-accumulates; None gives all in the order they run.
+    """
+    layers = list(model["layers"])
+    if first is not None:
+        layers = sorted(layers, key=lambda layer: -int(layer["macs"]))[:first]
+    total = max(int(model["macs"]), 1)
+    return [
+        [
+            str(layer["name"]),
+            str(layer["precision"]),
+            f"{layer['macs']:,}",
+            f"{layer['macs'] / total:.2%}",
+            f"{layer['parameters']:,}",
+            str(layer["kind"]),
+            " x ".join(map(str, layer["output"])),
+        ]
+        for layer in layers
+    ]

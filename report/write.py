@@ -11,8 +11,18 @@ from typing import Any
 from report.data import ReportData, Row
 from report.files import write_atomically
 from report.html import cell_text, render_html
-from report.tables import LEGEND, escape_markdown, finite, markdown_results, markdown_table
+from report.tables import (
+    LAYER_HEADINGS,
+    LEGEND,
+    escape_markdown,
+    finite,
+    layer_lines,
+    markdown_results,
+    markdown_table,
+    model_facts,
+)
 
+MOST_EXPENSIVE = 20  # layers listed in report.md; the other reports have all
 ROW_KEYS = (
     "name",
     "ap",
@@ -65,6 +75,7 @@ def to_json(data: ReportData) -> dict[str, Any]:
         ],
         "versions": _plain(data.versions),
         "machine": _plain(data.machine),
+        "model": _plain(data.model),
         "findings": _plain(data.findings),
         "notes": _plain(data.notes),
     }
@@ -100,6 +111,12 @@ def to_markdown(data: ReportData) -> str:
     ]
     if data.notes:
         parts += ["## Notes", "\n".join(f"- {escape_markdown(note)}" for note in data.notes)]
+    if data.model is not None:
+        lines = [[label, text] for label, text in model_facts(data.model).items()]
+        parts += ["## Model", markdown_table(["", ""], lines, numbers_from=2)]
+        lines = layer_lines(data.model, first=MOST_EXPENSIVE)
+        title = f"### The {len(lines)} layers with the most multiply-accumulates"
+        parts += [title, markdown_table(LAYER_HEADINGS, lines, numbers_from=2)]
     if data.findings:
         lines = [[item["name"], item["hazard"], item["remedy"]] for item in data.findings]
         parts += ["## Graph check", markdown_table(["Where", "Hazard", "Remedy"], lines, numbers_from=3)]

@@ -10,6 +10,8 @@ import onnx
 import pytest
 from main_job import TINY, run_entry
 
+from models import load_detector
+
 ROW_KEYS = {
     "name",
     "ap",
@@ -50,6 +52,22 @@ def test_report_holds_every_row_and_stage(finished_run: Path) -> None:
     assert report["image_size"] == 96
     assert report["versions"]["torch"]
     assert report["machine"]["processor"]
+
+
+def test_report_says_what_the_model_costs_and_what_of_it_is_int8(finished_run: Path) -> None:
+    model = json.loads((finished_run / "runs/demo/latest/report.json").read_text())["model"]
+    network = load_detector(finished_run / "runs/demo/latest/float.safetensors").network
+    assert model["parameters"] == sum(parameter.numel() for parameter in network.parameters())
+    assert model["strides"] == [8, 16, 32]
+    layers = {layer["name"]: layer for layer in model["layers"]}
+    assert len(layers) == 185
+    stem = layers["backbone.stem1.conv"]
+    assert (stem["macs"], stem["output"], stem["precision"]) == (16 * 3 * 9 * 48 * 48, [16, 48, 48], "INT8")
+    floating = {name for name, layer in layers.items() if layer["precision"] == "float"}
+    assert floating == {f"head.{branch}.{level}.output" for branch in ("box", "cls") for level in range(3)}
+    assert sum(layer["macs"] for layer in layers.values()) == model["macs"]
+    share = sum(layers[name]["macs"] for name in floating) / model["macs"]
+    assert model["shares"] == pytest.approx({"INT8": 1 - share, "float": share})
 
 
 def test_engines_agree_with_torch_on_real_outputs(finished_run: Path) -> None:

@@ -1,4 +1,4 @@
-"""Recorded outputs of the official networks: rebuild a fixture's state dict from its recipe."""
+"""Recorded outputs of the official networks, rebuilt from their recipe; and checkpoints as other tools leave them."""
 
 import json
 import zlib
@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from models import Detector
+from models.convert import official_keys
+from models.yolov9 import YOLOv9Network
 
 
 def fixture_state(folder: Path, name: str) -> dict[str, Tensor]:
@@ -65,3 +70,43 @@ def fixture_images(folder: Path) -> Tensor:
 
 def fixture_output(folder: Path, name: str) -> Tensor:
     return torch.from_numpy(np.load(folder / f"{name}.expected.npz")["output"])
+
+
+def official_state(detector: Detector) -> dict[str, Tensor]:
+    """The detector's weights under the names of an official checkpoint."""
+    assert isinstance(detector.network, YOLOv9Network)
+    names = official_keys(detector.network)
+    return {names[key]: tensor for key, tensor in detector.network.state_dict().items()}
+
+
+def quantized_model(folded: Detector) -> nn.Module:
+    """A module tree as yolov9-qat pickles it: folded, TensorQuantizers beside each convolution and elsewhere."""
+    quant_nn = pytest.importorskip("pytorch_quantization.nn")
+    tensor_quant = pytest.importorskip("pytorch_quantization.tensor_quant")
+    histogram = tensor_quant.QuantDescriptor(calib_method="histogram")
+
+    def quantizer(value: Any) -> nn.Module:
+        made = quant_nn.TensorQuantizer(histogram)
+        made.register_buffer("_amax", torch.as_tensor(value))
+        return made
+
+    root = nn.Module()
+    for number, (key, tensor) in enumerate(official_state(folded).items()):
+        module = root
+        *path, name = key.split(".")
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        module.register_parameter(name, nn.Parameter(tensor.clone()))
+        if name == "weight":
+            module.add_module("_input_quantizer", quantizer(number + 0.5))
+            module.add_module("_weight_quantizer", quantizer(tensor.abs().amax((1, 2, 3), keepdim=True)))
+    block = root.get_submodule("model.4.cv2.0.m.0")
+    block.add_module("repaddop", nn.Module())
+    block.get_submodule("repaddop").add_module("_input0_quantizer", quantizer(1.0))
+    block.forward_fuse = block.get_submodule(
+        "cv2"
+    ).float  # a bound method among the attributes, as fuse() leaves them
+    root.names = {0: "a", 1: "b"}
+    return root

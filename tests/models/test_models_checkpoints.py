@@ -1,37 +1,29 @@
 """Checkpoints of every kind end up as the same networks; what doesn't fit is explained."""
 
+import copy
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from model_fixtures import fixture_images, fixture_state
+from model_fixtures import fixture_images, fixture_state, official_state, quantized_model
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from models import (
     Checkpoint,
     CheckpointError,
     Detector,
     build_detector,
+    count_parameters,
     fold_detector,
     load_detector,
     read_checkpoint,
     save_detector,
 )
 from models.checkpoint import describe_checkpoint, main
-from models.convert import official_keys
 from models.loading import detector_from_checkpoint
-from models.yolov9 import YOLOv9Network
-
-
-def official_state(detector: Detector) -> dict[str, Tensor]:
-    """The detector's weights under the names of an official checkpoint."""
-    assert isinstance(detector.network, YOLOv9Network)
-    names = official_keys(detector.network)
-    return {names[key]: tensor for key, tensor in detector.network.state_dict().items()}
 
 
 def assert_same_weights(a: Detector, b: Detector) -> None:
@@ -181,39 +173,6 @@ def test_numbers_must_be_finite(small: Detector) -> None:
         detector_from_checkpoint(Checkpoint(state), "x.pt")
 
 
-def quantized_model(folded: Detector) -> nn.Module:
-    """A module tree as yolov9-qat pickles it: folded, TensorQuantizers beside each convolution and elsewhere."""
-    quant_nn = pytest.importorskip("pytorch_quantization.nn")
-    tensor_quant = pytest.importorskip("pytorch_quantization.tensor_quant")
-    histogram = tensor_quant.QuantDescriptor(calib_method="histogram")
-
-    def quantizer(value: Any) -> nn.Module:
-        made = quant_nn.TensorQuantizer(histogram)
-        made.register_buffer("_amax", torch.as_tensor(value))
-        return made
-
-    root = nn.Module()
-    for number, (key, tensor) in enumerate(official_state(folded).items()):
-        module = root
-        *path, name = key.split(".")
-        for part in path:
-            if part not in module._modules:
-                module.add_module(part, nn.Module())
-            module = module.get_submodule(part)
-        module.register_parameter(name, nn.Parameter(tensor.clone()))
-        if name == "weight":
-            module.add_module("_input_quantizer", quantizer(number + 0.5))
-            module.add_module("_weight_quantizer", quantizer(tensor.abs().amax((1, 2, 3), keepdim=True)))
-    block = root.get_submodule("model.4.cv2.0.m.0")
-    block.add_module("repaddop", nn.Module())
-    block.get_submodule("repaddop").add_module("_input0_quantizer", quantizer(1.0))
-    block.forward_fuse = block.get_submodule(
-        "cv2"
-    ).float  # a bound method among the attributes, as fuse() leaves them
-    root.names = {0: "a", 1: "b"}
-    return root
-
-
 def test_quantized_checkpoint_gives_weights_and_ranges(
     folded: Detector, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -235,7 +194,12 @@ def test_quantized_checkpoint_gives_weights_and_ranges(
     back = load_detector(tmp_path / "a.safetensors")
     assert back.amax.keys() == detector.amax.keys()
     assert all(torch.equal(back.amax[key], tensor) for key, tensor in detector.amax.items())
-    assert describe_checkpoint(tmp_path / "qat.pt")["quantized"].startswith("yes")
+    ranges = 2 * len(weights)
+    expected = f"yes, {ranges + 1} ranges: {ranges} of convolutions, 1 without a counterpart here"
+    assert describe_checkpoint(tmp_path / "qat.pt")["quantized"] == expected
+    assert describe_checkpoint(tmp_path / "a.safetensors")["quantized"] == (
+        f"yes, {ranges} ranges: {ranges} of convolutions"
+    )
 
 
 def test_description_of_a_trained_checkpoint(shared_data: Path) -> None:
@@ -245,6 +209,13 @@ def test_description_of_a_trained_checkpoint(shared_data: Path) -> None:
     assert facts["classes"] == "3: RBC, WBC, Platelets"
     assert facts["quantized"] == "no"
     assert "float16" in facts["tensors"]
+
+
+@pytest.mark.parametrize("name", ["gelan-t-bccd.pt", "yolov9t-relu-3cls.npz", "ultralytics-yolov9t-ball.pt"])
+def test_the_parameters_told_are_those_of_the_loaded_network(shared_data: Path, name: str) -> None:
+    facts = describe_checkpoint(shared_data / "weights" / name)
+    assert facts["parameters"] == f"{count_parameters(load_detector(shared_data / 'weights' / name)):,}"
+    assert ("not stated" in facts["activation"]) == name.endswith(".npz")
 
 
 def test_command_describes_converts_and_fails(
@@ -265,3 +236,30 @@ def test_damaged_weights_of_our_own_are_noticed(small: Detector, tmp_path: Path)
     (tmp_path / "a.safetensors").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"is not the file that a\.safetensors\.json describes"):
         load_detector(tmp_path / "a.safetensors")
+
+
+def test_ranges_go_with_the_layers_through_folding(small: Detector, caplog: pytest.LogCaptureFixture) -> None:
+    """Ranges that are the weights' own maxima must be those of the folded weights afterwards."""
+    detector = copy.deepcopy(small)
+    for module in detector.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, -1.5, 1.5)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    convolutions = {n: m for n, m in detector.network.named_modules() if isinstance(m, nn.Conv2d)}
+    detector.amax = {f"{n}.weight": m.weight.detach().abs().amax((1, 2, 3)) for n, m in convolutions.items()}
+    merged = next(name.removesuffix(".dense.conv") for name in convolutions if name.endswith(".dense.conv"))
+    detector.amax |= {f"{merged}.dense.conv.input": torch.tensor(2.0)}
+    detector.amax |= {f"{merged}.pointwise.conv.input": torch.tensor(3.0)}
+    with caplog.at_level(logging.INFO):
+        folded = fold_detector(detector)
+    layers = {n: m for n, m in folded.network.named_modules() if isinstance(m, nn.Conv2d)}
+    compared = 0
+    for name, layer in layers.items():
+        if f"{name}.weight" in folded.amax:
+            expected = layer.weight.detach().abs().amax((1, 2, 3))
+            assert torch.allclose(folded.amax[f"{name}.weight"], expected, rtol=1e-5)
+            compared += 1
+    assert compared == len(layers) - sum(name.endswith(".dense.conv") for name in convolutions)
+    assert float(folded.amax[f"{merged}.conv.input"]) == 3.0
+    assert {key.rpartition(".")[0] for key in folded.amax} <= set(layers)
+    assert f"ranges of merged kernels left out: {merged}.dense.conv.weight" in caplog.text

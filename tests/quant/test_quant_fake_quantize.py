@@ -11,7 +11,7 @@ from torch import nn
 
 from models import build_detector, fold_detector
 from quant import FakeQuantize, Mode, WeightFakeQuantize, insert, place
-from quant.fake_quantize import MAX_SCALE, MIN_SCALE
+from quant.fake_quantize import MAX_SCALE, MIN_SCALE, _round_to_grid
 from quant.observers import choose_weight_scale
 
 WIDTHS = range(2, 9)
@@ -36,6 +36,34 @@ def lsq(x, log_scale, low, high, count):
     code = torch.round(v).detach()
     inside = (code >= low) & (code <= high)
     return torch.where(inside, v + (code - v).detach(), code.clamp(low, high)) * step
+
+
+# -- two kernels
+
+
+@given(SCALES, st.sampled_from(WIDTHS), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_a_scale_on_the_device_gives_the_same_bits_as_one_read_from_it(scale, bits, seed):
+    """On a GPU the scale is not read as a number, since that would wait; the result must not change by that."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    x = torch.randn(500, generator=torch.Generator().manual_seed(seed)) * scale * high
+    step = torch.tensor(scale)
+    y, _ = _round_to_grid(x, step, low, high)
+    assert torch.equal(y, torch.fake_quantize_per_tensor_affine(x, float(step), 0, low, high))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_quantizing_on_a_gpu_does_not_wait_for_it():
+    quantizer = switched_on(FakeQuantize().cuda(), 0.1)
+    x = torch.randn(64, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            y = quantizer(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(y.cpu(), switched_on(FakeQuantize(), 0.1)(x.cpu()))
 
 
 # -- off

@@ -51,6 +51,28 @@ def test_narrow_convolutions(conv, kept):
     assert "1" not in wanted.kept_float
 
 
+class Ending(nn.Module):
+    """A convolution, another one, and one operation between it and the output."""
+
+    def __init__(self, ending):
+        super().__init__()
+        self.first, self.last, self.ending = ConvBlock(3, 16, 3), nn.Conv2d(16, 16, 1), ending
+
+    def forward(self, x):
+        return {"maps": [self.ending(self.last(self.first(x)))]}
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [nn.Sigmoid(), nn.ReLU(), nn.BatchNorm2d(16), nn.AvgPool2d(2), torch.sigmoid, lambda x: x.sigmoid()],
+    ids=["sigmoid", "relu", "norm", "pool", "function", "method"],
+)
+def test_an_output_layer_is_one_whatever_follows_it_without_weights(ending):
+    placement = place(folded(Ending(ending)))
+    assert placement.kept_float == {"last": "its result leaves the network"}
+    assert [site.layer for site in placement.weights] == ["first.conv"]
+
+
 def test_the_first_convolution_may_be_narrow_on_the_image():
     """3 -> 8 channels reads the image: worth an INT8 kernel; 3 -> 12 fits none."""
     for channels, kept in ((8, False), (12, True)):
@@ -65,10 +87,13 @@ def test_a_tensor_that_leaves_the_network_leaves_it_unquantized():
         def __init__(self):
             super().__init__()
             self.first, self.second = ConvBlock(3, 16, 3), ConvBlock(16, 16, 3)
+            self.last = nn.Conv2d(16, 4, 1)
 
         def forward(self, x):
             feature = self.first(x)
-            return feature, self.second(feature)
+            return feature, self.last(self.second(feature))
+
+    assert place(folded(TwoOutputs())).kept_float == {"last": "its result leaves the network"}
 
     assert groups_of(place(folded(TwoOutputs())))["first.act"] == (
         {"first.act": ("second_conv",)},

@@ -66,6 +66,23 @@ def sample_data() -> ReportData:
         ]
         + [{"name": "head.dfl", "kind": "float", "reason": "narrow"}],
         calibration={"images": [8, 16, 32], "largest": [0.4, 0.03, 0.0], "median": [0.1, 0.01, 0.0]},
+        model={
+            "parameters": 5128,
+            "macs": 4_000_000,
+            "strides": [8, 16],
+            "shares": {"INT8": 0.75, "float": 0.25},
+            "layers": [
+                {
+                    "name": EVIL if n == 25 else f"layer{n}",
+                    "kind": "Conv2d",
+                    "parameters": 10 * n + 1,
+                    "macs": 100_000 if n < 20 else 200_000,
+                    "output": [16, 40, 40],
+                    "precision": "float" if n < 10 else "INT8",
+                }
+                for n in range(30)
+            ],
+        },
         findings=[{"name": "Conv_3", "hazard": "float conv & slow", "remedy": "quantize <it>"}],
         notes=["A note with <b>markup</b>."],
     )

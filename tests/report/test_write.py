@@ -90,6 +90,20 @@ def test_json_writes_null_for_nan(tmp_path: Path) -> None:
     assert row["extras"] == {"deep": [None, 1.0]}
 
 
+def test_model_facts_stand_in_every_report(written: tuple[dict, str, str], page: Page) -> None:
+    content, markdown, _ = written
+    assert content["model"]["macs"] == 4_000_000
+    assert [layer["precision"] for layer in content["model"]["layers"]].count("INT8") == 20
+    assert "75.0% INT8, 25.0% float" in markdown
+    assert "75.0% INT8, 25.0% float" in page.texts["td"]
+    assert {"4,000,000", "8, 16", "5.00%", "16 x 40 x 40"} <= set(page.texts["td"])
+    names = {f"layer{n}" for n in range(30) if n != 25} | {EVIL}
+    assert names <= set(page.texts["th"]), "every layer in the page"
+    section = markdown.split("### The 20 layers")[1].split("##")[0]
+    assert "layer29" in section
+    assert "layer19" not in section, "the cheap ones are left out here"
+
+
 def test_html_is_well_formed(page: Page) -> None:
     assert page.unbalanced == []
     assert len(page.all("h1")) == 1
@@ -175,6 +189,7 @@ def test_an_empty_report_is_still_a_report(tmp_path: Path) -> None:
     [
         ({"rows": [Row("float"), Row("float")]}, "float appear twice"),
         ({"stages": [{"name": "float"}]}, "lacks seconds"),
+        ({"model": {"parameters": 1, "macs": 2, "strides": [], "shares": {}}}, "lacks layers"),
         ({"sensitivity": [{"score": 1.0}]}, "lacks unit"),
         ({"detections": [DetectionPanel("cells", [("float", b"GIF89a")])]}, "no PNG"),
     ],
