@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
-from quant.graph import trace
+from quant.graph import Kind, inputs_of, kind_of, trace
 from quant.layers import QuantizedLayer, quantize_layer
 from quant.placement import Group, Placement
 
@@ -58,6 +58,7 @@ def insert(network: nn.Module, placement: Placement, learn_scales: bool = True) 
             quantize_layer(layer, site.axis, site.bits, learn_scales)
         except TypeError as error:
             raise InsertionError(f"the placement quantizes the weights of {site.layer!r}: {error}") from error
+    _link_grids(model)
     model.graph.lint()
     model.recompile()
     model.meta["placement"] = placement
@@ -87,6 +88,29 @@ def _insert_group(
                     f"{readers}"
                 )
             nodes[user].replace_input_with(producer, quantized)
+
+
+def _link_grids(model: fx.GraphModule) -> None:
+    """Tell each quantized layer the one quantizer that all its inputs have passed, where there is one."""
+    modules = dict(model.named_modules())
+    grids: dict[str, set[str]] = {}
+    for node in model.graph.nodes:
+        if node.op == "call_module" and isinstance(modules[str(node.target)], QuantizedLayer):
+            grids.setdefault(str(node.target), set()).update(_grids_of(inputs_of(node)[0], modules))
+    for name, targets in grids.items():
+        layer, quantizer = modules[name], modules.get(next(iter(targets)))
+        if len(targets) == 1 and isinstance(quantizer, FakeQuantize):
+            assert isinstance(layer, QuantizedLayer)
+            layer.input_grid = (quantizer,)
+
+
+def _grids_of(node: fx.Node, modules: dict[str, nn.Module]) -> set[str]:
+    """Targets of the quantizers that a tensor comes from, back through transparent nodes; "" for any other source."""
+    if node.op == "call_module" and isinstance(modules[str(node.target)], FakeQuantize):
+        return {str(node.target)}
+    if kind_of(node, modules) not in (Kind.TRANSPARENT, Kind.CONCAT):
+        return {""}
+    return set().union(*(_grids_of(source, modules) for source in inputs_of(node)))
 
 
 def _unknown(what: str, name: str, known: list[str]) -> str:
