@@ -44,7 +44,7 @@ def sensitivity_stage(job: Job) -> None:
     if config.method == "none":
         return
     model = job.load_quantized("ptq.safetensors", "calibrate")
-    measure = {"fisher": _fisher, "sqnr": _sqnr, "map": _map}[config.method]
+    measure = {"fisher": rank_by_fisher, "sqnr": _sqnr, "map": _map}[config.method]
     scores = sorted(measure(job, model), key=lambda score: (-score.score, score.unit))
     job.run.write_json(
         "sensitivity.json",
@@ -57,7 +57,8 @@ def sensitivity_stage(job: Job) -> None:
         _keep_budget(job, model, [score.unit for score in scores], job.config.quant.max_ap_drop)
 
 
-def _fisher(job: Job, model: fx.GraphModule) -> list[UnitScore]:
+def rank_by_fisher(job: Job, model: fx.GraphModule) -> list[UnitScore]:
+    """Score of every unit from one backward pass over `sensitivity.images` training images."""
     loader = job.letterboxed(job.train_set, BATCH, job.config.sensitivity.images)
     moved = (batch.to(job.device) for batch in track(loader, "sensitivity (fisher)", len(loader)))
     batches = ((to_input(batch.images, job.device), batch.targets) for batch in moved)
@@ -72,6 +73,15 @@ def _sqnr(job: Job, model: fx.GraphModule) -> Iterable[UnitScore]:
 
 def _map(job: Job, model: fx.GraphModule) -> list[UnitScore]:
     """AP with one unit off and with one unit on; the score is the mean of what both say the unit costs."""
+    ap = measure_units(job, model)
+    return [
+        UnitScore(unit, ((ap[f"off:{unit}"] - ap["all"]) + (ap["none"] - ap[f"on:{unit}"])) / 2)
+        for unit in (group.name for group in placement_of(model).groups)
+    ]
+
+
+def measure_units(job: Job, model: fx.GraphModule) -> dict[str, float]:
+    """AP with `all` units quantized, with `none`, and for each unit with it alone `off:UNIT` and alone `on:UNIT`."""
     units = [group.name for group in placement_of(model).groups]
     items = ["all", "none", *(f"{kind}:{unit}" for unit in units for kind in ("off", "on"))]
     sweep = Sweep(job.run.path("sensitivity") / _sweep_key(job))
@@ -84,11 +94,7 @@ def _map(job: Job, model: fx.GraphModule) -> list[UnitScore]:
         loader = job.val_loader(limit=job.config.sensitivity.images)
         return value_of(job.evaluate_batches(job.predictor(model), loader))
 
-    ap = dict(track(sweep.run(items, measure), "sensitivity (map)", len(items)))
-    return [
-        UnitScore(unit, ((ap[f"off:{unit}"] - ap["all"]) + (ap["none"] - ap[f"on:{unit}"])) / 2)
-        for unit in units
-    ]
+    return dict(track(sweep.run(items, measure), "sensitivity (map)", len(items)))
 
 
 def switch_units(model: fx.GraphModule, quantized: set[str]) -> None:
