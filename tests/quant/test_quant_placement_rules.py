@@ -20,6 +20,24 @@ def test_output_layers_are_quantized_on_request():
     assert one == placement
 
 
+def test_the_edges_of_the_network_keep_their_width():
+    """Image, first layer and output layer at 8 bits (or what is asked), all else at 4; a rule has the last word."""
+    network = folded(Between(ConvBlock(16, 16, 3), 16, 16))
+    narrow = PlacementOptions(weight_bits=4, activation_bits=4, quantize_outputs=True)
+    placement = place(network, narrow)
+    assert {site.layer: site.bits for site in placement.weights} == {
+        "before.conv": 8,
+        "block.conv": 4,
+        "after.conv": 4,
+        "output": 8,
+    }
+    assert [group.bits for group in placement.groups] == [8, 4, 4, 4]
+    plain = place(network, PlacementOptions(4, 4, edge_bits=2, quantize_outputs=True))
+    assert {site.bits for site in plain.weights} == {group.bits for group in plain.groups} == {4}
+    ruled = place(network, narrow, rules=(Rule("before.conv", bits=3),))
+    assert ruled.weights[0].bits == 3
+
+
 @pytest.mark.parametrize(
     ("conv", "kept"),
     [

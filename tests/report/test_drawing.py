@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from report import ReportError, draw_detections
-from report.charts import thin
+from report.charts import curve_charts, thin
 
 NAMES = ("cell", "dot")
 
@@ -68,3 +68,15 @@ def test_long_curves_are_thinned_and_keep_their_ends() -> None:
     assert kept[-1] == points[-1]
     assert 90 <= len(kept) <= 102
     assert thin(points[:50], limit=100) == points[:50]
+
+
+def test_losses_validation_and_shares_are_drawn_apart() -> None:
+    first = {"stage": "finetune", "step": 1, "epoch": 0, "learning_rate": 0.1, "box": 2.0, "total": 2.0}
+    last = {**first, "step": 2, "validation": 0.6, "share_oscillating": 0.03, "share_frozen": 0.01}
+    charts = {chart.title: [trace["name"] for trace in chart.traces] for chart in curve_charts([first, last])}
+    assert charts == {
+        "Loss: finetune": ["box", "total"],
+        "Validation AP: finetune": ["validation"],
+        "Share of weights: finetune": ["share_oscillating", "share_frozen"],
+        "Learning rate: finetune": ["learning_rate"],
+    }
