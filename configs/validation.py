@@ -18,7 +18,7 @@ def validate(config: Any) -> None:
     """Raise ConfigError with one line per problem of a `Config` or `ExportConfig` instance."""
     problems = _field_problems(config, "")
     if isinstance(config, Config):
-        problems += _combination_problems(config)
+        problems += _combination_problems(config) + _deploy_problems(config)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -106,5 +106,34 @@ def _combination_problems(config: Config) -> list[str]:
     if config.model.name == "auto" and config.weights is None:
         problems.append(
             "model.name=auto without weights: nothing to recognise; add weights=FILE or model=yolov9t."
+        )
+    return problems
+
+
+def _deploy_problems(config: Config) -> list[str]:
+    """Check that the graph's outputs and target are what the runtimes can use."""
+    deploy = config.deploy
+    problems: list[str] = []
+    is_for_tensorrt = deploy.target.startswith("trt")
+    if "tensorrt" in deploy.runtimes and not is_for_tensorrt:
+        problems.append(
+            f"deploy.runtimes names tensorrt, but deploy.target={deploy.target}: expected trt10 (TensorRT 8.6 to 10) "
+            "or trt11; deploy=trt10 sets both."
+        )
+    if "tensorrt" in deploy.runtimes and "bf16" in deploy.float_precisions:
+        problems.append("deploy.float_precisions=[bf16] with tensorrt: expected f16 or f32.")
+    if deploy.outputs == "efficient_nms" and (not is_for_tensorrt or set(deploy.runtimes) - {"tensorrt"}):
+        problems.append(
+            "deploy.outputs=efficient_nms is TensorRT's plugin: expected deploy=trt10 or deploy=trt11; other runtimes "
+            "run deploy.outputs=onnx_nms."
+        )
+    if deploy.outputs == "onnx_nms" and "tensorrt" in deploy.runtimes:
+        problems.append(
+            "deploy.outputs=onnx_nms with tensorrt: the number of detections is known only after the run, which this "
+            "runtime does not take; use deploy.outputs=efficient_nms."
+        )
+    if deploy.outputs == "raw" and config.model.factory is not None:
+        problems.append(
+            "deploy.outputs=raw with a network of your own: its level maps are not known; use deploy.outputs=decoded."
         )
     return problems

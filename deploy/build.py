@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from deploy.errors import DeployError
-from deploy.graph import verify_onnx, write_atomically
+from deploy.graph import load_onnx, save_onnx, verify_onnx, write_atomically
 from deploy.openvino_runtime import build_openvino
+from deploy.passes import count_qdq, run_pass
+from deploy.tensorrt_api import import_tensorrt, rules_of
 from deploy.tensorrt_builder import BuildOptions, build_tensorrt
+from deploy.typed_target import strongly_typed
 
 RUNTIMES = ("openvino", "onnxruntime", "tensorrt")
 
@@ -16,7 +19,8 @@ def build_engine(runtime: str, onnx_path: Path, out_dir: Path, options: BuildOpt
     """Build the engine of `onnx_path` in `out_dir`; returns its path.
 
     openvino: IR, NAME.xml with NAME.bin. onnxruntime: reads ONNX itself, the checked file is copied.
-    tensorrt: NAME.engine with NAME.engine.json, built with `options`, on the GPU it is to run on.
+    tensorrt: NAME.engine with NAME.engine.json, built with `options`, on the GPU it is to run on;
+    a version without an FP16 flag gets an FP16 graph for precision "fp16".
 
     Raises:
         DeployError: unknown runtime, or the runtime's own refusal.
@@ -31,5 +35,28 @@ def build_engine(runtime: str, onnx_path: Path, out_dir: Path, options: BuildOpt
                 write_atomically(destination, onnx_path.read_bytes())
             return destination
         case "tensorrt":
-            return build_tensorrt(onnx_path, out_dir, options or BuildOptions())
+            options = options or BuildOptions()
+            if (
+                options.precision == "fp16"
+                and rules_of(str(import_tensorrt().__version__)).always_strongly_typed
+            ):
+                onnx_path = write_half(onnx_path, out_dir / "fp16" / onnx_path.name)
+            return build_tensorrt(onnx_path, out_dir, options)
     raise DeployError(f"Unknown runtime '{runtime}'; expected one of {', '.join(RUNTIMES)}.")
+
+
+def write_half(source: Path, destination: Path) -> Path:
+    """Write a float graph in FP16 with an FP32 decode, for TensorRT versions without an FP16 flag.
+
+    Raises:
+        DeployError: the graph is quantized; such graphs are exported for trt11.
+    """
+    model = load_onnx(source)
+    if any(count_qdq(model)):
+        raise DeployError(f"{source} is quantized; export it with target=trt11 in place of --precision fp16.")
+    run_pass(model, strongly_typed("fp16"))
+    for entry in model.metadata_props:
+        if entry.key == "octet.target":
+            entry.value = "trt11"
+    save_onnx(model, destination)
+    return destination

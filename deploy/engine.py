@@ -21,12 +21,10 @@ import numpy as np
 from deploy.build import RUNTIMES, build_engine
 from deploy.drawing import Box, draw_boxes
 from deploy.errors import DeployError
-from deploy.graph import load_onnx, save_onnx, write_atomically
-from deploy.passes import count_qdq, run_pass
+from deploy.graph import write_atomically
 from deploy.tensorrt_api import import_tensorrt, rules_of
 from deploy.tensorrt_builder import PRECISIONS, BuildOptions
 from deploy.tensorrt_runtime import TensorRTRuntime
-from deploy.typed_target import strongly_typed
 
 EXIT_UNUSABLE = 3
 TYPE_WORDS = {
@@ -62,9 +60,6 @@ def _build(options: argparse.Namespace) -> Path:
     source: Path = options.model
     if options.runtime != "tensorrt":
         return build_engine(options.runtime, source, options.folder)
-    rules = rules_of(str(import_tensorrt().__version__))
-    if rules.always_strongly_typed and options.precision == "fp16":
-        source = write_half(source, options.folder / f"{source.stem}-fp16.onnx")
     build = BuildOptions(
         precision=options.precision,
         best_batch=options.best_batch,
@@ -74,20 +69,6 @@ def _build(options: argparse.Namespace) -> Path:
         optimization_level=options.level,
     )
     return build_engine("tensorrt", source, options.folder, build)
-
-
-def write_half(source: Path, destination: Path) -> Path:
-    """Write a float graph in FP16 with an FP32 decode, for TensorRT versions without an FP16 flag.
-
-    Raises:
-        DeployError: the graph is quantized; such graphs are exported for trt11.
-    """
-    model = load_onnx(source)
-    if any(count_qdq(model)):
-        raise DeployError(f"{source} is quantized; export it with target=trt11 in place of --precision fp16.")
-    run_pass(model, strongly_typed("fp16"))
-    save_onnx(model, destination)
-    return destination
 
 
 def _layers(options: argparse.Namespace) -> None:

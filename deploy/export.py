@@ -36,6 +36,7 @@ from deploy.unsigned import unsigned_activations
 Target = Literal["openvino", "onnxruntime", "trt10", "trt11"]
 TARGETS: tuple[str, ...] = get_args(Target)
 OPSETS: Mapping[str, int] = {"openvino": 17, "onnxruntime": 17, "trt10": 17, "trt11": 19}
+LOWEST_OPSET, HIGHEST_OPSET = 13, 23
 """trt10 has to be readable by TensorRT 8.6 (opset 17 at most); FP16 scales for trt11 came with opset 19."""
 
 COMMON_PASSES: tuple[GraphPass, ...] = (
@@ -94,6 +95,7 @@ def export_onnx(
     scale_type: str = "fp16",
     outputs: str = "decoded",
     nms: NMSOptions | None = None,
+    opset: int | None = None,
 ) -> ExportReport:
     """Write `module` as an ONNX file for `target`; `path` is touched only when everything went well.
 
@@ -115,6 +117,7 @@ def export_onnx(
         scale_type: for trt11, type of the scale tensors, "fp16" or "fp32"; see `deploy.typed_target`.
         outputs: "decoded" (default), "raw", "onnx_nms" or "efficient_nms"; see `deploy.outputs`.
         nms: thresholds for the last two.
+        opset: operator set version; None takes the target's own.
 
     Raises:
         DeployError: unknown target, wrong opset in the result, Q/DQ missing or unexpected, or a pass that
@@ -124,7 +127,7 @@ def export_onnx(
         raise DeployError(f"Unknown target '{target}'; expected one of {', '.join(TARGETS)}.")
     if scale_type not in SCALE_TYPES:
         raise DeployError(f"Unknown scale type '{scale_type}'; expected one of {', '.join(SCALE_TYPES)}.")
-    opset = target_opset(target, scale_type)
+    opset = target_opset(target, scale_type, opset)
     change_outputs = output_pass(outputs, nms or NMSOptions(), target)
     model = _trace(module, image_size, opset, tuple(output_names), dynamic_batch, dynamic_size)
     counts = [run_pass(model, graph_pass) for graph_pass in (*COMMON_PASSES, change_outputs)]
@@ -165,9 +168,23 @@ def target_passes(target: str, scale_type: str = "fp16") -> tuple[GraphPass, ...
     return TARGET_PASSES.get(target, ())
 
 
-def target_opset(target: str, scale_type: str = "fp16") -> int:
-    """Operator set version of a target's files."""
-    return TYPED_OPSETS[scale_type] if target == "trt11" else OPSETS[target]
+def target_opset(target: str, scale_type: str = "fp16", wanted: int | None = None) -> int:
+    """Operator set version of a target's files: its own, or the `wanted` one.
+
+    Raises:
+        DeployError: the target's graph cannot be written in the wanted one.
+    """
+    own = TYPED_OPSETS[scale_type] if target == "trt11" else OPSETS[target]
+    if wanted is None:
+        return own
+    lowest = own if target == "trt11" else LOWEST_OPSET
+    if not lowest <= wanted <= HIGHEST_OPSET:
+        scales = f" with {scale_type} scales" if target == "trt11" else ""
+        raise DeployError(
+            f"opset={wanted}: target {target}{scales} is written in opset {lowest} to {HIGHEST_OPSET}; leave it out "
+            f"for {own}."
+        )
+    return wanted
 
 
 def _for_onnxruntime(

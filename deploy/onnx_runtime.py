@@ -71,6 +71,11 @@ class ONNXRuntime(Runtime):
         self.output_names = tuple(output.name for output in self._session.get_outputs())
         self.load_seconds = time.perf_counter() - start
 
+    @classmethod
+    def require(cls) -> None:
+        """See `Runtime.require`."""
+        _onnxruntime()
+
     def infer_outputs(self, images: FloatArray) -> dict[str, FloatArray]:
         """See `Runtime.infer_outputs`."""
         if self._session is None:
@@ -111,6 +116,11 @@ class ONNXRuntime(Runtime):
             )
             for name, total in totals.items()
         ]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """See `Runtime.metadata`."""
+        return dict(self._session.get_modelmeta().custom_metadata_map)
 
     @property
     def versions(self) -> dict[str, str]:

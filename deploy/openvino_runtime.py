@@ -19,6 +19,7 @@ from deploy.graph import verify_onnx
 from deploy.runtime import FloatArray, LayerTime, Runtime, Worker, check_images
 
 PRECISIONS: Mapping[str, str] = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
+AUTO = "auto"
 
 
 def _openvino() -> Any:
@@ -86,7 +87,8 @@ class OpenVINORuntime(Runtime):
 
     Args:
         path: the model file.
-        precision_hint: "f32" (default), "bf16" or "f16" for the float part.
+        precision_hint: "f32" (default), "bf16" or "f16" for the float part; "auto" leaves it to OpenVINO, which takes
+            "bf16" where the processor has it. The attribute `precision_hint` says what it became.
         threads: CPU threads; None leaves the choice to OpenVINO.
         batch: fix the batch; None keeps it as the file has it (dynamic in Octet's exports). A fixed batch is
             faster.
@@ -110,20 +112,22 @@ class OpenVINORuntime(Runtime):
         profile: bool = False,
     ) -> None:
         hint = precision_hint or "f32"
-        if hint not in PRECISIONS:
-            raise DeployError(f"Unknown precision hint '{hint}'; expected one of {', '.join(PRECISIONS)}.")
+        if hint not in (*PRECISIONS, AUTO):
+            raise DeployError(
+                f"Unknown precision hint '{hint}'; expected one of {', '.join((*PRECISIONS, AUTO))}."
+            )
         start = time.perf_counter()
         self.path = path
         model = _read_model(path)
         self.input_shape = _fix_shape(model, batch, image_size)
-        self.precision = "int8" if _is_quantized(model) else PRECISIONS[hint]
-        self.precision_hint = hint
+        self._metadata = _metadata(model)
         config: dict[str, object] = {
-            "INFERENCE_PRECISION_HINT": hint,
             "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
             "NUM_STREAMS": str(streams),
             "PERF_COUNT": profile,
         }
+        if hint != AUTO:
+            config["INFERENCE_PRECISION_HINT"] = hint
         if threads is not None:
             config["INFERENCE_NUM_THREADS"] = threads
         if pinning is not None:
@@ -132,6 +136,8 @@ class OpenVINORuntime(Runtime):
             self._compiled = _core().compile_model(model, "CPU", config)
         except RuntimeError as error:
             raise DeployError(f"OpenVINO cannot compile {path} with {config}: {error}") from error
+        self.precision_hint = str(self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
+        self.precision = "int8" if _is_quantized(model) else PRECISIONS[self.precision_hint]
         self._request: Any = self._compiled.create_infer_request()
         self._profiled: dict[str, list[Any]] | None = {} if profile else None
         self.output_names = tuple(
@@ -139,6 +145,11 @@ class OpenVINORuntime(Runtime):
             for index, output in enumerate(self._compiled.outputs)
         )
         self.load_seconds = time.perf_counter() - start
+
+    @classmethod
+    def require(cls) -> None:
+        """See `Runtime.require`."""
+        _openvino()
 
     def infer_outputs(self, images: FloatArray) -> dict[str, FloatArray]:
         """See `Runtime.infer_outputs`."""
@@ -186,6 +197,11 @@ class OpenVINORuntime(Runtime):
         self._compiled = None
 
     @property
+    def metadata(self) -> dict[str, str]:
+        """See `Runtime.metadata`; OpenVINO keeps an ONNX file's in the IR."""
+        return dict(self._metadata)
+
+    @property
     def versions(self) -> dict[str, str]:
         """OpenVINO's version."""
         return {"openvino": str(_openvino().__version__)}
@@ -205,6 +221,14 @@ class OpenVINORuntime(Runtime):
                 }
             )
         return layers
+
+
+def _metadata(model: Any) -> dict[str, str]:
+    """What the ONNX file said about itself; OpenVINO files it under "framework"."""
+    if not model.has_rt_info("framework"):
+        return {}
+    stored = model.get_rt_info("framework").value
+    return {str(key): str(value) for key, value in stored.items()} if isinstance(stored, dict) else {}
 
 
 def _text(info: Any, key: str) -> str:

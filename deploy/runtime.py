@@ -48,6 +48,11 @@ class Runtime(ABC):
     output_names: tuple[str, ...]
     load_seconds: float
 
+    @classmethod
+    @abstractmethod
+    def require(cls) -> None:
+        """Raise DeployError unless this machine has what the runtime needs; the message says how to get it."""
+
     @abstractmethod
     def infer_outputs(self, images: FloatArray) -> dict[str, FloatArray]:
         """Run one batch: float32 [B, 3, H, W] in [0, 1] -> every output by name.
@@ -80,6 +85,11 @@ class Runtime(ABC):
     def size_bytes(self) -> int:
         """Size of the engine on disk."""
         return engine_size(self.path)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the exporter wrote into the file: class names, image size, form of the outputs and more."""
+        return {}
 
     @property
     def versions(self) -> dict[str, str]:

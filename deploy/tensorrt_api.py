@@ -59,8 +59,9 @@ def import_tensorrt() -> Any:
         import tensorrt
     except ImportError as error:
         raise DeployError(
-            "TensorRT is not installed. Run inside NVIDIA's container (the Dockerfile builds one with it), on Jetson "
-            "use JetPack's python3-libnvinfer, or pip install tensorrt on a machine with an NVIDIA GPU."
+            "TensorRT is not installed. Run inside NVIDIA's container: docker build -t octet . and docker run --gpus "
+            "all octet COMMAND (docs/deployment.md). On Jetson use JetPack's python3-libnvinfer; elsewhere pip install "
+            "tensorrt on a machine with an NVIDIA GPU."
         ) from error
     return tensorrt
 
@@ -88,6 +89,18 @@ def rules_of(version: str) -> VersionRules:
         )
         major = NEWEST_MAJOR
     return RULES[major]
+
+
+def check_target(target: str) -> None:
+    """Raise DeployError unless the installed TensorRT builds graphs that were exported for `target`."""
+    version = str(import_tensorrt().__version__)
+    rules = rules_of(version)
+    if target == "trt10" and rules.always_strongly_typed:
+        raise DeployError(
+            f"TensorRT {version} builds strongly typed networks only; export with target=trt11."
+        )
+    if target == "trt11" and not rules.can_be_strongly_typed:
+        raise DeployError(f"TensorRT {version} has no strongly typed networks; export with target=trt10.")
 
 
 def make_logger(trt: Any) -> Any:

@@ -134,11 +134,17 @@ class TensorRTRuntime(Runtime):
         self._bindings: dict[tuple[int, ...], Binding] = {}
         self.load_seconds = time.perf_counter() - start
 
+    @classmethod
+    def require(cls) -> None:
+        """See `Runtime.require`."""
+        rules_of(str(import_tensorrt().__version__))
+        CudaDevice()
+
     # ----------------------------------------------------------------------------------------------------- inference
     def infer_outputs(self, images: FloatArray) -> dict[str, FloatArray]:
         """See `Runtime.infer_outputs`; copies to the GPU and back."""
         results = self.infer_tensors(torch.from_numpy(check_images(images, "TensorRT")))
-        return {name: result.float().cpu().numpy() for name, result in results.items()}
+        return {name: result.to("cpu", torch.float32, copy=True).numpy() for name, result in results.items()}
 
     def infer_tensors(self, images: Tensor) -> dict[str, Tensor]:
         """Run images [B, 3, H, W] and return the outputs on the device, valid until the next call of this shape."""
@@ -231,6 +237,11 @@ class TensorRTRuntime(Runtime):
         self._bindings.clear()
         self._engine = None
         self._runtime = None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """See `Runtime.metadata`."""
+        return {str(key): str(value) for key, value in self.sidecar.get("metadata", {}).items()}
 
     @property
     def versions(self) -> dict[str, str]:

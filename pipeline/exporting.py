@@ -9,10 +9,13 @@ from configs.compose import read
 from configs.errors import ConfigError
 from configs.schema import ExportConfig
 from deploy import build_engine
+from deploy.export import target_opset
 from pipeline.deploying import Target, export_quantized
 from pipeline.job import Job
 from pipeline.progress import say
 from pipeline.run import CONFIG, Run
+
+SHARED = ("target", "dynamic_batch", "dynamic_size", "outputs", "nms", "scale_type", "opset", "range_images")
 
 
 def run_export(request: ExportConfig) -> Path:
@@ -26,16 +29,22 @@ def run_export(request: ExportConfig) -> Path:
     run = Run.open(Path(request.run))
     config = read(run.path(CONFIG))
     config.device = request.device
-    config.deploy.target = request.target
     target = cast(Target, request.target)
+    for name in SHARED:
+        setattr(config.deploy, name, getattr(request, name))
     if request.build and target in {"trt10", "trt11"}:
         raise ConfigError(
             f"build=true: TensorRT engines are built by scripts/val_trt.sh in NVIDIA's container; export "
             f"target={target} without build=true"
         )
+    if request.outputs == "efficient_nms" and target not in {"trt10", "trt11"}:
+        raise ConfigError(
+            f"outputs=efficient_nms is TensorRT's plugin: target={target} runs outputs=onnx_nms"
+        )
     path = Path(request.output) if request.output else run.path("export") / f"model-{target}.onnx"
     job = Job(config, run)
-    report = export_quantized(job, target, path, request.dynamic_batch)
+    target_opset(target, request.scale_type, request.opset)
+    report = export_quantized(job, target, path)
     if request.build:
         say(f"engine: {build_engine(target, path, path.parent)}")
     print(report.path)

@@ -11,7 +11,8 @@ from typing import Any
 from configs.compose import dump, read
 from configs.errors import ConfigError
 from configs.schema import STAGES, Config
-from pipeline.deploying import engine_stage, export_stage
+from pipeline.deploying import check_export, export_stage
+from pipeline.engines import check_runtimes, engine_stage
 from pipeline.errors import RunError
 from pipeline.finetuning import finetune_stage
 from pipeline.job import Job
@@ -127,6 +128,10 @@ def check_input(job: Job) -> None:
     unknown = [stage for stage in job.config.stages if stage not in RUN_STAGES]
     if unknown:
         raise ConfigError(f"stages={job.config.stages}: {unknown[0]!r} is not one of {', '.join(STAGES)}")
+    if "export" in job.config.stages:
+        check_export(job)
+    if "engine" in job.config.stages and not job.run.is_done("engine"):
+        check_runtimes(job)
     if {"train", "place", "calibrate", "finetune"} & set(job.config.stages):
         job.train_set  # noqa: B018 - opening verifies it
     job.val_set  # noqa: B018

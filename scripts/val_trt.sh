@@ -58,8 +58,7 @@ echo "TensorRT $version: target $target" >&2
 if [[ -f "$source" ]]; then
     run="runs/val_trt/$(basename "${source%.*}")-$size"
     rm -rf "$run"
-    # the experiment bccd fits any checkpoint and any folder; what it sets for its own data is given anew
-    "$python" train_qat.py +experiment=bccd weights="$source" data.root="$data" data.image_size="$size" \
+    "$python" train_qat.py +experiment=detector weights="$source" data.root="$data" data.image_size="$size" \
         run_dir="$run" "stages=[float,calibrate,export]" deploy="$target" >&2
 else
     run="$source"

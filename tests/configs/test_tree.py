@@ -17,7 +17,7 @@ EXPECTED = {
     ".": 2,
     "data": 4,
     "deploy": 4,
-    "experiment": 8,
+    "experiment": 9,
     "model": 7,
     "quant": 3,
     "train": 2,

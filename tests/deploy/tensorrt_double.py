@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 SURFACE = json.loads(Path(__file__).with_name("tensorrt_surface.json").read_text())
 PLAN = b"a plan of the double"
 TIMINGS = b"timings of the double"
@@ -234,3 +236,35 @@ class Double:
 
 class BufferedMemory(bytearray):
     """Stands for IHostMemory, which has the buffer protocol; classes written in Python have it from 3.12 on only."""
+
+
+class HostDevice:
+    """The runtime's device without a GPU: tensors on the CPU, a stream handle, captures that replay."""
+
+    name = "cpu"
+
+    def __init__(self):
+        self.captured = 0
+
+    def empty(self, shape, dtype):
+        return torch.zeros(tuple(shape), dtype=dtype)
+
+    def stream(self):
+        return 1234
+
+    def synchronize(self):
+        pass
+
+    def capture(self, context):
+        self.captured += 1
+        context.execute_async_v3(self.stream())
+        device = self
+
+        class Graph:
+            replays = 0
+
+            def replay(self):
+                Graph.replays += 1
+
+        device.graph = Graph
+        return Graph()

@@ -11,7 +11,8 @@ from deploy_networks import FloatDetector, SmallDetector
 from tensorrt_double import Double
 
 from deploy import DeployError, OpenVINORuntime, export_onnx
-from deploy.engine import draw_engine, main, write_half
+from deploy.build import write_half
+from deploy.engine import draw_engine, main
 
 SIZE = (64, 96)
 DETAILS = {

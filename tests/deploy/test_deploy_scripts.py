@@ -106,7 +106,7 @@ def test_val_trt_quantizes_a_checkpoint_first(world, tmp_path):
         result, commands = call("val_trt.sh", weights, data, 640)
         assert result.returncode == 0, result.stderr
         training = commands[1]
-        assert training[0] == "train_qat.py"
+        assert training[:2] == ["train_qat.py", "+experiment=detector"]
         assert f"weights={weights}" in training
         assert "data.image_size=640" in training
         assert "stages=[float,calibrate,export]" in training

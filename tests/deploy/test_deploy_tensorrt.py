@@ -8,9 +8,8 @@ import sys
 import numpy as np
 import pytest
 import tensorrt_surface
-import torch
 from deploy_networks import FloatDetector, SmallDetector
-from tensorrt_double import PLAN, SURFACE, TIMINGS, Double
+from tensorrt_double import PLAN, SURFACE, TIMINGS, Double, HostDevice
 
 from deploy import DeployError, export_onnx
 from deploy.tensorrt_api import RULES, VersionRules, import_tensorrt, parse_version, rules_of
@@ -20,38 +19,6 @@ from deploy.tensorrt_runtime import TensorRTRuntime
 SIZE = (64, 96)
 VERSIONS = list(SURFACE)
 OLD = [version for version in VERSIONS if not version.startswith("11")]
-
-
-class HostDevice:
-    """The runtime's device without a GPU: tensors on the CPU, a stream handle, captures that replay."""
-
-    name = "cpu"
-
-    def __init__(self):
-        self.captured = 0
-
-    def empty(self, shape, dtype):
-        return torch.zeros(tuple(shape), dtype=dtype)
-
-    def stream(self):
-        return 1234
-
-    def synchronize(self):
-        pass
-
-    def capture(self, context):
-        self.captured += 1
-        context.execute_async_v3(self.stream())
-        device = self
-
-        class Graph:
-            replays = 0
-
-            def replay(self):
-                Graph.replays += 1
-
-        device.graph = Graph
-        return Graph()
 
 
 @pytest.fixture(scope="module")
