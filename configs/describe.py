@@ -46,7 +46,7 @@ def page() -> str:
     parts = [INTRODUCTION, "## Groups\n", _group_table()]
     parts += ["## Settings of train_qat.py\n", *_sections(Config, "")]
     parts += ["### quant.policy[...]\n", _first_paragraph(PolicyRule) + "\n", _table(PolicyRule, "")]
-    parts += ["## Settings of export.py\n", _table(ExportConfig, "")]
+    parts += ["## Settings of export.py\n", *_sections(ExportConfig, "")[2:]]
     return "\n".join(parts)
 
 
