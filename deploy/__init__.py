@@ -6,6 +6,7 @@ from deploy.errors import DeployError
 from deploy.export import OPSETS, TARGETS, ExportReport, export_onnx
 from deploy.finding import Finding
 from deploy.findings import CheckReport, check_graph, inspect_graph
+from deploy.fixed_point import FixedPointReport, compare_codes
 from deploy.graph import load_onnx, save_onnx, verify_onnx
 from deploy.onnx_runtime import ONNXRuntime
 from deploy.openvino_runtime import OpenVINORuntime
@@ -26,6 +27,7 @@ __all__ = [
     "DeployError",
     "ExportReport",
     "Finding",
+    "FixedPointReport",
     "LatencyReport",
     "NMSOptions",
     "ONNXRuntime",
@@ -38,6 +40,7 @@ __all__ = [
     "build_engine",
     "check_graph",
     "compare_arrays",
+    "compare_codes",
     "compare_outputs",
     "count_qdq",
     "engine_size",

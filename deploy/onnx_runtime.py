@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, helper
+from onnx import ModelProto, helper, numpy_helper
 
 from deploy.errors import DeployError
 from deploy.graph import load_onnx, verify_onnx
@@ -229,6 +229,46 @@ def run_model(model: ModelProto, images: FloatArray) -> FloatArray:
     session = _memory_session(model)
     (result, *_) = session.run(None, {session.get_inputs()[0].name: check_images(images, "ONNX Runtime")})
     return np.asarray(result)
+
+
+class CodeRecorder:
+    """Runs a Q/DQ graph node by node and gives the codes of every activation quantizer.
+
+    Args:
+        path: the ONNX file.
+
+    Raises:
+        DeployError: no quantizer in it, or one whose zero point is not in the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        verify_onnx(path)
+        model = load_onnx(path)
+        constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+        self._zero_points: dict[str, int] = {}
+        self._outputs: dict[str, str] = {}
+        for node in model.graph.node:
+            if node.op_type != "QuantizeLinear":
+                continue
+            zero_point = constants.get(node.input[2]) if len(node.input) > 2 else np.zeros((), np.uint8)
+            if zero_point is None or zero_point.size != 1:
+                raise DeployError(f"'{node.name}' of {path} has no single zero point in the file.")
+            self._zero_points[node.name] = int(zero_point.item())
+            self._outputs[node.name] = node.output[0]
+        if not self._outputs:
+            raise DeployError(f"{path} has no QuantizeLinear on activations; give a quantized graph.")
+        del model.graph.output[:]
+        model.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in self._outputs.values())
+        self._session = _memory_session(model)
+
+    def codes(self, images: FloatArray) -> dict[str, NDArray[np.int16]]:
+        """Name of each QuantizeLinear node -> its codes for a batch, in steps from the zero point."""
+        feed = {self._session.get_inputs()[0].name: check_images(images, "ONNX Runtime")}
+        results = self._session.run(list(self._outputs.values()), feed)
+        return {
+            name: result.astype(np.int16) - np.int16(self._zero_points[name])
+            for name, result in zip(self._outputs, results, strict=True)
+        }
 
 
 def _memory_session(model: ModelProto) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from configs.errors import ConfigError
-from configs.schema import NMSConfig
+from configs.deploy_schema import NMSConfig
 from data import DataError, to_input
 from deploy import (
     ExportReport,

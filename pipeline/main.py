@@ -11,10 +11,11 @@ from typing import Any
 from configs.compose import dump, read
 from configs.errors import ConfigError
 from configs.schema import STAGES, Config
-from pipeline.deploying import check_export, export_stage
+from pipeline.deploying import check_export
 from pipeline.engines import check_runtimes, engine_stage
 from pipeline.errors import RunError
 from pipeline.finetuning import finetune_stage
+from pipeline.fixed_point import export_and_compare
 from pipeline.job import Job
 from pipeline.measuring import row_value
 from pipeline.progress import mute, say, show_room_logs
@@ -33,7 +34,7 @@ RUN_STAGES: dict[str, Callable[[Job], None]] = {
     "calibrate": calibrate_stage,
     "sensitivity": sensitivity_stage,
     "finetune": finetune_stage,
-    "export": export_stage,
+    "export": export_and_compare,
     "engine": engine_stage,
     "report": report_stage,
 }

@@ -9,6 +9,7 @@ import torch
 from data import unletterbox
 from models import measure_network, non_max_suppression
 from pipeline.errors import GateError
+from pipeline.fixed_point import FIXED_POINT
 from pipeline.job import FLOAT_MODEL, Job
 from pipeline.machine import describe_machine, describe_versions
 from pipeline.measuring import measure_name, row_value
@@ -46,6 +47,7 @@ def report_stage(job: Job) -> None:
         else None,
         model=_model_facts(job),
         findings=_findings(job),
+        fixed_point=job.run.read_json(FIXED_POINT)["tensors"] if job.run.path(FIXED_POINT).exists() else [],
         notes=_notes(job),
     )
     paths = write_report(run.directory, data)
@@ -172,6 +174,14 @@ def _notes(job: Job) -> list[str]:
     notes = []
     if job.run.path("qat.json").exists():
         notes.append(_fine_tuning_note(job.run.read_json("qat.json")))
+    if job.run.path(FIXED_POINT).exists():
+        notes.append(f"INT8 graph against torch: {job.run.read_json(FIXED_POINT)['sentence']}.")
+    for row in job.run.rows():
+        hint = row["extras"].get("precision_hint", "f32")
+        if row["name"].endswith("int8") and hint != "f32":
+            notes.append(f"Row {row['name']}: the float part runs in {hint} (deploy.int8_hint).")
+        if row["extras"].get("outputs") in ("onnx_nms", "efficient_nms"):
+            notes.append(f"Row {row['name']}: NMS in the graph, by the thresholds of deploy.nms.")
     if job.config.metric.factory is not None:
         notes.append(f"Rows are measured by {job.config.metric.factory} (metric), not by COCO AP.")
     if job.config.data.limit_val:

@@ -2,6 +2,7 @@
 
 from quant.budget import BudgetResult, search_budget, without_units
 from quant.calibration import CalibrationError, CalibrationResult, calibrate
+from quant.codes import activation_codes, quantizer_calls
 from quant.distillation import DistillationError, feature_nodes
 from quant.equalization import EqualizationResult, equalize
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
@@ -55,6 +56,7 @@ __all__ = [
     "UnitScore",
     "WeightFakeQuantize",
     "WeightSite",
+    "activation_codes",
     "activation_quantizers",
     "calibrate",
     "dump_placement",
@@ -72,6 +74,7 @@ __all__ = [
     "place",
     "placement_of",
     "quantized_layers",
+    "quantizer_calls",
     "reconstruct",
     "search_budget",
     "set_mode",

@@ -4,7 +4,7 @@ It takes plain data (`ReportData`) and knows nothing of models, datasets or engi
 """
 
 from report.data import DetectionPanel, ReportData, ReportError, Row
-from report.drawing import draw_detections
+from report.drawing import draw_detections, join_pictures, paint_detections
 from report.files import write_atomically
 from report.tables import format_table
 from report.write import ROW_KEYS, ReportPaths, write_report
@@ -18,6 +18,8 @@ __all__ = [
     "Row",
     "draw_detections",
     "format_table",
+    "join_pictures",
+    "paint_detections",
     "write_atomically",
     "write_report",
 ]

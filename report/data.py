@@ -112,6 +112,7 @@ class ReportData:
     calibration: Mapping[str, Any] | None = None
     model: Mapping[str, Any] | None = None
     findings: Sequence[Mapping[str, Any]] = ()
+    fixed_point: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
 
     def check(self) -> None:
@@ -128,6 +129,7 @@ class ReportData:
             ("finding", self.findings, ("name", "hazard", "remedy")),
             ("model", (self.model,) if self.model is not None else (), MODEL_KEYS),
             ("layer", (self.model or {}).get("layers", ()), LAYER_KEYS),
+            ("fixed-point item", self.fixed_point, ("name", "values", "differing", "largest_step")),
         ):
             for item in items:
                 missing = [key for key in keys if key not in item]

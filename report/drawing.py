@@ -23,10 +23,20 @@ _COLOURS = (
     (213, 94, 0),
     (204, 121, 167),
 )
+_WHITE = (255, 255, 255)
 
 
 def draw_detections(image: NDArray[np.uint8], detections: ArrayLike, names: Sequence[str]) -> bytes:
-    """Return the picture with its boxes, class names and scores as PNG bytes.
+    """Return `paint_detections` of the same arguments as PNG bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(paint_detections(image, detections, names)).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def paint_detections(
+    image: NDArray[np.uint8], detections: ArrayLike, names: Sequence[str]
+) -> NDArray[np.uint8]:
+    """Return the picture with its boxes, class names and scores, uint8 [H, W, 3], RGB.
 
     A picture whose shorter side is below MIN_SIDE is enlarged by a whole factor first, so that labels stay
     readable.
@@ -71,13 +81,33 @@ def draw_detections(image: NDArray[np.uint8], detections: ArrayLike, names: Sequ
             thickness,
             font,
         )
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+    return np.asarray(picture)
 
 
-def _printable(name: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in name)[:24]
+def join_pictures(pictures: Sequence[tuple[str, NDArray[np.uint8]]]) -> NDArray[np.uint8]:
+    """Put pictures side by side, each under its title.
+
+    Args:
+        pictures: (title, uint8 [H, W, 3]), all of one height.
+
+    Returns:
+        uint8 [H + title, sum of widths, 3].
+    """
+    height = pictures[0][1].shape[0]
+    font_size = max(10, round(height / 28))
+    font = ImageFont.load_default(size=font_size)
+    canvas = Image.new("RGB", (sum(array.shape[1] for _, array in pictures), height + 2 * font_size))
+    draw = ImageDraw.Draw(canvas)
+    left = 0
+    for title, array in pictures:
+        draw.text((left + font_size // 2, font_size // 3), _printable(title, 60), fill=_WHITE, font=font)
+        canvas.paste(Image.fromarray(array), (left, 2 * font_size))
+        left += array.shape[1]
+    return np.asarray(canvas)
+
+
+def _printable(name: str, length: int = 24) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in name)[:length]
 
 
 def _draw_box(

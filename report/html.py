@@ -61,6 +61,7 @@ def render_html(data: ReportData) -> str:
         facts=model_facts(data.model) if data.model is not None else {},
         layers={"keys": LAYER_HEADINGS, "lines": layer_lines(data.model) if data.model is not None else []},
         findings=dict_table(data.findings, ("name", "hazard", "remedy")),
+        fixed_point=dict_table(data.fixed_point, ("name", "values", "differing", "largest_step")),
         total_seconds=sum(float(stage["seconds"]) for stage in data.stages),
         pictures=[
             (panel.title, [(name, data_uri(png)) for name, png in panel.images]) for panel in data.detections

@@ -77,6 +77,7 @@ def to_json(data: ReportData) -> dict[str, Any]:
         "machine": _plain(data.machine),
         "model": _plain(data.model),
         "findings": _plain(data.findings),
+        "fixed_point": _plain(data.fixed_point),
         "notes": _plain(data.notes),
     }
 
@@ -120,6 +121,13 @@ def to_markdown(data: ReportData) -> str:
     if data.findings:
         lines = [[item["name"], item["hazard"], item["remedy"]] for item in data.findings]
         parts += ["## Graph check", markdown_table(["Where", "Hazard", "Remedy"], lines, numbers_from=3)]
+    if data.fixed_point:
+        worst = sorted(data.fixed_point, key=lambda item: -item["differing"] / item["values"])[:10]
+        lines = [[i["name"], f"{i['differing'] / i['values']:.4%}", i["largest_step"]] for i in worst]
+        parts += [
+            "## Codes that differ from torch: the ten first",
+            markdown_table(["Tensor", "Share", "Largest step"], lines),
+        ]
     if data.sensitivity:
         ranked = sorted(data.sensitivity, key=lambda item: -float(item["score"]))[:20]
         lines = [[item["unit"], f"{float(item['score']):.5g}"] for item in ranked]

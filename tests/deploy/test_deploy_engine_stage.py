@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tensorrt_double import PLAN, BufferedMemory, Double, HostDevice
 from torch import nn
 
@@ -22,10 +23,12 @@ from deploy.tensorrt_runtime import TensorRTRuntime
 from pipeline import CustomDetector
 from pipeline.deploying import export_stage
 from pipeline.engines import check_runtimes, engine_stage, open_engines
+from pipeline.fixed_point import compare_fixed_point
 from pipeline.job import Job
 from pipeline.main import check_input
 from pipeline.quantizing import calibrate_stage
 from pipeline.run import Run
+from quant import load_placement
 
 SIZE = 64
 
@@ -157,6 +160,30 @@ def test_ranges_come_from_training_images(tmp_path):
         }
     different = [name for name, scale in scales[0].items() if scale != scales[4][name]]
     assert len(different) == 1  # the convolution before the SiLU
+
+
+@pytest.mark.parametrize("group", ["openvino", "onnxruntime", "trt10"])
+def test_fixed_point_compares_the_graph_with_torch_by_name(tmp_path, capfd, group):
+    job = make_job(tmp_path / "run", f"deploy={group}", "deploy.fixed_point_images=3")
+    export_stage(job)
+    compare_fixed_point(job)
+    content = job.run.read_json("fixed_point.json")
+    placement = load_placement(job.run.path("placement.yaml"))
+    names = [site.name for one in placement.groups for site in one.tensors]
+    assert [tensor["name"] for tensor in content["tensors"]] == names
+    assert content["tensors"][0]["values"] == 3 * 3 * SIZE * SIZE
+    assert content["share"] < 0.01
+    assert set(content["steps"]) <= {"1"}
+    assert f"fixed point: {content['sentence']}" in capfd.readouterr().err
+    # the graph keeps its scales, torch gets another one
+    state = load_file(job.run.path("ptq.safetensors"))
+    name = next(name for name in state if name.startswith("activation_quantizers.1"))
+    save_file({**state, name: state[name] + 0.2}, job.run.path("ptq.safetensors"))
+    if group != "onnxruntime":  # where the graph would be exported anew
+        compare_fixed_point(job)
+        changed = job.run.read_json("fixed_point.json")["tensors"]
+        assert changed[0]["differing"] == content["tensors"][0]["differing"]
+        assert changed[1]["differing"] > 0.3 * changed[1]["values"]
 
 
 # --------------------------------------------------------------------------------------------------------- TensorRT

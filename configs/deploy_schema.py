@@ -1,0 +1,71 @@
+"""Settings of the deploy section: ONNX export, engines and timing; a part of `configs.schema`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from configs.setting import setting
+
+TARGETS = ("openvino", "onnxruntime", "trt10", "trt11")
+RUNTIMES = ("openvino", "onnxruntime", "tensorrt")
+PRECISIONS = ("f32", "f16", "bf16")
+HINTS = ("f32", "bf16", "auto")
+OUTPUTS = ("decoded", "raw", "onnx_nms", "efficient_nms")
+SCALE_TYPES = ("fp16", "fp32")
+
+
+@dataclass
+class NMSConfig:
+    """Suppression that is written into the graph, for outputs=onnx_nms and efficient_nms."""
+
+    confidence: float = setting(0.25, "Lowest class score kept", unit="0..1", minimum=0, maximum=1)
+    iou: float = setting(0.7, "Class-wise NMS threshold", unit="IoU, 0..1", above=0, maximum=1)
+    max_detections: int = setting(
+        300, "Boxes kept per image (efficient_nms), or per class of an image (onnx_nms)", minimum=1
+    )
+
+
+@dataclass
+class DeployConfig:
+    """ONNX export, engines and timing."""
+
+    target: str = setting("openvino", "Which engine the ONNX graph is written for", choices=TARGETS)
+    runtimes: list[str] = setting(["openvino"], "Engines to build, evaluate and time", choices=RUNTIMES)
+    float_precisions: list[str] = setting(
+        ["f32"],
+        "Precisions of the float engines that INT8 is compared with, where the machine has them",
+        choices=PRECISIONS,
+    )
+    int8_hint: str = setting(
+        "f32",
+        "Precision of the float part of OpenVINO's INT8 engine; auto leaves it to OpenVINO",
+        choices=HINTS,
+    )
+    batch: int = setting(1, "Batch of the timed engine", unit="images", minimum=1)
+    dynamic_batch: bool = setting(True, "Leave the batch dimension open in the ONNX graph")
+    dynamic_size: bool = setting(False, "Leave height and width open in the ONNX graph")
+    outputs: str = setting(
+        "decoded",
+        "What the graph gives: decoded boxes, raw level maps, or detections after NMS in the graph",
+        choices=OUTPUTS,
+    )
+    nms: NMSConfig = field(default_factory=NMSConfig)
+    scale_type: str = setting("fp16", "For trt11: type of the Q/DQ scales", choices=SCALE_TYPES)
+    opset: int | None = setting(
+        None, "ONNX operator set; none takes the target's (docs/deployment.md)", minimum=13, maximum=23
+    )
+    range_images: int = setting(
+        32,
+        "For onnxruntime: training images that the ranges of convolution results are measured on; 0 assumes "
+        "a normal distribution",
+        unit="images",
+        minimum=0,
+    )
+    threads: int = setting(0, "CPU threads of an engine; 0 takes all cores", unit="threads", minimum=0)
+    fixed_point_images: int = setting(
+        2,
+        "Validation images whose INT8 codes are compared between torch and the exported graph; 0 leaves it out",
+        unit="images",
+        minimum=0,
+    )
+    benchmark_seconds: float = setting(5.0, "Timed duration per engine", unit="seconds", above=0)
