@@ -10,8 +10,8 @@ from typing import Any, Literal, cast
 import numpy as np
 from torch import Tensor, nn
 
-from configs.errors import ConfigError
 from configs.deploy_schema import NMSConfig
+from configs.errors import ConfigError
 from data import DataError, to_input
 from deploy import (
     ExportReport,
