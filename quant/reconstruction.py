@@ -174,6 +174,7 @@ def round_by_output(layer: QuantizedLayer, x: Tensor, target: Tensor) -> tuple[f
     nearest = (weight / scale).round().clamp(quantizer.low, quantizer.high) * scale
     result = error(nearest), error(codes * scale)
     layer.weight.copy_((codes * scale).reshape(layer.weight.shape))
+    quantizer.set_scale(quantizer.scale, layer.weight)  # the proportion to the largest weight has changed
     return result
 
 

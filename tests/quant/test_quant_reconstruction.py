@@ -120,6 +120,17 @@ def test_rounded_weights_lie_on_their_grid():
         torch.testing.assert_close(quantized, layer.weight, rtol=1e-5, atol=1e-7)
 
 
+def test_scales_that_follow_the_weights_stay_on_the_new_grid():
+    network = small_net()
+    model = insert(network, place(network, rules=BITS), learn_scales=False).eval()
+    calibrate(model, [small_images(8)])
+    reconstruct(model, small_images(8))
+    x = small_images(2, seed=9)
+    with torch.no_grad():
+        expected = model.eval()(x)
+        torch.testing.assert_close(model.train()(x), expected, rtol=1e-4, atol=1e-5)
+
+
 class Twice(nn.Module):
     """One layer with two inputs, and one without a bias."""
 
