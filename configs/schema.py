@@ -141,7 +141,13 @@ class PolicyRule:
 
     match: str = setting(MISSING, "Name pattern with * and ?, e.g. head.cls.*")
     keep_float: bool | None = setting(None, "true leaves the matching units float, false quantizes them")
-    bits: int | None = setting(None, "Bits of the matching quantizers", unit="bits", minimum=2, maximum=8)
+    bits: int | None = setting(
+        None,
+        "Bits of the matching quantizers; for more than 8, keep_float",
+        unit="bits",
+        minimum=2,
+        maximum=8,
+    )
     scale: float | None = setting(None, "Fixed scale, e.g. 1/255 for an 8-bit camera image", above=0)
     observer: str | None = setting(None, "Calibration method of the matching quantizers", choices=OBSERVERS)
     share: bool | None = setting(None, "true forces, false forbids one shared scale over a concat")
