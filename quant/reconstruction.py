@@ -4,8 +4,8 @@ The graph is walked once. At every quantized layer both worlds are at hand: what
 of it, and what the quantized one feeds it, with all layers before it repaired already. Two repairs, each optional:
 
 *Rounding* (the problem of AdaRound, Nagel et al., arXiv:2004.10568): each weight goes to the code below or above it,
-such that the layer's output on the data, not the weight, is closest to the float one. With X the inputs and Y the float
-outputs, and one row w of weights, the error is quadratic,
+such that the layer's output on the data, not the weight, changes least. With X the layer's inputs in the quantized
+network, Y what the float weights make of them, and one row w of weights, the error is quadratic,
 
     |w X - y|^2  =  w H w' - 2 w g' + const,      H = X X',   g = y X'
 
@@ -71,7 +71,7 @@ def reconstruct(
     def visit(name: str, layer: QuantizedLayer, x: Tensor, target: Tensor) -> None:
         nearest = rounded = shift = None
         if rounding and _can_round(layer):
-            nearest, rounded = round_by_output(layer, x, target)
+            nearest, rounded = round_by_output(layer, x, _with_float_weights(layer, x))
         if correct_bias and layer.bias is not None:
             error = _by_channel(layer, layer(x)).double().mean(0) - _by_channel(layer, target).double().mean(
                 0
@@ -136,6 +136,19 @@ def _both(
     if once:
         visit(str(node.target), module, rounded[0], target)
     return target, module(rounded[0])
+
+
+def _with_float_weights(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """What rounding is to come close to.
+
+    The paper takes the float network's output instead, so that weights also make up for the errors of earlier
+    layers; at 8 bits these are the larger part, they differ from image to image, and flips learn those of the few
+    images at hand.
+    """
+    layer.weight_quantizer.mode = Mode.OFF
+    output: Tensor = layer(x)
+    layer.weight_quantizer.mode = Mode.QUANTIZE
+    return output
 
 
 def _by_channel(layer: QuantizedLayer, output: Tensor) -> Tensor:
