@@ -17,7 +17,7 @@ EXPECTED = {
     ".": 2,
     "data": 4,
     "deploy": 4,
-    "experiment": 9,
+    "experiment": 10,
     "model": 7,
     "quant": 3,
     "train": 2,
@@ -32,7 +32,7 @@ def overrides_for(file: str) -> list[str]:
     if not folder:
         return ["+experiment=demo"]
     if folder == "experiment":
-        return [f"+experiment={option}", *([] if option == "demo" else NEEDED)]
+        return [f"+experiment={option}", *([] if option in ("demo", "retinanet") else NEEDED)]
     extra = ["model.factory=package.module:function"] if option == "custom" else []
     return ["+experiment=bccd", *NEEDED, f"{folder}={option}", *extra]
 

@@ -66,6 +66,24 @@ def test_a_detector_of_torchvision_becomes_an_int8_engine(ssdlite_run: Path) -> 
 
 
 @pytest.mark.slow
+def test_the_retinanet_experiment_runs_with_one_head_on_three_levels(tmp_path: Path) -> None:
+    outcome = run_entry("train_qat.py", "+experiment=retinanet", *TINY[1:], cwd=tmp_path, timeout=500)
+    assert outcome.code == 0, outcome.err
+    run = tmp_path / "runs/retinanet/latest"
+    assert list(rows_of(run)) == ROWS
+    model = json.loads((run / "report.json").read_text())["model"]
+    layers = {layer["name"]: layer for layer in model["layers"]}
+    assert model["strides"] == [8, 16, 32]
+    head = layers["head.classification_head.conv.0.0"]
+    assert head["macs"] == 48 * 48 * 9 * (12**2 + 6**2 + 3**2), "once for each level"
+    assert head["precision"] == "INT8"
+    floating = {name for name, layer in layers.items() if layer["precision"] == "float"}
+    assert floating == {"head.classification_head.cls_logits", "head.regression_head.bbox_reg"}
+    parity = json.loads((run / "engines/parity.json").read_text())
+    assert parity["engine:openvino:fp32"]["score_max"] < 1e-4
+
+
+@pytest.mark.slow
 def test_the_graph_is_quantized_where_it_should_be(ssdlite_run: Path) -> None:
     model = onnx.load(ssdlite_run / "runs/demo/latest/model.onnx")
     kernels = [
