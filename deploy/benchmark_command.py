@@ -71,11 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise DeployError("No model given; pass a path, or --compare A B.")
         else:
             result = _measure(options)
+        if options.json is not None:
+            write_atomically(options.json, (json.dumps(result, indent=2) + "\n").encode())
     except DeployError as error:
         print(error, file=sys.stderr)
         return EXIT_UNUSABLE
-    if options.json is not None:
-        write_atomically(options.json, (json.dumps(result, indent=2) + "\n").encode())
     return 0
 
 

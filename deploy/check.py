@@ -30,11 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.svg is not None:
             view = View(load_onnx(options.model), options.size, options.target)
             write_atomically(options.svg, draw_graph(view).encode())
+        if options.json is not None:
+            write_atomically(options.json, (json.dumps(report.as_dict(), indent=2) + "\n").encode())
     except DeployError as error:
         print(error, file=sys.stderr)
         return EXIT_UNREADABLE
-    if options.json is not None:
-        write_atomically(options.json, (json.dumps(report.as_dict(), indent=2) + "\n").encode())
     print(format_report(report))
     return EXIT_FINDINGS if options.strict and report.findings else 0
 

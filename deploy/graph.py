@@ -58,7 +58,18 @@ def save_onnx(model: ModelProto, path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write bytes beside `path` and rename them into place; creates the folder."""
+    """Write bytes beside `path` and rename them into place; creates the folder.
+
+    Raises:
+        DeployError: the folder cannot be written, or the disk is full.
+    """
+    try:
+        _write(path, content)
+    except OSError as error:
+        raise DeployError(f"{path} cannot be written ({error.strerror}); choose another place.") from error
+
+
+def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)

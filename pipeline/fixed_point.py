@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from data import to_input
 from deploy import DeployError, compare_codes
@@ -39,26 +41,38 @@ def compare_fixed_point(job: Job) -> None:
             export_quantized(job, "trt10", path)
         else:
             path = job.run.path(model_name(job, target))
-        report = compare_codes(_pairs(job, path))
+        pairs = list(_codes(job, path))
+    report = compare_codes((graph, free) for graph, free, _ in pairs)
+    local = compare_codes((graph, forced) for graph, _, forced in pairs)
     tensors = quantizer_calls(job.best_quantized()[0])
     content = report.as_dict()
-    content["tensors"] = [{**tensor, "name": tensors[tensor["name"]]} for tensor in content["tensors"]]
-    job.run.write_json(FIXED_POINT, {"sentence": report.describe(), **content})
-    say(f"fixed point: {report.describe()}")
+    content["tensors"] = [
+        {**tensor, "name": tensors[tensor["name"]], "differing_locally": alone.differing}
+        for tensor, alone in zip(content["tensors"], local.tensors, strict=True)
+    ]
+    sentence = f"from the same codes on, {local.describe()}; from the image on, {report.describe()}"
+    local_figures = {key: value for key, value in local.as_dict().items() if key in ("share", "steps")}
+    job.run.write_json(FIXED_POINT, {"sentence": sentence, **content, "local": local_figures})
+    say(f"fixed point: {sentence}")
 
 
-def _pairs(job: Job, path: Path) -> Iterator[tuple[dict[str, Codes], dict[str, Codes]]]:
-    """(codes of the graph, codes of torch) of every image."""
+def _codes(job: Job, path: Path) -> Iterator[tuple[dict[str, Codes], dict[str, Codes], dict[str, Codes]]]:
+    """For every image codes of the graph, of torch, and of torch where each layer reads the graph's codes."""
     model = job.best_quantized()[0]
-    number = job.config.deploy.fixed_point_images
     recorder = CodeRecorder(path)
-    loader = job.letterboxed(job.val_set, 1, number)
+    loader = job.letterboxed(job.val_set, 1, job.config.deploy.fixed_point_images)
     for batch in track(loader, "fixed point", len(loader)):
         images = to_input(batch.images, job.device)
-        in_torch = {name: codes.numpy() for name, codes in activation_codes(model, images).items()}
         in_graph = {}
         for name, codes in recorder.codes(np.asarray(images.cpu().numpy(), np.float32)).items():
             if not name.startswith(SCOPE):
                 raise DeployError(f"Quantizer '{name}' of {path.name} lies outside {SCOPE}; export it again.")
             in_graph[name.removeprefix(SCOPE).rsplit("/", 1)[0]] = codes
-        yield in_graph, in_torch
+        forced = {name: torch.from_numpy(codes) for name, codes in in_graph.items()}
+        free, locally = activation_codes(model, images), activation_codes(model, images, forced)
+        yield in_graph, to_arrays(free), to_arrays(locally)
+
+
+def to_arrays(codes: dict[str, Tensor]) -> dict[str, Codes]:
+    """Tensors as NumPy arrays."""
+    return {name: np.asarray(tensor.numpy(), np.int16) for name, tensor in codes.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,8 +37,9 @@ def _calls(model: fx.GraphModule) -> dict[fx.Node, str]:
 class _Recorder(fx.Interpreter):
     """Runs a model node by node and keeps what its quantizers give, as codes."""
 
-    def __init__(self, model: fx.GraphModule) -> None:
+    def __init__(self, model: fx.GraphModule, forced: Mapping[str, Tensor]) -> None:
         super().__init__(model)
+        self.forced = forced
         self.names = _calls(model)
         self.codes: dict[str, Tensor] = {}
 
@@ -52,15 +54,21 @@ class _Recorder(fx.Interpreter):
                     f"{name} is {quantizer.mode.value}: switch the quantizers on before reading codes"
                 )
             self.codes[name] = (result / quantizer.scale).round().to(torch.int16).cpu()
+            if name in self.forced:
+                result = self.forced[name].to(result) * quantizer.scale
         return result
 
 
-def activation_codes(model: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
+def activation_codes(
+    model: fx.GraphModule, images: Tensor, forced: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Codes of every activation quantizer for a batch.
 
     Args:
         model: quantized, in evaluation mode, its quantizers on.
         images: float32 [B, 3, H, W] in 0..1, on the model's device.
+        forced: codes, by name, that go on from a quantizer in the place of its own; what is returned are its own. With
+            all codes of another implementation, every quantizer shows only what its own layer does differently.
 
     Returns:
         Name of the call (see `quantizer_calls`) -> int16 tensor of the shape of the quantized one, in steps from zero.
@@ -68,7 +76,7 @@ def activation_codes(model: fx.GraphModule, images: Tensor) -> dict[str, Tensor]
     Raises:
         ValueError: the quantizers are off.
     """
-    recorder = _Recorder(model)
+    recorder = _Recorder(model, forced or {})
     with torch.inference_mode():
         recorder.run(images)
     return recorder.codes

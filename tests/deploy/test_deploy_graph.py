@@ -3,9 +3,12 @@
 import numpy as np
 import onnx
 import pytest
+from deploy_networks import SmallDetector
 from onnx import TensorProto, helper, numpy_helper
 
-from deploy import DeployError, OpenVINORuntime, load_onnx, save_onnx, verify_onnx
+from deploy import DeployError, OpenVINORuntime, export_onnx, load_onnx, save_onnx, verify_onnx
+from deploy.check import main as check_main
+from deploy.graph import write_atomically
 
 
 def model_with_external(location, length=None, in_attribute=False):
@@ -77,3 +80,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         save_onnx(model_with_external("w.bin"), path)
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
     assert path.read_bytes() == b"old"
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DeployError, match=r"file/out\.json cannot be written"):
+        write_atomically(tmp_path / "file" / "out.json", b"{}")
+    path = export_onnx(SmallDetector(), tmp_path / "m.onnx", (64, 96), "trt10").path
+    assert check_main([str(path), "--json", str(tmp_path / "file" / "out.json")]) == 3
+    assert "cannot be written" in capsys.readouterr().err
