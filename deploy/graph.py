@@ -66,7 +66,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         _write(path, content)
     except OSError as error:
-        raise DeployError(f"{path} cannot be written ({error.strerror}); choose another place.") from error
+        raise DeployError(
+            f"{path} cannot be written ({error.strerror or error}); choose another place."
+        ) from error
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -76,7 +76,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DeployError, match="disk full"):
         save_onnx(model_with_external("w.bin"), path)
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
     assert path.read_bytes() == b"old"

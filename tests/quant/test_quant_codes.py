@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from quant import activation_codes, activation_quantizers, insert, place, quantizer_calls, set_mode
+from quant import (
+    activation_codes,
+    activation_quantizers,
+    insert,
+    place,
+    quantized_layers,
+    quantizer_calls,
+    set_mode,
+)
 from quant.fake_quantize import Mode
 
 
@@ -28,6 +36,8 @@ def model():
     quantized = insert(network, place(network))
     for index, quantizer in enumerate(activation_quantizers(quantized).values()):
         quantizer.set_scale(0.01 * (index + 1))
+    for layer in quantized_layers(quantized).values():
+        layer.weight_quantizer.set_scale(layer.weight_quantizer.amax_scale(layer.weight), layer.weight)
     set_mode(quantized, Mode.QUANTIZE)
     return quantized.eval()
 
