@@ -63,7 +63,7 @@ def test_every_kind_of_rule_reaches_the_plan(placed: tuple[Path, str]) -> None:
     assert plan["concats"]["neck.cat_0"] is False
     quantized = {site["layer"] for site in plan["weights"]}
     assert not any(layer.startswith("head.cls.0.") for layer in quantized)
-    assert plan["kept_float"]["head.cls.0.1.conv"] == "policy rule"
+    assert plan["kept_float"]["head.cls.0.conv1.conv"] == "policy rule"
     assert "head.box.0.output" in quantized
     assert "head.box.1.output" in plan["kept_float"]
 
@@ -104,7 +104,9 @@ def test_an_edited_plan_is_taken_and_calibrated(placed: tuple[Path, str]) -> Non
     assert "equalised 0 pairs of layers; 68 left alone" in outcome.err  # SiLU is not homogeneous
     repaired = json.loads((run / "repairs.json").read_text())["layers"]
     assert {entry["layer"] for entry in repaired} == {site["layer"] for site in plan["weights"]}
-    assert all(entry["error_rounded"] <= entry["error_nearest"] * 1.0001 for entry in repaired)
+    rounded = [entry for entry in repaired if entry["error_rounded"] is not None]  # not the grouped ones
+    assert len(rounded) > 100
+    assert all(entry["error_rounded"] <= entry["error_nearest"] * 1.0001 for entry in rounded)
 
 
 @pytest.mark.slow
