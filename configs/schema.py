@@ -133,6 +133,10 @@ class ActivationQuantConfig:
     """Quantization of activations: per tensor, symmetric."""
 
     bits: int = setting(8, "Bits; below 8 in simulation only", unit="bits", minimum=2, maximum=8)
+    unsigned: bool = setting(
+        False,
+        "Codes 0 to 255 for tensors that are never negative (images, behind ReLU): half the step. CPU engines only",
+    )
 
 
 @dataclass

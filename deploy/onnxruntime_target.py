@@ -5,7 +5,8 @@ and its activation, so its convs would run in float there, slower than without q
 missing:
 
 1. concat, split, pooling, resize: Q/DQ of the same scale on the result, exact because their inputs lie on that grid;
-2. conv -> ReLU: the conv rounds to the ReLU's own grid and the ReLU becomes a clip of the codes, exact as well;
+2. conv -> ReLU: the conv rounds to the ReLU's own grid and the ReLU becomes a clip of the codes (nothing at all where
+   that grid starts at 0), exact as well;
 3. conv -> SiLU: the conv's result x gets 8 bits of its own, the sigmoid 1/256 steps, so that conv, sigmoid and
 product are
    integer kernels. This is one rounding more than torch saw. The range of x comes from images where they are given.
@@ -78,16 +79,16 @@ def integer_operators(histograms: Mapping[str, Histogram] | None = None) -> Grap
             activation = _activation_of(graph, conv)
             if activation is None:
                 continue
-            scale = editor.result_scale(activation.result)
-            if scale is None:
+            grid = editor.result_grid(activation.result)
+            if grid is None:
                 continue
             if activation.sigmoid is not None:
-                histogram = known.get(conv.output[0]) or assumed_histogram(scale)
-                editor.quantize(conv.output[0], choose_grid(histogram, scale))
+                histogram = known.get(conv.output[0]) or assumed_histogram(grid.scale)
+                editor.quantize(conv.output[0], choose_grid(histogram, grid.scale))
                 editor.quantize(activation.sigmoid, SIGMOID_GRID)
             else:
-                editor.clip_codes(conv.output[0], activation.result, scale)
-            editor.quantize_unless_quantized(activation.result, Grid(scale, 128))
+                editor.clip_codes(conv.output[0], activation.result, grid)
+            editor.quantize_unless_quantized(activation.result, grid)
         editor.carry_scales()
         return PassResult(editor.added, editor.added, editor.added)
 
@@ -189,23 +190,24 @@ class _Editor:
                 for result in node.output:
                     self.quantize_unless_quantized(result, grid)
 
-    def result_scale(self, tensor: str) -> float | None:
-        """The one scale that a result is quantized with, behind moving operators or the sum it enters; or None."""
-        scales = self._scales_behind(tensor)
+    def result_grid(self, tensor: str) -> Grid | None:
+        """The one grid that a result is quantized to, behind moving operators or the sum it enters; or None."""
+        grids = self._grids_behind(tensor)
         readers = self.graph.consumers.get(tensor, [])
-        if not scales and len(readers) == 1 and readers[0].op_type == "Add":
-            scales = self._scales_behind(readers[0].output[0])
-        return scales.pop() if len(scales) == 1 else None
+        if not grids and len(readers) == 1 and readers[0].op_type == "Add":
+            grids = self._grids_behind(readers[0].output[0])
+        return grids.pop() if len(grids) == 1 else None
 
-    def _scales_behind(self, tensor: str) -> set[float]:
-        scales: set[float] = set()
+    def _grids_behind(self, tensor: str) -> set[Grid]:
+        grids: set[Grid] = set()
         for node in self.graph.consumers.get(tensor, []):
             if node.op_type == "QuantizeLinear":
-                scales.add(self._scale(node))
+                scale, zero_point = (self.graph.constants[name] for name in node.input[1:3])
+                grids.add(Grid(float(scale.item()), int(zero_point.item())))
             elif node.op_type in TRANSPARENT:
                 for result in node.output:
-                    scales |= self._scales_behind(result)
-        return scales
+                    grids |= self._grids_behind(result)
+        return grids
 
     def quantize(self, tensor: str, grid: Grid) -> None:
         """Let every reader of `tensor` read it through Q/DQ of `grid`."""
@@ -233,21 +235,25 @@ class _Editor:
         if tensor not in self.graph.outputs and any(node.op_type != "QuantizeLinear" for node in readers):
             self.quantize(tensor, grid)
 
-    def clip_codes(self, tensor: str, result: str, scale: float) -> None:
-        """Step 2: conv -> Q -> Clip(codes, 128, 255) -> DQ in place of conv -> ReLU; `result` keeps its name."""
+    def clip_codes(self, tensor: str, result: str, grid: Grid) -> None:
+        """Step 2: conv -> Q -> Clip(codes, zero point, 255) -> DQ in place of conv -> ReLU; `result` keeps its name."""
         graph = self.graph
         relu = graph.producers[result]
         step, zero, codes, clipped = (
             graph.unique(f"{tensor}_{part}") for part in ("step", "zero", "codes", "clipped")
         )
-        graph.constants[step] = np.asarray(scale, np.float32)
-        graph.constants[zero] = np.asarray(128, np.uint8)
+        graph.constants[step] = np.asarray(grid.scale, np.float32)
+        graph.constants[zero] = np.asarray(grid.zero_point, np.uint8)
         graph.remove([relu])
+        clip = (
+            [helper.make_node("Clip", [codes, zero], [clipped], f"{tensor}/Clip")] if grid.zero_point else []
+        )
+        kept = clipped if clip else codes
         graph.insert(
             [
                 helper.make_node("QuantizeLinear", [tensor, step, zero], [codes], f"{tensor}/Quantize"),
-                helper.make_node("Clip", [codes, zero], [clipped], f"{tensor}/Clip"),
-                helper.make_node("DequantizeLinear", [clipped, step, zero], [result], f"{tensor}/Dequantize"),
+                *clip,
+                helper.make_node("DequantizeLinear", [kept, step, zero], [result], f"{tensor}/Dequantize"),
             ]
         )
         self.added += 1
@@ -260,6 +266,3 @@ class _Editor:
         if scale is None or zero_point is None or scale.size != 1 or zero_point.dtype != np.uint8:
             return None
         return Grid(float(scale.item()), int(zero_point.item()))
-
-    def _scale(self, node: NodeProto) -> float:
-        return float(self.graph.constants[node.input[1]].item())

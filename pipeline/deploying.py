@@ -111,8 +111,11 @@ def check_export(job: Job) -> None:
 
     Raises:
         DeployError: an operator set that a target's graph cannot be written in.
+        ConfigError: a plan with unsigned codes for a target that takes signed ones only.
     """
     for target in targets(job):
+        if job.config.quant.activations.unsigned:
+            check_signs(target, "quant.activations.unsigned=true")
         target_opset(target, job.config.deploy.scale_type, job.config.deploy.opset)
 
 
@@ -196,12 +199,28 @@ def range_images(job: Job) -> list[FloatArray]:
     return [np.asarray(to_input(batch.images, "cpu").numpy(), np.float32) for batch in batches]
 
 
-def check_widths(placement: Placement, target: str) -> None:
-    """Refuse a plan whose widths no engine of the target runs.
+def check_signs(target: str, what: str) -> None:
+    """Refuse unsigned codes where the target takes signed ones only.
 
     Raises:
-        ConfigError: some tensor or weight is narrower than 8 bits.
+        ConfigError: the target is one of TensorRT's.
     """
+    if target.startswith("trt"):
+        raise ConfigError(
+            f"{what}, but TensorRT (target {target}) takes signed codes only: make the run with "
+            "quant.activations.unsigned=false, or export for openvino or onnxruntime"
+        )
+
+
+def check_widths(placement: Placement, target: str) -> None:
+    """Refuse a plan whose widths or signs no engine of the target runs.
+
+    Raises:
+        ConfigError: some tensor or weight is narrower than 8 bits, or unsigned where the target takes signed codes.
+    """
+    unsigned = [group.name for group in placement.groups if not group.signed]
+    if unsigned:
+        check_signs(target, f"the plan has {len(unsigned)} unsigned groups ({unsigned[0]}, ...)")
     widths = {group.name: group.bits for group in placement.groups}
     widths |= {site.layer: site.bits for site in placement.weights}
     narrow = {name: bits for name, bits in widths.items() if bits != 8}

@@ -156,6 +156,7 @@ def make_placement(job: Job) -> Placement:
         weight_bits=config.weights.bits,
         activation_bits=config.activations.bits,
         edge_bits=config.edge_bits,
+        unsigned=config.activations.unsigned,
         share_concat_scales=config.share_concat_scales != "none",
     )
     if config.share_concat_scales == "measured":

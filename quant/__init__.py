@@ -19,7 +19,8 @@ from quant.insertion import (
     quantized_layers,
     set_mode,
 )
-from quant.placement import Group, Placement, PlacementOptions, TensorSite, WeightSite, place
+from quant.placement import PlacementOptions, place
+from quant.plan import Group, Placement, TensorSite, WeightSite
 from quant.plan_file import PlanError, dump_placement, load_placement
 from quant.policy import Policy, PolicyError, Rule, parse_rules
 from quant.reconstruction import LayerRepair, reconstruct

@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from quant.placement import Placement
+from quant.plan import Placement
 
 Measure = Callable[[frozenset[str]], float]  # units left float -> accuracy
 

@@ -132,7 +132,10 @@ def _convergence(
     chosen = {group.name: group for group in result.groups if group.method not in (FIXED, IMPORTED)}
 
     def scale_of(name: str, histogram: Histogram) -> float:
-        return choose_scale(histogram, chosen[name].method, quantizer_of[name].bits, percentile).scale
+        quantizer = quantizer_of[name]
+        return choose_scale(
+            histogram, chosen[name].method, quantizer.bits, percentile, quantizer.signed
+        ).scale
 
     final = {name: group.scale for name, group in chosen.items()}
     return follow_scales(milestones, result.num_images, final, scale_of)
@@ -225,7 +228,7 @@ def apply_histograms(
         if histogram.num_ignored:
             log.warning("group %s: %d NaN or infinite values left out", group.name, histogram.num_ignored)
         chosen_by = group.observer or method
-        choice = choose_scale(histogram, chosen_by, quantizer.bits, percentile)
+        choice = choose_scale(histogram, chosen_by, quantizer.bits, percentile, quantizer.signed)
         scale = choice.scale
         if group.scale is None:
             quantizer.set_scale(scale)

@@ -101,21 +101,23 @@ class _FakeQuantizeChannel(torch.autograd.Function):
 
 
 class FakeQuantize(nn.Module):
-    """Rounds activations to a signed grid with one scale for the whole tensor.
+    """Rounds activations to a grid with one scale for the whole tensor; zero is always a code.
 
     One module serves every tensor of a placement group, so the members share the scale by being the same object.
 
     Args:
-        bits: Width of the grid, 2 to 8; the codes are [-2^(bits-1), 2^(bits-1) - 1].
+        bits: Width of the grid, 2 to 8.
         learned: Whether fine-tuning may move the scale.
+        signed: Codes [-2^(bits-1), 2^(bits-1) - 1], or [0, 2^bits - 1] for tensors without negative values.
     """
 
-    def __init__(self, bits: int = 8, learned: bool = True) -> None:
+    def __init__(self, bits: int = 8, learned: bool = True, signed: bool = True) -> None:
         super().__init__()
         _check_bits(bits)
         self.bits = bits
-        self.low = -(2 ** (bits - 1))
-        self.high = 2 ** (bits - 1) - 1
+        self.signed = signed
+        self.low = -(2 ** (bits - 1)) if signed else 0
+        self.high = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
         self.mode = Mode.OFF
         self.observer: Any = None
         self.log_scale = nn.Parameter(torch.zeros(()), requires_grad=learned)

@@ -73,6 +73,18 @@ _TRANSPARENT_METHODS = {
 _CONCAT_FUNCTIONS: set[Callable[..., Any]] = {torch.cat, torch.concat, torch.stack}
 _ADD_FUNCTIONS: set[Callable[..., Any]] = {operator.add, torch.add, operator.iadd}
 _AVERAGE_MODULES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_RECTIFYING_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
+_RECTIFYING_FUNCTIONS: set[Callable[..., Any]] = {
+    torch.relu,
+    torch.sigmoid,
+    torch.softmax,
+    F.relu,
+    F.relu6,
+    F.sigmoid,
+    F.hardsigmoid,
+    F.softmax,
+}
+_RECTIFYING_METHODS = {"relu", "sigmoid", "softmax"}
 _AVERAGE_FUNCTIONS: set[Callable[..., Any]] = {
     torch.nn.functional.avg_pool2d,
     torch.nn.functional.adaptive_avg_pool2d,
@@ -165,6 +177,15 @@ def _kind_of_function(node: fx.Node) -> Kind:
     if function in _TRANSPARENT_FUNCTIONS:
         return Kind.TRANSPARENT
     return Kind.FLOAT
+
+
+def is_rectified(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node's function has no negative results, whatever it is given."""
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], _RECTIFYING_MODULES)
+    if node.op == "call_function":
+        return node.target in _RECTIFYING_FUNCTIONS
+    return node.op == "call_method" and node.target in _RECTIFYING_METHODS
 
 
 def inputs_of(node: fx.Node) -> list[fx.Node]:

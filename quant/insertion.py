@@ -11,7 +11,7 @@ from torch import fx, nn
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
 from quant.graph import Kind, inputs_of, kind_of, trace
 from quant.layers import QuantizedLayer, quantize_layer
-from quant.placement import Group, Placement
+from quant.plan import Group, Placement
 
 ACTIVATION_QUANTIZERS = "activation_quantizers"
 
@@ -68,7 +68,7 @@ def insert(network: nn.Module, placement: Placement, learn_scales: bool = True) 
 def _insert_group(
     model: fx.GraphModule, nodes: dict[str, fx.Node], index: int, group: Group, learn_scales: bool
 ) -> None:
-    quantizer = FakeQuantize(group.bits, learned=learn_scales and group.scale is None)
+    quantizer = FakeQuantize(group.bits, learn_scales and group.scale is None, group.signed)
     if group.scale is not None:
         quantizer.set_scale(group.scale)
     target = f"{ACTIVATION_QUANTIZERS}.{index}"

@@ -134,8 +134,10 @@ class ScaleChoice:
     clipped: float
 
 
-def choose_scale(histogram: Histogram, method: str, bits: int = 8, percentile: float = 99.99) -> ScaleChoice:
-    """Choose the scale of a signed `bits` wide grid for the values in the histogram.
+def choose_scale(
+    histogram: Histogram, method: str, bits: int = 8, percentile: float = 99.99, signed: bool = True
+) -> ScaleChoice:
+    """Choose the scale of a `bits` wide grid for the values in the histogram.
 
     A histogram without any non-zero value gives scale 1: every value is representable then.
 
@@ -144,11 +146,12 @@ def choose_scale(histogram: Histogram, method: str, bits: int = 8, percentile: f
         method: `minmax`, `percentile`, `mse` or `entropy`.
         bits: width of the grid, 2 to 8.
         percentile: for `percentile`, the share of values to represent, in percent.
+        signed: whether the highest code is 2^(bits-1) - 1, or 2^bits - 1 for values that are never negative.
 
     Raises:
         ValueError: unknown method.
     """
-    high = 2 ** (bits - 1) - 1
+    high = 2 ** (bits - 1 if signed else bits) - 1
     if histogram.maximum <= _TINY:
         return ScaleChoice(float(high), 1.0, 0.0)
     if method == "minmax":

@@ -17,84 +17,13 @@ operand stays unquantized so that the engine can fuse convolution, activation an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import fx, nn
 
-from quant.graph import WEIGHTED_MODULES, Kind, inputs_of, kind_of, paths_of, trace
+from quant.graph import WEIGHTED_MODULES, Kind, inputs_of, is_rectified, kind_of, paths_of, trace
+from quant.plan import Group, Placement, TensorSite, WeightSite
 from quant.policy import Policy, Rule
-
-
-@dataclass(frozen=True)
-class TensorSite:
-    """One quantized tensor: its readable name, its producer in the graph, and the nodes that read it quantized."""
-
-    name: str
-    node: str
-    users: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Tensors with one common scale.
-
-    Attributes:
-        name: name of the first tensor.
-        tensors: the members, in graph order.
-        layers: weighted layers that read the group.
-        bits: width of the grid.
-        observer: calibration method, None for the run's default.
-        scale: fixed scale, None to calibrate.
-    """
-
-    name: str
-    tensors: tuple[TensorSite, ...]
-    layers: tuple[str, ...]
-    bits: int = 8
-    observer: str | None = None
-    scale: float | None = None
-
-
-@dataclass(frozen=True)
-class WeightSite:
-    """One layer with quantized weights: `axis` counts output channels, `group` feeds it."""
-
-    layer: str
-    axis: int
-    bits: int
-    group: str
-
-
-@dataclass(frozen=True)
-class Placement:
-    """The whole plan; plain data.
-
-    Attributes:
-        groups: activation groups in graph order.
-        weights: layers with quantized weights in graph order.
-        kept_float: weighted layers left in float, with the reason.
-        concats: every concat that quantized data passes, and whether its inputs share one scale.
-    """
-
-    groups: tuple[Group, ...]
-    weights: tuple[WeightSite, ...]
-    kept_float: dict[str, str] = field(default_factory=dict)
-    concats: dict[str, bool] = field(default_factory=dict)
-
-    def describe(self) -> str:
-        """The plan as a tree: one line per group, its tensors and layers below; then what is float, and the concats."""
-        lines = []
-        for group in self.groups:
-            scale = f", scale {group.scale:g}" if group.scale is not None else ""
-            lines.append(f"{group.name}  ({group.bits} bits{scale}, {len(group.tensors)} tensors)")
-            lines += [f"  tensor {tensor.name} -> {', '.join(tensor.users)}" for tensor in group.tensors]
-            lines += [f"  layer  {layer}" for layer in group.layers]
-        lines += [f"float: {name} ({reason})" for name, reason in self.kept_float.items()]
-        lines += [
-            f"concat {name}: {'one scale over its inputs' if shared else 'own scale'}"
-            for name, shared in self.concats.items()
-        ]
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -110,6 +39,8 @@ class PlacementOptions:
         quantize_outputs: whether layers whose result leaves the network are quantized, too (they carry the
             network's answer and are the most sensitive ones).
         quantize_narrow: whether layers too narrow for a good INT8 kernel are quantized, too.
+        unsigned: whether groups that are never negative (behind a ReLU or sigmoid; images, which are in [0, 1]) use
+            codes from 0 to 255: half the step for the same range. CPU engines run it, TensorRT takes signed codes only.
     """
 
     weight_bits: int = 8
@@ -118,6 +49,7 @@ class PlacementOptions:
     share_concat_scales: bool = True
     quantize_outputs: bool = False
     quantize_narrow: bool = False
+    unsigned: bool = False
 
 
 def place(
@@ -360,7 +292,14 @@ class _Planner:
             bits=self.policy.lookup("bits", names) or bits,
             observer=self.policy.lookup("observer", names),
             scale=self.policy.lookup("scale", names),
+            signed=not (options.unsigned and all(self._is_nonnegative(node) for node in tensors)),
         )
+
+    def _is_nonnegative(self, node: fx.Node) -> bool:
+        """Whether no value of a tensor can be below 0, images being in [0, 1]."""
+        if self.kinds[node] in {Kind.TRANSPARENT, Kind.CONCAT, Kind.ADD, Kind.AVERAGE}:
+            return all(self._is_nonnegative(source) for source in inputs_of(node))
+        return node.op == "placeholder" or is_rectified(node, self.modules)
 
     def _readers(self, producer: fx.Node) -> tuple[str, ...]:
         return tuple(node.name for node in sorted(self.edges[producer], key=self.order.__getitem__))

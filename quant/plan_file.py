@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from quant.placement import Group, Placement, TensorSite, WeightSite
+from quant.plan import Group, Placement, TensorSite, WeightSite
 from quant.policy import Rule
 
 

@@ -29,7 +29,8 @@ from quant.fake_quantize import Mode
 from quant.graph import trace
 from quant.insertion import insert, quantized_layers, set_mode
 from quant.observers import Histogram
-from quant.placement import Group, Placement, PlacementOptions, TensorSite, place
+from quant.placement import PlacementOptions, place
+from quant.plan import Group, Placement, TensorSite
 from quant.policy import Policy, Rule
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from quant.budget import search_budget, without_units
-from quant.placement import Group, Placement, TensorSite, WeightSite
+from quant.plan import Group, Placement, TensorSite, WeightSite
 
 COSTS = {"a": 0.010, "b": 0.006, "c": 0.003, "d": 0.001, "e": 0.0005}
 

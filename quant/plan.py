@@ -1,0 +1,80 @@
+"""The plan that placement makes and every later step reads: plain data, printable, editable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class TensorSite:
+    """One quantized tensor: its readable name, its producer in the graph, and the nodes that read it quantized."""
+
+    name: str
+    node: str
+    users: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors with one common scale.
+
+    Attributes:
+        name: name of the first tensor.
+        tensors: the members, in graph order.
+        layers: weighted layers that read the group.
+        bits: width of the grid.
+        observer: calibration method, None for the run's default.
+        scale: fixed scale, None to calibrate.
+        signed: codes on both sides of zero, or from zero upwards for tensors that are never negative.
+    """
+
+    name: str
+    tensors: tuple[TensorSite, ...]
+    layers: tuple[str, ...]
+    bits: int = 8
+    observer: str | None = None
+    scale: float | None = None
+    signed: bool = True
+
+
+@dataclass(frozen=True)
+class WeightSite:
+    """One layer with quantized weights: `axis` counts output channels, `group` feeds it."""
+
+    layer: str
+    axis: int
+    bits: int
+    group: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The whole plan; plain data.
+
+    Attributes:
+        groups: activation groups in graph order.
+        weights: layers with quantized weights in graph order.
+        kept_float: weighted layers left in float, with the reason.
+        concats: every concat that quantized data passes, and whether its inputs share one scale.
+    """
+
+    groups: tuple[Group, ...]
+    weights: tuple[WeightSite, ...]
+    kept_float: dict[str, str] = field(default_factory=dict)
+    concats: dict[str, bool] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """The plan as a tree: one line per group, its tensors and layers below; then what is float, and the concats."""
+        lines = []
+        for group in self.groups:
+            scale = f", scale {group.scale:g}" if group.scale is not None else ""
+            scale += "" if group.signed else ", unsigned"
+            lines.append(f"{group.name}  ({group.bits} bits{scale}, {len(group.tensors)} tensors)")
+            lines += [f"  tensor {tensor.name} -> {', '.join(tensor.users)}" for tensor in group.tensors]
+            lines += [f"  layer  {layer}" for layer in group.layers]
+        lines += [f"float: {name} ({reason})" for name, reason in self.kept_float.items()]
+        lines += [
+            f"concat {name}: {'one scale over its inputs' if shared else 'own scale'}"
+            for name, shared in self.concats.items()
+        ]
+        return "\n".join(lines)
