@@ -64,11 +64,12 @@ def executions(job: Job, folder: Path, orders: bool) -> dict[str, Decoded]:
     def engine(runtime: Runtime) -> Decoded:
         return lambda images: torch.from_numpy(runtime.infer(images.numpy()))
 
-    for target in ("openvino", "onnxruntime", "trt10"):
-        export_quantized(job, target, folder / f"{target}.onnx")
+    export_quantized(job, "openvino", folder / "openvino.onnx")
+    export_quantized(job, "onnxruntime", folder / "onnxruntime.onnx")
     plain, last = torch.contiguous_format, torch.channels_last
     found = {FLOAT: torch_with(job.detector.network, 1, plain), TORCH: torch_with(whole, 1, plain)}
     if orders:
+        export_quantized(job, "trt10", folder / "trt10.onnx")
         found |= {
             "torch, whole numbers, 2 threads, channels last": torch_with(whole, 2, last),
             "torch, floats": torch_with(floats, 1, plain),
