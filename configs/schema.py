@@ -18,7 +18,9 @@ from omegaconf import MISSING
 from configs.deploy_schema import OUTPUTS, SCALE_TYPES, TARGETS, DeployConfig, NMSConfig
 from configs.setting import setting
 
-ARCHITECTURES = ("auto", "yolov9t", "yolov9s", "yolov9m", "yolov9c", "yolov9e", "custom")
+DETECTORS = ("yolov9t", "yolov9s", "yolov9m", "yolov9c", "yolov9e")
+SEGMENTERS = ("yolov9t-seg", "yolov9c-seg", "yolov9e-seg")
+ARCHITECTURES = ("auto", *DETECTORS, *SEGMENTERS, "custom")
 ACTIVATIONS = ("silu", "relu")
 STAGES = ("train", "float", "place", "calibrate", "sensitivity", "finetune", "export", "engine", "report")
 OBSERVERS = ("minmax", "percentile", "mse", "entropy")

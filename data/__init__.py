@@ -6,8 +6,8 @@ from data.errors import DataError
 from data.images import list_images, read_image
 from data.letterbox import PAD_VALUE, LetterboxInfo, letterbox, letterbox_boxes, to_input, unletterbox
 from data.loader import DetectionLoader, build_loader
-from data.metrics import DetectionMetrics, compute_metrics, evaluate
-from data.samples import Batch, Dataset, Sample
+from data.metrics import DetectionMetrics, Found, Predict, compute_metrics, evaluate
+from data.samples import Batch, Dataset, Instances, Sample
 from data.synthetic import generate_synthetic
 
 __all__ = [
@@ -19,7 +19,10 @@ __all__ = [
     "DetectionDataset",
     "DetectionLoader",
     "DetectionMetrics",
+    "Found",
+    "Instances",
     "LetterboxInfo",
+    "Predict",
     "Sample",
     "build_loader",
     "compute_metrics",

@@ -9,17 +9,41 @@ Mosaic: Bochkovskiy et al., YOLOv4, arXiv:2004.10934, section 3.3.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from data.errors import DataError
 from data.letterbox import PAD_VALUE
+from data.masks import Outlines, outlines_of
 from data.samples import Sample
 
 Image = NDArray[np.uint8]
-Objects = tuple[NDArray[np.float32], NDArray[np.int64]]  # boxes [N, 4] xyxy pixels, labels [N]
-Fitted = tuple[Image, NDArray[np.float32], NDArray[np.int64]]  # image with its boxes and labels
+
+
+class Objects(NamedTuple):
+    """Boxes [N, 4] (xyxy, pixels), labels [N], and the outlines where masks are wanted."""
+
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    outlines: list[Outlines] | None = None
+
+
+class Fitted(NamedTuple):
+    """An image with its objects; see `Objects`."""
+
+    image: Image
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    outlines: list[Outlines] | None = None
+
+    @property
+    def objects(self) -> Objects:
+        """Without the image."""
+        return Objects(self.boxes, self.labels, self.outlines)
+
 
 MIN_SIDE = 2.0  # pixels; a box whose side falls below is dropped
 MIN_VISIBLE = 0.1  # share of a box's area that must stay inside the frame
@@ -81,13 +105,15 @@ def augment(
         random: the only source of randomness.
 
     Returns:
-        Image uint8 [size, size, 3], boxes float32 [N, 4] in its pixels, labels int64 [N]. Crowd regions are left out.
+        Image uint8 [size, size, 3], boxes float32 [N, 4] in its pixels, labels int64 [N], and outlines where the images
+        that were read have some. Crowd regions are left out.
     """
     if random.random() < options.mosaic:
         others = [candidates[position] for position in random.integers(0, len(candidates), 3).tolist()]
-        image, boxes, labels = _mosaic([read(index) for index in (first, *others)], size, random)
+        fitted = _mosaic([read(index) for index in (first, *others)], size, random)
     else:
-        image, boxes, labels = read(first)
+        fitted = read(first)
+    image = fitted.image
     matrix = _draw_affine((image.shape[1], image.shape[0]), size, options, random)
     image = np.asarray(
         cv2.warpAffine(
@@ -96,36 +122,52 @@ def augment(
         ),
         np.uint8,
     )  # fmt: skip
-    boxes, labels = warp_boxes(boxes, labels, matrix, size)
+    boxes, labels, outlines = warp_objects(fitted.objects, matrix, size)
     image = jitter_color(image, (options.hsv_h, options.hsv_s, options.hsv_v), random)
     if random.random() < options.flip_lr:
         image = np.ascontiguousarray(image[:, ::-1])
         boxes = np.stack([size - boxes[:, 2], boxes[:, 1], size - boxes[:, 0], boxes[:, 3]], axis=1)
-    return image, boxes, labels
+        outlines = move_outlines(outlines, np.array([[-1, 0, size], [0, 1, 0]], np.float64))
+    return Fitted(image, boxes, labels, outlines)
 
 
-def objects_of(sample: Sample) -> Objects:
-    """Boxes and labels of a sample that training may use: all but crowd regions."""
-    if sample.crowd is None or not sample.crowd.any():
-        return sample.boxes, sample.labels
-    return sample.boxes[~sample.crowd], sample.labels[~sample.crowd]
+def objects_of(sample: Sample, with_outlines: bool = False) -> Objects:
+    """Objects of a sample that training may use: all but crowd regions; outlines only where they are asked for."""
+    kept = np.arange(len(sample.labels)) if sample.crowd is None else np.flatnonzero(~sample.crowd)
+    outlines = None
+    if with_outlines:
+        if sample.segments is None:
+            raise DataError(
+                f"Image {sample.image_id} has no masks, which a segmentation network learns from: open the dataset "
+                "with segments=True, or give its samples `segments`."
+            )
+        outlines = [outlines_of(sample.segments[row]) for row in kept.tolist()]
+    if len(kept) == len(sample.labels):
+        return Objects(sample.boxes, sample.labels, outlines)
+    return Objects(sample.boxes[kept], sample.labels[kept], outlines)
 
 
-def warp_boxes(
-    boxes: NDArray[np.float32], labels: NDArray[np.int64], matrix: NDArray[np.float64], size: int
-) -> Objects:
-    """Move boxes by an affine map, clip them, and drop those of which too little is left.
+def move_outlines(outlines: list[Outlines] | None, matrix: NDArray[np.float64]) -> list[Outlines] | None:
+    """Move every point by an affine map, [2, 3] or [3, 3]; None stays None."""
+    if outlines is None:
+        return None
+    return [[part @ matrix[:2, :2].T + matrix[:2, 2] for part in parts] for parts in outlines]
+
+
+def warp_objects(objects: Objects, matrix: NDArray[np.float64], size: int) -> Objects:
+    """Move objects by an affine map, clip their boxes, and drop those of which too little is left.
 
     Args:
-        boxes: [N, 4], xyxy, source pixels.
-        labels: [N].
+        objects: boxes [N, 4], xyxy, source pixels, with labels and perhaps outlines.
         matrix: [3, 3], source to result.
         size: side of the square result, pixels.
 
     Returns:
-        The axis-aligned hulls of the moved corners, clipped to 0..size, and their labels. A box stays if both sides are
-        at least `MIN_SIDE` pixels and at least `MIN_VISIBLE` of its moved area lies inside.
+        The axis-aligned hulls of the moved corners, clipped to 0..size, their labels, and the moved outlines, which are
+        not clipped. A box stays if both sides are at least `MIN_SIDE` pixels and at least `MIN_VISIBLE` of its moved
+        area lies inside.
     """
+    boxes, labels, outlines = objects
     corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2).astype(np.float64)
     moved = corners @ matrix[:2, :2].T + matrix[:2, 2]
     hull = np.concatenate([moved.min(axis=1), moved.max(axis=1)], axis=1)
@@ -133,7 +175,9 @@ def warp_boxes(
     sides = clipped[:, 2:] - clipped[:, :2]
     whole = (hull[:, 2:] - hull[:, :2]).prod(axis=1)
     keep = (sides >= MIN_SIDE).all(axis=1) & (sides.prod(axis=1) >= MIN_VISIBLE * whole)
-    return clipped[keep].astype(np.float32), labels[keep]
+    if outlines is not None:
+        outlines = move_outlines([outlines[row] for row in np.flatnonzero(keep).tolist()], matrix)
+    return Objects(clipped[keep].astype(np.float32), labels[keep], outlines)
 
 
 def jitter_color(image: Image, ranges: tuple[float, float, float], random: np.random.Generator) -> Image:
@@ -156,24 +200,26 @@ def jitter_color(image: Image, ranges: tuple[float, float, float], random: np.ra
     return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), np.uint8)
 
 
-def fit(sample: Sample, size: int) -> Fitted:
-    """Resize a sample so that its longer side is `size` pixels; boxes follow. Without padding or crowd regions."""
-    boxes, labels = objects_of(sample)
+def fit(sample: Sample, size: int, with_outlines: bool = False) -> Fitted:
+    """Resize a sample so that its longer side is `size` pixels; objects follow. Without padding or crowd regions."""
+    boxes, labels, outlines = objects_of(sample, with_outlines)
     height, width = sample.size
     ratio = size / max(height, width)
     image = sample.image
     if ratio != 1:
         shape = (max(round(width * ratio), 1), max(round(height * ratio), 1))
         image = np.asarray(cv2.resize(image, shape, interpolation=cv2.INTER_LINEAR), np.uint8)
-    return image, boxes * np.float32(ratio), labels
+    scaled = move_outlines(outlines, np.diag([ratio, ratio, 1.0]))
+    return Fitted(image, boxes * np.float32(ratio), labels, scaled)
 
 
 def _mosaic(parts: list[Fitted], size: int, random: np.random.Generator) -> Fitted:
     """Put four images around a random centre of a canvas of twice the size; each touches the centre by a corner."""
     canvas = np.full((2 * size, 2 * size, 3), PAD_VALUE, np.uint8)
     center_x, center_y = random.integers(size // 2, size + size // 2 + 1, 2).tolist()
-    all_boxes, all_labels = [], []
-    for quadrant, (image, boxes, labels) in enumerate(parts):
+    placed = []
+    for quadrant, part in enumerate(parts):
+        image = part.image
         height, width = image.shape[:2]
         left = center_x - width if quadrant % 2 == 0 else center_x
         top = center_y - height if quadrant < 2 else center_y
@@ -181,10 +227,14 @@ def _mosaic(parts: list[Fitted], size: int, random: np.random.Generator) -> Fitt
         x2, y2 = min(left + width, 2 * size), min(top + height, 2 * size)
         canvas[y1:y2, x1:x2] = image[y1 - top : y2 - top, x1 - left : x2 - left]
         shift = np.array([[1, 0, left], [0, 1, top], [0, 0, 1]], np.float64)
-        moved_boxes, moved_labels = warp_boxes(boxes, labels, shift, 2 * size)
-        all_boxes.append(moved_boxes)
-        all_labels.append(moved_labels)
-    return canvas, np.concatenate(all_boxes), np.concatenate(all_labels)
+        placed.append(warp_objects(part.objects, shift, 2 * size))
+    outlines = [outline for item in placed for outline in item.outlines or ()]
+    return Fitted(
+        canvas,
+        np.concatenate([item.boxes for item in placed]),
+        np.concatenate([item.labels for item in placed]),
+        None if placed[0].outlines is None else outlines,
+    )
 
 
 def _draw_affine(

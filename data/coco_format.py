@@ -8,13 +8,24 @@ import json
 import math
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data.errors import DataError, listing
 from data.images import ImageHeader, scan_images
+from data.masks import Segmentation, parse_segmentation
 from data.samples import ImageRecord
+
+
+class _Entry(NamedTuple):
+    """One annotation: class, box as x y width height, crowd, area, and its mask as the file has it."""
+
+    label: int
+    box: list[float]
+    crowd: bool
+    area: float
+    segmentation: Any
 
 
 def find_annotations(root: Path, split: str) -> Path | None:
@@ -36,7 +47,7 @@ def find_annotations(root: Path, split: str) -> Path | None:
 
 
 def read_coco(
-    annotation_file: Path, root: Path, verify: bool, cache_dir: Path | None
+    annotation_file: Path, root: Path, verify: bool, cache_dir: Path | None, segments: bool = False
 ) -> tuple[tuple[str, ...], list[ImageRecord]]:
     """Read one COCO annotation file.
 
@@ -46,6 +57,7 @@ def read_coco(
             `<split>` is what follows `instances_` in the file's name.
         verify: decode every image once.
         cache_dir: see `scan_images`.
+        segments: keep the masks, too; every annotation must have one.
 
     Returns:
         Class names by sorted category id and one record per image, sorted by image id. Boxes may still leave the
@@ -74,7 +86,7 @@ def read_coco(
     paths = [folder / name for name in file_names]
     headers = scan_images(paths, verify, cache_dir)
     records = [
-        _record(path, image, header, entries[image["id"]], annotation_file)
+        _record(path, image, header, entries[image["id"]], annotation_file, segments)
         for path, image, header in zip(paths, images, headers, strict=True)
     ]
     return names, records
@@ -94,9 +106,9 @@ def _load_json(annotation_file: Path) -> dict[str, Any]:
 
 def _group_annotations(
     annotations: list[dict[str, Any]], class_of: dict[int, int], image_ids: set[int], annotation_file: Path
-) -> dict[int, list[tuple[int, list[float], bool, float]]]:
-    """Sort annotations by image: (class, box as x y width height, crowd, area)."""
-    grouped: dict[int, list[tuple[int, list[float], bool, float]]] = defaultdict(list)
+) -> dict[int, list[_Entry]]:
+    """Sort annotations by image."""
+    grouped: dict[int, list[_Entry]] = defaultdict(list)
     for entry in annotations:
         place = f"{annotation_file}: annotation {entry.get('id')!r}"
         if entry["category_id"] not in class_of:
@@ -112,9 +124,8 @@ def _group_annotations(
             )
         area = float(entry.get("area") or box[2] * box[3])
         area = area if math.isfinite(area) else box[2] * box[3]
-        grouped[entry["image_id"]].append(
-            (class_of[entry["category_id"]], box, bool(entry.get("iscrowd", 0)), area)
-        )
+        label, crowd = class_of[entry["category_id"]], bool(entry.get("iscrowd", 0))
+        grouped[entry["image_id"]].append(_Entry(label, box, crowd, area, entry.get("segmentation")))
     return grouped
 
 
@@ -134,8 +145,9 @@ def _record(
     path: Path,
     image: dict[str, Any],
     header: ImageHeader,
-    entries: list[tuple[int, list[float], bool, float]],
+    entries: list[_Entry],
     annotation_file: Path,
+    segments: bool,
 ) -> ImageRecord:
     if not isinstance(image["id"], int) or image["id"] < 0:
         raise DataError(f"{annotation_file}: image id {image['id']!r}, expected a whole number from 0.")
@@ -147,9 +159,24 @@ def _record(
             f"{annotation_file}: {path} is declared {declared[0]} high and {declared[1]} wide, but the file has "
             f"{size[0]} and {size[1]}. The boxes refer to another version of the image; correct one of the two."
         )
-    labels = np.array([entry[0] for entry in entries], np.int64)
-    boxes = np.array([entry[1] for entry in entries], np.float64).reshape(-1, 4)
+    labels = np.array([entry.label for entry in entries], np.int64)
+    boxes = np.array([entry.box for entry in entries], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
-    crowd = np.array([entry[2] for entry in entries], bool)
-    areas = np.array([entry[3] for entry in entries], np.float64)
-    return ImageRecord(path, image["id"], size, boxes, labels, crowd, areas, apply_orientation)
+    crowd = np.array([entry.crowd for entry in entries], bool)
+    areas = np.array([entry.area for entry in entries], np.float64)
+    masks = (
+        [_segmentation(entry, size, f"{annotation_file}: {path.name}") for entry in entries]
+        if segments
+        else None
+    )
+    return ImageRecord(path, image["id"], size, boxes, labels, crowd, areas, apply_orientation, masks)
+
+
+def _segmentation(entry: _Entry, size: tuple[int, int], place: str) -> Segmentation:
+    try:
+        return parse_segmentation(entry.segmentation, size)
+    except ValueError as error:
+        raise DataError(
+            f"{place}: the object with bbox {entry.box} has as segmentation {error}. A segmentation network needs a "
+            "mask for every object; correct the annotation, or use a detection network."
+        ) from error

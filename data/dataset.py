@@ -17,6 +17,7 @@ import torch.utils.data
 from data.coco_format import find_annotations, read_coco
 from data.errors import DataError, listing
 from data.images import read_image
+from data.masks import coco_segmentation
 from data.samples import Dataset, ImageRecord, Sample
 from data.yolo_format import read_yolo
 
@@ -59,7 +60,9 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         boxes = record.boxes.clip(0, np.array([size[1], size[0], size[1], size[0]], np.float64)).astype(
             np.float32
         )
-        return Sample(image, boxes, record.labels, record.image_id, size, record.crowd, record.areas)
+        return Sample(
+            image, boxes, record.labels, record.image_id, size, record.crowd, record.areas, record.segments
+        )
 
 
 def open_dataset(
@@ -70,6 +73,7 @@ def open_dataset(
     merge_classes: Mapping[str, Sequence[str | int]] | None = None,
     verify: bool = True,
     cache_dir: Path | None = None,
+    segments: bool = False,
 ) -> DetectionDataset:
     """Open one split of a YOLO tree or of a COCO JSON dataset.
 
@@ -84,13 +88,15 @@ def open_dataset(
         verify: decode every image once, so that broken files are found now and not during training.
         cache_dir: folder for a small file that remembers which images were verified. None remembers nothing; nothing is
             ever written into the dataset.
+        segments: read the objects' masks, too, for instance segmentation: outlines of YOLO labels, polygons and
+            run-length codes of COCO JSON.
 
     Returns:
         The dataset. Boxes with NaN, infinity or no area are left out, and their number is logged as a warning. Items
         have their boxes clipped to the image; `ground_truth` keeps COCO boxes as they were annotated.
 
     Raises:
-        DataError: anything missing, empty, malformed or out of range.
+        DataError: anything missing, empty, malformed or out of range; with `segments` an object without a mask.
     """
     root = Path(root)
     if format not in FORMATS:
@@ -101,10 +107,10 @@ def open_dataset(
         )
     yaml_file, annotation_file = _locate(root, split, format)
     if yaml_file is not None:
-        names, records = read_yolo(yaml_file, split, verify, cache_dir)
+        names, records = read_yolo(yaml_file, split, verify, cache_dir, segments)
     else:
         assert annotation_file is not None
-        names, records = read_coco(annotation_file, root, verify, cache_dir)
+        names, records = read_coco(annotation_file, root, verify, cache_dir, segments)
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise DataError(
@@ -127,7 +133,8 @@ def ground_truth(dataset: Dataset) -> dict[str, Any]:
     """Annotations as a COCO dictionary (images, annotations, categories), as pycocotools takes it.
 
     Category ids are class indices plus 1, annotation ids count from 1, image ids are the dataset's. Images of a dataset
-    that is not a `DetectionDataset` are read one by one: keep the result for repeated evaluations.
+    that is not a `DetectionDataset` are read one by one: keep the result for repeated evaluations. Annotations have a
+    `segmentation` where the items have `segments`.
     """
     source: Sequence[ImageRecord] | Dataset = (
         dataset.records if isinstance(dataset, DetectionDataset) else dataset
@@ -142,16 +149,17 @@ def ground_truth(dataset: Dataset) -> dict[str, Any]:
         areas = sides.prod(axis=1) if item.areas is None else item.areas
         crowd = np.zeros(len(boxes), bool) if item.crowd is None else item.crowd
         for row in range(len(boxes)):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": int(item.image_id),
-                    "category_id": int(item.labels[row]) + 1,
-                    "bbox": [*boxes[row, :2].tolist(), *sides[row].tolist()],
-                    "area": float(areas[row]),
-                    "iscrowd": int(crowd[row]),
-                }
-            )
+            entry = {
+                "id": len(annotations) + 1,
+                "image_id": int(item.image_id),
+                "category_id": int(item.labels[row]) + 1,
+                "bbox": [*boxes[row, :2].tolist(), *sides[row].tolist()],
+                "area": float(areas[row]),
+                "iscrowd": int(crowd[row]),
+            }
+            if item.segments is not None:
+                entry["segmentation"] = coco_segmentation(item.segments[row])
+            annotations.append(entry)
     categories = [{"id": index + 1, "name": name} for index, name in enumerate(dataset.names)]
     return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
@@ -207,6 +215,9 @@ def _select(record: ImageRecord, keep: np.ndarray) -> ImageRecord:
         labels=record.labels[keep],
         crowd=record.crowd[keep],
         areas=record.areas[keep],
+        segments=None
+        if record.segments is None
+        else [record.segments[row] for row in np.flatnonzero(keep).tolist()],
     )
 
 

@@ -15,16 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from data.augment import AugmentOptions, Fitted, augment, fit, objects_of
+from data.augment import AugmentOptions, Fitted, augment, fit, move_outlines, objects_of
 from data.errors import DataError
 from data.letterbox import LetterboxInfo, letterbox, letterbox_boxes
+from data.masks import MASK_STRIDE, draw_masks
 from data.samples import Batch, Dataset
 
 KEPT_BYTES = 256 * 2**20  # memory of each worker for decoded training images
 
 Key = tuple[int, int]  # epoch, position in the dataset
-# Image [3, S, S]; class and box [N, 5]; image id; placement.
-Item = tuple[NDArray[np.uint8], NDArray[np.float32], int, LetterboxInfo]
+# Image [3, S, S]; class and box [N, 5]; image id; placement; masks [N, S / 4, S / 4] where they are wanted.
+Item = tuple[NDArray[np.uint8], NDArray[np.float32], int, LetterboxInfo, NDArray[np.uint8] | None]
 
 
 class EpochSampler(Sampler[list[Key]]):
@@ -106,13 +107,20 @@ class _Prepared(torch.utils.data.Dataset[Any]):
     """Samples letterboxed or augmented to network input size."""
 
     def __init__(
-        self, dataset: Dataset, indices: list[int], size: int, options: AugmentOptions | None, seed: int
+        self,
+        dataset: Dataset,
+        indices: list[int],
+        size: int,
+        options: AugmentOptions | None,
+        seed: int,
+        masks: bool,
     ):
         self.dataset = dataset
         self.indices = indices
         self.size = size
         self.options = options
         self.seed = seed
+        self.masks = masks
         self._kept: dict[int, Fitted] = {}
         self._room = KEPT_BYTES
 
@@ -124,7 +132,7 @@ class _Prepared(torch.utils.data.Dataset[Any]):
         kept = self._kept.get(index)
         if kept is not None:
             return kept
-        fitted = fit(self.dataset[index], self.size)
+        fitted = fit(self.dataset[index], self.size, self.masks)
         if fitted[0].nbytes <= self._room:
             self._room -= fitted[0].nbytes
             self._kept[index] = fitted
@@ -134,13 +142,15 @@ class _Prepared(torch.utils.data.Dataset[Any]):
         epoch, index = key
         if self.options is None:
             sample = self.dataset[index]
-            boxes, labels = objects_of(sample)
+            boxes, labels, outlines = objects_of(sample, self.masks)
             image, info = letterbox(sample.image, (self.size, self.size))
             boxes = letterbox_boxes(boxes, info)
+            placement = np.array([[info.ratio, 0, info.pad_x], [0, info.ratio, info.pad_y]], np.float64)
+            outlines = move_outlines(outlines, placement)
             image_id = sample.image_id
         else:
             random = np.random.default_rng((self.seed, epoch, index))
-            image, boxes, labels = augment(
+            image, boxes, labels, outlines = augment(
                 index,
                 self._read_fitted,
                 self.indices,
@@ -151,7 +161,8 @@ class _Prepared(torch.utils.data.Dataset[Any]):
             image_id = int(self.dataset.ids[index])
             info = LetterboxInfo(1.0, 0, 0, self.size, self.size)
         objects = np.concatenate([labels[:, None].astype(np.float32), boxes], axis=1)
-        return np.ascontiguousarray(image.transpose(2, 0, 1)), objects, image_id, info
+        masks = None if outlines is None else draw_masks(outlines, boxes, self.size)
+        return np.ascontiguousarray(image.transpose(2, 0, 1)), objects, image_id, info, masks
 
 
 def collate(items: list[Item]) -> Batch:
@@ -159,10 +170,12 @@ def collate(items: list[Item]) -> Batch:
     images = torch.from_numpy(np.stack([item[0] for item in items]))
     rows = [
         np.concatenate([np.full((len(objects), 1), position, np.float32), objects], axis=1)
-        for position, (_, objects, _, _) in enumerate(items)
+        for position, (_, objects, *_) in enumerate(items)
     ]
     targets: Tensor = torch.from_numpy(np.concatenate(rows).astype(np.float32, copy=False))
-    return Batch(images, targets, [item[2] for item in items], [item[3] for item in items])
+    drawn = [item[4] for item in items if item[4] is not None]
+    masks = torch.from_numpy(np.concatenate(drawn)) if drawn else None
+    return Batch(images, targets, [item[2] for item in items], [item[3] for item in items], masks)
 
 
 def choose_subset(num_images: int, limit: int | None) -> list[int]:
@@ -189,6 +202,7 @@ def build_loader(
     drop_last: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    masks: bool = False,
 ) -> DetectionLoader:
     """Make batches of square network inputs.
 
@@ -204,6 +218,7 @@ def build_loader(
         drop_last: leave out an incomplete last batch.
         rank: number of this process among `world_size`.
         world_size: number of processes that share the dataset.
+        masks: draw the objects' masks, too (`Batch.masks`); the dataset's samples then need `segments`.
 
     Returns:
         A loader whose length is its number of batches.
@@ -218,6 +233,8 @@ def build_loader(
     ):
         if value < least:
             raise DataError(f"{name} is {value}, expected at least {least}.")
+    if masks and image_size % MASK_STRIDE:
+        raise DataError(f"image_size is {image_size}, expected a multiple of {MASK_STRIDE} for masks.")
     if len(dataset) == 0:
         raise DataError("The dataset has no images; a loader needs at least one.")
     indices = choose_subset(len(dataset), limit)
@@ -228,7 +245,7 @@ def build_loader(
             "lower batch_size, raise limit, or set drop_last to false."
         )
     return DetectionLoader(
-        _Prepared(dataset, indices, image_size, augment, seed),
+        _Prepared(dataset, indices, image_size, augment, seed, masks),
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate,

@@ -4,7 +4,7 @@ It takes a function from images to detections, so that a row of the result table
 that function runs.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,10 +17,12 @@ from data.coco_engine import average, choose_engine, coco_precision
 from data.dataset import ground_truth
 from data.errors import DataError
 from data.letterbox import to_input, unletterbox
+from data.masks import Rle, restore_masks
 from data.precision_recall import Boxes, best_f1
-from data.samples import Batch, Dataset
+from data.samples import Batch, Dataset, Instances
 
-Predict = Callable[[Tensor], list[Tensor]]
+Found = Tensor | Instances
+Predict = Callable[[Tensor], Sequence[Found]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class DetectionMetrics:
         per_class_ap: AP by class name; classes without an object in the split are absent.
         images: number of images evaluated.
         engine: library that computed the APs.
+        ap_mask: COCO AP of the masks (`segm`), mean over IoU 0.50 to 0.95 and classes; None for a detector without
+            masks, as the three below.
+        ap50_mask: at IoU 0.50.
+        ap75_mask: at IoU 0.75.
+        per_class_ap_mask: mask AP by class name; None without masks.
     """
 
     ap: float
@@ -54,10 +61,17 @@ class DetectionMetrics:
     per_class_ap: dict[str, float]
     images: int
     engine: str = "pycocotools"
+    ap_mask: float | None = None
+    ap50_mask: float | None = None
+    ap75_mask: float | None = None
+    per_class_ap_mask: dict[str, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values, for JSON; figures of masks only where there are masks."""
+        values = asdict(self)
+        if self.ap_mask is None:
+            values = {name: value for name, value in values.items() if not name.endswith("_mask")}
+        return values
 
 
 def evaluate(
@@ -71,7 +85,8 @@ def evaluate(
 
     Args:
         predict: takes images float32 [B, 3, S, S], RGB, 0 to 1, on `device`; returns for each image detections [N, 6]:
-            x1 y1 x2 y2 in input pixels, score, class.
+            x1 y1 x2 y2 in input pixels, score, class; or `Instances`, for all images alike, whose masks are measured
+            too.
         batches: letterboxed batches of the dataset, as from `build_loader` without augmentation.
         dataset: the dataset, or the dictionary that `ground_truth` made of it.
         engine: `hotcoco`, or `pycocotools` for the reference implementation.
@@ -85,6 +100,8 @@ def evaluate(
     """
     parts: list[NDArray[np.float64]] = []
     seen: list[int] = []
+    masks: list[Rle] = []
+    segmented = False
     for batch in batches:
         with torch.inference_mode():
             detections = predict(to_input(batch.images, device))
@@ -93,12 +110,17 @@ def evaluate(
                 f"predict returned {len(detections)} results for a batch of {len(batch.image_ids)} images."
             )
         for found, image_id, info in zip(detections, batch.image_ids, batch.infos, strict=True):
-            moved = unletterbox(found.detach().double().cpu(), info).numpy()
+            boxes = found.detections if isinstance(found, Instances) else found
+            moved = unletterbox(boxes.detach().double().cpu(), info).numpy()
+            if isinstance(found, Instances):
+                segmented = True
+                size = (int(batch.images.shape[2]), int(batch.images.shape[3]))
+                masks += restore_masks(found.masks.float().cpu().numpy(), moved[:, :4], info, size)
             parts.append(np.concatenate([np.full((len(moved), 1), image_id, np.float64), moved], axis=1))
             seen.append(image_id)
     if not seen:
         raise DataError("There was no batch to evaluate; the loader needs at least one image.")
-    return compute_metrics(np.concatenate(parts), seen, dataset, engine)
+    return compute_metrics(np.concatenate(parts), seen, dataset, engine, masks if segmented else None)
 
 
 def compute_metrics(
@@ -106,6 +128,7 @@ def compute_metrics(
     image_ids: list[int],
     dataset: Dataset | Mapping[str, Any],
     engine: str = "hotcoco",
+    masks: Sequence[Rle] | None = None,
 ) -> DetectionMetrics:
     """Metrics of detections that are already there.
 
@@ -114,9 +137,10 @@ def compute_metrics(
         image_ids: images that were looked at, also those without detections.
         dataset: the dataset, or the dictionary that `ground_truth` made of it.
         engine: as in `evaluate`.
+        masks: one per detection, in pixels of the original image; None for boxes only.
 
     Raises:
-        DataError: see `evaluate`.
+        DataError: see `evaluate`; or masks are to be measured and the dataset was opened without them.
     """
     engine = choose_engine(engine)
     if not np.isfinite(detections).all():
@@ -142,10 +166,18 @@ def compute_metrics(
         ],
         axis=1,
     )
+    if masks is not None and any("segmentation" not in entry for entry in annotations):
+        raise DataError(
+            "Masks were predicted, and the dataset has none to compare with: open it with segments=True, or give "
+            "its samples `segments`."
+        )
     precision = coco_precision(truth, rows, sorted(evaluated), engine)
     point = best_f1(_found(detections), _truth(annotations))
     names = [category["name"] for category in truth["categories"]]
     per_class = {name: average(precision[:, :, index, 0]) for index, name in enumerate(names)}
+    mask_figures: dict[str, Any] = {}
+    if masks is not None:
+        mask_figures = _mask_figures(coco_precision(truth, rows, sorted(evaluated), engine, masks), names)
     return DetectionMetrics(
         ap=average(precision[..., 0]) or 0.0,
         ap50=average(precision[0, ..., 0]) or 0.0,
@@ -159,7 +191,18 @@ def compute_metrics(
         per_class_ap={name: value for name, value in per_class.items() if value is not None},
         images=len(evaluated),
         engine=engine,
+        **mask_figures,
     )
+
+
+def _mask_figures(precision: NDArray[np.float64], names: list[str]) -> dict[str, Any]:
+    per_class = {name: average(precision[:, :, index, 0]) for index, name in enumerate(names)}
+    return {
+        "ap_mask": average(precision[..., 0]) or 0.0,
+        "ap50_mask": average(precision[0, ..., 0]) or 0.0,
+        "ap75_mask": average(precision[5, ..., 0]) or 0.0,
+        "per_class_ap_mask": {name: value for name, value in per_class.items() if value is not None},
+    }
 
 
 def _found(detections: NDArray[np.float64]) -> Boxes:

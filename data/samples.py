@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.letterbox import LetterboxInfo
+from data.masks import Segmentation
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Sample:
         crowd: bool [N], True for a region that stands for many objects (COCO `iscrowd`): left out of training, and
             handled by the COCO rules in evaluation. None means that there are none.
         areas: float64 [N], object areas in square pixels for the COCO size ranges. None means the box areas.
+        segments: N masks, in pixels of `image`: for each object polygons or a run-length code (`data.masks`). None
+            means that the dataset has none, or was opened without them.
     """
 
     image: NDArray[np.uint8]
@@ -42,6 +45,7 @@ class Sample:
     size: tuple[int, int]
     crowd: NDArray[np.bool_] | None = None
     areas: NDArray[np.float64] | None = None
+    segments: Sequence[Segmentation] | None = None
 
 
 @runtime_checkable
@@ -78,6 +82,7 @@ class ImageRecord:
         crowd: bool [N].
         areas: float64 [N], square pixels.
         apply_orientation: decode with the EXIF orientation applied (False where annotations refer to raw pixels).
+        segments: N masks, or None where they were not asked for.
     """
 
     path: Path
@@ -88,6 +93,7 @@ class ImageRecord:
     crowd: NDArray[np.bool_]
     areas: NDArray[np.float64]
     apply_orientation: bool = True
+    segments: Sequence[Segmentation] | None = None
 
 
 @dataclass
@@ -100,19 +106,23 @@ class Batch:
             Crowd regions are not among them.
         image_ids: dataset ids, one per image.
         infos: how each image was letterboxed; the identity for augmented images.
+        masks: uint8 [T, S / 4, S / 4], the share of each cell that the object covers, 0 to 255; None where the loader
+            was not asked for masks.
     """
 
     images: Tensor
     targets: Tensor
     image_ids: list[int] = field(default_factory=list)
     infos: list[LetterboxInfo] = field(default_factory=list)
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.images.shape[0])
 
     def pin_memory(self) -> "Batch":
         """Copy to page-locked memory; called by the DataLoader where CUDA is present."""
-        return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.image_ids, self.infos)
+        masks = None if self.masks is None else self.masks.pin_memory()
+        return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.image_ids, self.infos, masks)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -121,4 +131,18 @@ class Batch:
             self.targets.to(device, non_blocking=True),
             self.image_ids,
             self.infos,
+            None if self.masks is None else self.masks.to(device, non_blocking=True),
         )
+
+
+@dataclass(frozen=True)
+class Instances:
+    """What an instance segmentation network found in one image.
+
+    Attributes:
+        detections: [N, 6]: x1 y1 x2 y2 in input pixels, score, class.
+        masks: [N, h, w], 0 to 1, on a coarser grid over the whole network input; not cut to the boxes.
+    """
+
+    detections: Tensor
+    masks: Tensor

@@ -17,15 +17,15 @@ from typing import Any
 import cv2
 
 from data.errors import DataError
-from data.synthetic_scene import CLASSES, draw_scene
+from data.synthetic_scene import CLASSES, SceneObject, draw_scene
 
-VERSION = 2  # raise when a change makes other images from the same arguments
+VERSION = 3  # raise when a change makes other files from the same arguments
 _MANIFEST = "synthetic.json"
 _SPLITS = ("train", "val")
 
 
 def generate_synthetic(root: Path | str, train: int, val: int, size: int, seed: int) -> Path:
-    """Write the synthetic set as COCO JSON with PNG images, or keep it where it is already there.
+    """Write the synthetic set as COCO JSON with masks and PNG images, or keep it where it is already there.
 
     The set is written beside `root` and moved there when complete, so a stopped call leaves nothing half done.
 
@@ -90,7 +90,7 @@ def _write_split(folder: Path, split: str, count: int, size: int, seed: int) -> 
     images = folder / "images" / split
     images.mkdir(parents=True)
 
-    def make(number: int) -> list[tuple[int, list[float]]]:
+    def make(number: int) -> list[SceneObject]:
         image, objects = draw_scene(size, (seed, _SPLITS.index(split), number))
         file = images / _file_name(number)
         if not cv2.imwrite(str(file), image[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1]):
@@ -101,15 +101,16 @@ def _write_split(folder: Path, split: str, count: int, size: int, seed: int) -> 
         scenes = list(pool.map(make, range(count)))
     annotations: list[dict[str, Any]] = []
     for number, objects in enumerate(scenes):
-        for label, (x1, y1, x2, y2) in objects:
-            width, height = x2 - x1, y2 - y1
+        for item in objects:
+            x1, y1, x2, y2 = item.box
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": number + 1,
-                    "category_id": label + 1,
-                    "bbox": [x1, y1, width, height],
-                    "area": width * height,
+                    "category_id": item.label + 1,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": item.area,
+                    "segmentation": [item.outline.round(2).reshape(-1).tolist()],
                     "iscrowd": 0,
                 }
             )

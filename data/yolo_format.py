@@ -2,7 +2,8 @@
 
 Layout: `images/.../name.jpg` has its objects in `labels/.../name.txt`, one per line: class, centre x, centre y, width,
 height, all but the class as fractions of the image (in its EXIF orientation). A line with an outline (class and three
-or more points) counts as the outline's bounding box. An image without a label file has no objects.
+or more points) counts as the outline's bounding box, and
+the outline is kept where masks are asked for. An image without a label file has no objects.
 """
 
 from collections.abc import Sequence
@@ -15,13 +16,14 @@ from numpy.typing import NDArray
 
 from data.errors import DataError, listing
 from data.images import SUFFIXES, scan_images
+from data.masks import Outlines, polygon_area
 from data.samples import ImageRecord
 
 _TOLERANCE = 0.01  # how far a fraction may leave [0, 1] by rounding before it is taken for a pixel value
 
 
 def read_yolo(
-    yaml_file: Path, split: str, verify: bool, cache_dir: Path | None
+    yaml_file: Path, split: str, verify: bool, cache_dir: Path | None, segments: bool = False
 ) -> tuple[tuple[str, ...], list[ImageRecord]]:
     """Read one split of a YOLO tree.
 
@@ -30,6 +32,7 @@ def read_yolo(
         split: key of the split in it, `train` or `val`.
         verify: decode every image once.
         cache_dir: see `scan_images`.
+        segments: keep the outlines, too; every line must have one. Areas are then those of the outlines.
 
     Returns:
         Class names and one record per image, ids from 1 in the order of the sorted paths. Boxes are clipped to
@@ -48,10 +51,14 @@ def read_yolo(
     for number, (path, labels_file, header) in enumerate(
         zip(paths, label_paths, headers, strict=True), start=1
     ):
-        labels, boxes = _read_labels(labels_file, len(names), header.size())
+        size = header.size()
+        labels, boxes, outlines = _read_labels(labels_file, len(names), size, segments)
         areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        if segments:
+            areas = np.array([polygon_area(outline) for outline in outlines], np.float64)
         crowd = np.zeros(len(labels), bool)
-        records.append(ImageRecord(path, number, header.size(), boxes, labels, crowd, areas))
+        masks = outlines if segments else None
+        records.append(ImageRecord(path, number, size, boxes, labels, crowd, areas, segments=masks))
     return names, records
 
 
@@ -163,27 +170,44 @@ def _check_label_folders(images: Sequence[Path], labels: Sequence[Path], split: 
 
 
 def _read_labels(
-    labels_file: Path, num_classes: int, size: tuple[int, int]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Parse one label file to classes [N] and boxes [N, 4] in pixels (xyxy)."""
+    labels_file: Path, num_classes: int, size: tuple[int, int], segments: bool
+) -> tuple[NDArray[np.int64], NDArray[np.float64], list[Outlines]]:
+    """Parse one label file to classes [N], boxes [N, 4] in pixels (xyxy) and, if wanted, N outlines in pixels."""
     if not labels_file.is_file():
-        return np.zeros(0, np.int64), np.zeros((0, 4))
+        return np.zeros(0, np.int64), np.zeros((0, 4)), []
     labels: list[int] = []
     boxes: list[tuple[float, float, float, float]] = []
+    outlines: list[Outlines] = []
     try:
         lines = labels_file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{labels_file} is not a text file: {error}") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            label, box = _parse_line(line, f"{labels_file} line {number}", num_classes)
+            label, box, points = _parse_line(line, f"{labels_file} line {number}", num_classes)
             labels.append(label)
             boxes.append(box)
+            if segments:
+                outlines.append(_outline(points, f"{labels_file} line {number}", size))
     scale = np.array([size[1], size[0], size[1], size[0]], np.float64)
-    return np.array(labels, np.int64), np.array(boxes, np.float64).reshape(-1, 4).clip(0, 1) * scale
+    corners = np.array(boxes, np.float64).reshape(-1, 4).clip(0, 1) * scale
+    return np.array(labels, np.int64), corners, outlines
 
 
-def _parse_line(line: str, place: str, num_classes: int) -> tuple[int, tuple[float, float, float, float]]:
+def _outline(points: list[float], place: str, size: tuple[int, int]) -> Outlines:
+    """The one polygon of a line, in pixels."""
+    if not points:
+        raise DataError(
+            f"{place}: a box without an outline. A segmentation network needs one for every object: class x y x y ... "
+            "as fractions; add it, or use a detection network."
+        )
+    return [np.array(points, np.float64).reshape(-1, 2) * (size[1], size[0])]
+
+
+def _parse_line(
+    line: str, place: str, num_classes: int
+) -> tuple[int, tuple[float, float, float, float], list[float]]:
+    """Class, box as corners, and the outline x y x y ..., empty where the line has none; all as fractions."""
     try:
         first, *values = (float(word) for word in line.split())
     except ValueError as error:
@@ -204,6 +228,6 @@ def _parse_line(line: str, place: str, num_classes: int) -> tuple[int, tuple[flo
         )
     if len(values) == 4:
         x, y, width, height = values
-        return int(first), (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+        return int(first), (x - width / 2, y - height / 2, x + width / 2, y + height / 2), []
     xs, ys = values[0::2], values[1::2]
-    return int(first), (min(xs), min(ys), max(xs), max(ys))
+    return int(first), (min(xs), min(ys), max(xs), max(ys)), values

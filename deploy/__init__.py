@@ -1,7 +1,7 @@
 """Export passes per target, graph check, runtimes and benchmark, for any ONNX file."""
 
 from deploy.build import build_engine
-from deploy.compare import CompareReport, compare_arrays, compare_outputs
+from deploy.compare import CompareReport, compare_arrays, compare_outputs, unexplained_variance
 from deploy.errors import DeployError
 from deploy.export import OPSETS, TARGETS, ExportReport, export_onnx
 from deploy.finding import Finding
@@ -48,5 +48,6 @@ __all__ = [
     "inspect_graph",
     "load_onnx",
     "save_onnx",
+    "unexplained_variance",
     "verify_onnx",
 ]

@@ -88,6 +88,20 @@ def compare_outputs(
     )
 
 
+def unexplained_variance(output: FloatArray, reference: FloatArray, label: str = "output") -> float:
+    """Mean squared difference over the variance of the reference: 0 for equal arrays, 1 for a constant answer.
+
+    Raises:
+        DeployError: shapes differ, or the output holds values that are not finite.
+    """
+    if output.shape != reference.shape:
+        raise DeployError(f"{label} has shape {output.shape}, the reference {reference.shape}.")
+    if not np.isfinite(output).all():
+        raise DeployError(f"{label} holds values that are not finite; rebuild in another precision.")
+    difference = output.astype(np.float64) - reference.astype(np.float64)
+    return float(np.square(difference).mean() / max(float(reference.astype(np.float64).var()), 1e-12))
+
+
 def compare_arrays(
     output: FloatArray, reference: FloatArray, confident_score: float = 0.25, label: str = "output"
 ) -> CompareReport:

@@ -5,10 +5,11 @@ from models.detector import ARCHITECTURES, SEGMENTATION_ARCHITECTURES, Detector,
 from models.errors import CheckpointError
 from models.facts import count_parameters, measure_network
 from models.folding import fold_detector
-from models.loading import load_detector, save_detector
+from models.loading import find_task, load_detector, save_detector
 from models.loss import DetectionLoss
+from models.mask_loss import SegmentationLoss, SegmentTargets
 from models.reading import Checkpoint, read_checkpoint
-from models.segment import assemble_masks, detection_maps, suppress_segments
+from models.segment import assemble_masks, detection_maps, soft_masks, suppress_segments
 
 __all__ = [
     "ARCHITECTURES",
@@ -18,15 +19,19 @@ __all__ = [
     "Decode",
     "DetectionLoss",
     "Detector",
+    "SegmentTargets",
+    "SegmentationLoss",
     "assemble_masks",
     "build_detector",
     "count_parameters",
     "detection_maps",
+    "find_task",
     "fold_detector",
     "load_detector",
     "measure_network",
     "non_max_suppression",
     "read_checkpoint",
     "save_detector",
+    "soft_masks",
     "suppress_segments",
 ]

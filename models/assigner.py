@@ -18,11 +18,13 @@ class Assignment(NamedTuple):
         boxes_BA4: Target box; meaningful where `positive_BA`.
         scores_BAK: Soft class targets in [0, 1]; zero for background.
         positive_BA: True where the point is assigned to an object.
+        objects_BA: Which of its image's objects (0 to M - 1); meaningful where `positive_BA`.
     """
 
     boxes_BA4: Tensor  # noqa: N815
     scores_BAK: Tensor  # noqa: N815
     positive_BA: Tensor  # noqa: N815
+    objects_BA: Tensor  # noqa: N815
 
 
 def pad_targets(targets_T6: Tensor, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +87,8 @@ def assign(
     batch, num_objects = labels_BM.shape
     if num_objects == 0:
         positive = torch.zeros(boxes_BA4.shape[:2], dtype=torch.bool, device=boxes_BA4.device)
-        return Assignment(torch.zeros_like(boxes_BA4), torch.zeros_like(scores_BAK), positive)
+        nobody = torch.zeros_like(positive, dtype=torch.int64)
+        return Assignment(torch.zeros_like(boxes_BA4), torch.zeros_like(scores_BAK), positive, nobody)
     inside_BMA = _inside(points_A2, target_boxes_BM4) & valid_BM[:, :, None]
     overlap_BMA = complete_iou(target_boxes_BM4[:, :, None], boxes_BA4[:, None]).clamp(min=0) * inside_BMA
     score_BMA = scores_BAK.transpose(1, 2).gather(
@@ -104,7 +107,7 @@ def assign(
     rows = torch.arange(batch, device=owner_BA.device)[:, None]
     labels_BA1 = labels_BM[rows, owner_BA][..., None]
     target_scores = torch.zeros_like(scores_BAK).scatter_(-1, labels_BA1, weight_BA[..., None])
-    return Assignment(target_boxes_BM4[rows, owner_BA], target_scores, positive_BA)
+    return Assignment(target_boxes_BM4[rows, owner_BA], target_scores, positive_BA, owner_BA)
 
 
 def _inside(points_A2: Tensor, boxes_BM4: Tensor) -> Tensor:

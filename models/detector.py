@@ -79,6 +79,7 @@ ARCHITECTURES: dict[str, Callable[[int, str, HeadBuilder], YOLOv9Network]] = {
     "yolov9e": yolov9e,
 }
 SEGMENTATION_ARCHITECTURES: dict[str, Callable[[int, str, HeadBuilder], YOLOv9Network]] = {
+    "yolov9t-seg": yolov9t,
     "yolov9c-seg": yolov9c,
     "yolov9e-seg": yolov9e,
 }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.blocks import ACTIVATIONS
 from models.convert import Match, build_empty
-from models.detector import Detector
+from models.detector import SEGMENTATION_ARCHITECTURES, Detector
 from models.errors import CheckpointError
 from models.head import REG_MAX
 from models.interpretation import interpret
@@ -45,6 +45,16 @@ def load_detector(
         ValueError: If the architecture or activation asked for is unknown.
     """
     return detector_from_checkpoint(read_checkpoint(path), str(path), architecture, num_classes, activation)
+
+
+def find_task(path: str | Path) -> str:
+    """What a checkpoint's network does, by its keys and shapes: `detect` or `segment`.
+
+    Raises:
+        CheckpointError: If the file can't be read or fits no known network.
+    """
+    architecture = interpret(read_checkpoint(path), str(path)).match.architecture
+    return "segment" if architecture in SEGMENTATION_ARCHITECTURES else "detect"
 
 
 def detector_from_checkpoint(

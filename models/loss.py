@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.assigner import assign, pad_targets
+from models.assigner import Assignment, assign, pad_targets
 from models.boxes import (
     boxes_to_distances,
     complete_iou,
@@ -82,9 +82,9 @@ class DetectionLoss(nn.Module):
         self._check(raw, targets, image_size)
         device = raw[0][0].device
         with torch.autocast(device.type, enabled=False):
-            return self._terms(raw, targets.to(device=device, dtype=torch.float32))
+            return self._terms(raw, targets.to(device=device, dtype=torch.float32))[0]
 
-    def _terms(self, raw: Raw, targets_T6: Tensor) -> dict[str, Tensor]:
+    def _terms(self, raw: Raw, targets_T6: Tensor) -> tuple[dict[str, Tensor], Assignment]:
         box_BAC = torch.cat([box.flatten(2) for box, _ in raw], dim=2).transpose(1, 2).float()
         logits_BAK = torch.cat([cls.flatten(2) for _, cls in raw], dim=2).transpose(1, 2).float()
         shapes = [(box.shape[2], box.shape[3]) for box, _ in raw]
@@ -109,11 +109,12 @@ class DetectionLoss(nn.Module):
         wanted_BA4 = boxes_to_distances(assignment.boxes_BA4 / stride_A1, points_A2)
         dfl_P = distribution_focal_loss(box_BAC[positive], wanted_BA4[positive], self.reg_max)
         dfl = (dfl_P * weight_P).sum() / total
-        return {
+        terms = {
             "box": box * self.gains["box"],
             "cls": cls * self.gains["cls"],
             "dfl": dfl * self.gains["dfl"],
         }
+        return terms, assignment
 
     def _check(self, raw: Raw, targets: Tensor, image_size: tuple[int, int]) -> None:
         if len(raw) != len(self.strides):

@@ -34,6 +34,9 @@ PROTOTYPE_CHANNELS = 256
 class Prototypes(nn.Module):
     """Prototype maps from the finest level: [B, C, h, w] -> [B, P, 2h, 2w].
 
+    Its two inner convolutions have 256 channels, or C where the finest level has fewer (all official networks have
+    256 there).
+
     Args:
         in_channels: Channels of the finest level.
         learned_upsampling: A transposed convolution in place of nearest-neighbour enlargement.
@@ -44,7 +47,7 @@ class Prototypes(nn.Module):
 
     def __init__(self, in_channels: int, learned_upsampling: bool, activation: str) -> None:
         super().__init__()
-        width = PROTOTYPE_CHANNELS
+        width = min(PROTOTYPE_CHANNELS, in_channels)
         self.conv1 = ConvBlock(in_channels, width, 3, activation=activation)
         self.upsample: nn.Module = (
             nn.ConvTranspose2d(width, width, 2, 2)
@@ -198,6 +201,19 @@ def suppress_segments(
     return results
 
 
+def soft_masks(prototypes: Tensor, coefficients: Tensor) -> Tensor:
+    """sigmoid(coefficients @ prototypes), arXiv:1904.02689 eq. 1, on the prototypes' grid and not cut to the boxes.
+
+    Args:
+        prototypes: [P, h, w], for the whole network input.
+        coefficients: [N, P].
+
+    Returns:
+        [N, h, w] in 0..1.
+    """
+    return (coefficients @ prototypes.flatten(1)).sigmoid().unflatten(1, prototypes.shape[1:])
+
+
 def assemble_masks(
     prototypes: Tensor,
     coefficients: Tensor,
@@ -207,7 +223,7 @@ def assemble_masks(
 ) -> Tensor:
     """Masks of one image's detections, at input resolution.
 
-    1. sigmoid(coefficients @ prototypes), arXiv:1904.02689 eq. 1.
+    1. `soft_masks`.
     2. Enlarge bilinearly to the input size.
     3. Keep what is above the threshold and inside the box (pixel centres).
 
@@ -224,7 +240,7 @@ def assemble_masks(
     height, width = image_size
     if coefficients.shape[0] == 0:
         return torch.zeros((0, height, width), dtype=torch.bool, device=prototypes.device)
-    soft = (coefficients @ prototypes.flatten(1)).sigmoid().reshape(-1, *prototypes.shape[1:])
+    soft = soft_masks(prototypes, coefficients)
     large = F.interpolate(soft[:, None], size=image_size, mode="bilinear", align_corners=False)[:, 0]
     x = torch.arange(width, device=boxes.device) + 0.5
     y = torch.arange(height, device=boxes.device) + 0.5

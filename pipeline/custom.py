@@ -23,7 +23,7 @@ from models import CheckpointError, Decode, DetectionLoss, Detector, read_checkp
 from pipeline.factories import call_user, load_factory
 from quant import fold_batchnorms
 
-TaskLoss = Callable[[Any, Tensor, tuple[int, int]], dict[str, Tensor]]
+TaskLoss = Callable[[Any, Any, tuple[int, int]], dict[str, Tensor]]
 SETTING = "model.factory"
 TRACE_TOLERANCE = 1e-3  # of the largest value of a map, in float32
 

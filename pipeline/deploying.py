@@ -31,6 +31,11 @@ from quant import Placement, placement_of
 Target = Literal["openvino", "onnxruntime", "trt10", "trt11"]
 INT8_MODEL = "model.onnx"
 FLOAT_ONNX = "float.onnx"
+MASK_TEXTS = {
+    "task": "segment",
+    "output0": "[B, 4 + classes + prototypes, anchors]: cx, cy, w, h in input pixels, class scores, mask coefficients",
+    "output1": "[B, prototypes, H / 4, W / 4]: a box's mask is sigmoid(coefficients @ prototypes), cut to the box",
+}
 OUTPUT_TEXTS = {
     "decoded": {"output0": "[B, 4 + classes, anchors]: cx, cy, w, h in input pixels, then class scores"},
     "raw": {"box_S": "[B, 4 * bins, h, w] of stride S: logits", "class_S": "[B, classes, h, w]: logits"},
@@ -45,16 +50,19 @@ OUTPUT_TEXTS = {
 
 
 class Deployed(nn.Module):
-    """What is shipped: images [B, 3, H, W] -> output0 [B, 4 + K, A], network and float decode in one."""
+    """What is shipped: images [B, 3, H, W] -> output0 [B, 4 + K, A], network and float decode in one.
+
+    A segmentation network has P coefficients below the scores, and output1: prototypes [B, P, H / 4, W / 4].
+    """
 
     def __init__(self, network: nn.Module, decode: nn.Module) -> None:
         super().__init__()
         self.network = network
         self.decode = decode
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Decoded boxes (cx, cy, w, h in input pixels) and class scores."""
-        return cast(Tensor, self.decode(self.network(images)))
+    def forward(self, images: Tensor) -> Any:
+        """Decoded boxes (cx, cy, w, h in input pixels) and class scores; with masks a tuple of both outputs."""
+        return self.decode(self.network(images))
 
 
 def export_stage(job: Job) -> None:
@@ -161,6 +169,7 @@ def write_onnx(
             (job.config.data.image_size,) * 2,
             target,
             onnx_metadata(job, job.detector, source),
+            ("output0", "output1") if job.task == "segment" else ("output0",),
             dynamic_batch=config.dynamic_batch,
             quantized=source != "float",
             dynamic_size=config.dynamic_size,
@@ -240,7 +249,7 @@ def onnx_metadata(job: Job, detector: Detector, source: str) -> dict[str, str]:
         **stride,
         "imgsz": json.dumps([job.config.data.image_size] * 2),
         "preprocessing": "letterbox (pad 114, centred, bilinear), RGB, divided by 255, NCHW float32",
-        **OUTPUT_TEXTS[job.config.deploy.outputs],
+        **(MASK_TEXTS if job.task == "segment" else OUTPUT_TEXTS[job.config.deploy.outputs]),
         "architecture": detector.architecture,
         "source": source,
     }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from data import Found, Predict
 from deploy import (
     BuildOptions,
     ONNXRuntime,
@@ -19,7 +22,7 @@ from deploy import (
 )
 from deploy.tensorrt_api import check_target
 from pipeline.deploying import FLOAT_ONNX, model_name, target_of
-from pipeline.job import Job, Predict
+from pipeline.job import Job
 from pipeline.parity import check_parity, engine_row, reader_of
 from pipeline.progress import say
 
@@ -138,11 +141,16 @@ def engine_predictor(job: Job, engine: Runtime) -> Predict:
     """Images to detections through an engine; the last, smaller batch is filled up to the engine's own."""
     batch, reader = job.config.deploy.batch, reader_of(job)
 
-    def predict(images: Tensor) -> list[Tensor]:
+    def predict(images: Tensor) -> Sequence[Found]:
         array = images.cpu().numpy()
         missing = batch - len(array)
         if missing > 0:
             array = np.concatenate([array, np.zeros((missing, *array.shape[1:]), np.float32)])
-        return reader.detections(engine.infer_outputs(array), len(images))
+        outputs = engine.infer_outputs(array)
+        if job.task == "segment":
+            return job.detections(
+                [torch.from_numpy(outputs[name][: len(images)]) for name in engine.output_names]
+            )
+        return reader.detections(outputs, len(images))
 
     return predict

@@ -145,7 +145,7 @@ def _calibration_suffices(job: Job) -> bool:
     assert reference is not None
     assert calibrated is not None
     drop = reference - calibrated
-    measure = measure_name(job.config.metric.factory)
+    measure = measure_name(job.config.metric.factory, job.task)
     if not drop < limit:
         say(f"ptq loses {drop:.4f} {measure}, {limit:g} or more (qat.skip_if_drop_below): fine-tuning")
         return False

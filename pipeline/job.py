@@ -20,6 +20,9 @@ from data import (
     Batch,
     Dataset,
     DetectionLoader,
+    Found,
+    Instances,
+    Predict,
     build_loader,
     evaluate,
     generate_synthetic,
@@ -29,14 +32,20 @@ from data import (
 )
 from models import (
     ARCHITECTURES,
+    SEGMENTATION_ARCHITECTURES,
     CheckpointError,
     DetectionLoss,
     Detector,
+    SegmentationLoss,
+    SegmentTargets,
     build_detector,
+    find_task,
     fold_detector,
     load_detector,
     non_max_suppression,
     save_detector,
+    soft_masks,
+    suppress_segments,
 )
 from pipeline.custom import CustomModel, OwnDetector, TaskLoss
 from pipeline.measuring import Metrics, describe, measure_custom, row_figures
@@ -46,7 +55,6 @@ from pipeline.run import Run
 from pipeline.team import Team
 from quant import Mode, insert, load_placement, set_mode
 
-Predict = Callable[[Tensor], list[Tensor]]
 FLOAT_MODEL = "float.safetensors"
 ALONE = Team()
 
@@ -70,6 +78,16 @@ class Job:
         seed_everything(config.seed)
 
     # -- data
+
+    @cached_property
+    def task(self) -> str:
+        """`detect`, or `segment` for networks with masks: by `model.name`, else by what the weights hold."""
+        name = self.config.model.name
+        if name != "auto":
+            return "segment" if name in SEGMENTATION_ARCHITECTURES else "detect"
+        kept = self.run.path(FLOAT_MODEL)
+        weights = kept if kept.exists() else self.config.weights
+        return "detect" if weights is None else find_task(weights)
 
     @cached_property
     def data_root(self) -> Path:
@@ -107,13 +125,26 @@ class Job:
         merged = config.merge_classes or None
         cache = Path(config.cache_dir) if config.cache_dir else None
         return open_dataset(
-            self.data_root, split, format=config.format, merge_classes=merged, cache_dir=cache
+            self.data_root,
+            split,
+            format=config.format,
+            merge_classes=merged,
+            cache_dir=cache,
+            segments=self.task == "segment",
         )
 
     def letterboxed(
-        self, dataset: Dataset, batch_size: int, limit: int | None, team: Team = ALONE
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        limit: int | None,
+        team: Team = ALONE,
+        masks: bool = False,
     ) -> DetectionLoader:
-        """Batches prepared as for inference, in a fixed order; of a team, each process gets its share."""
+        """Batches prepared as for inference, in a fixed order; of a team, each process gets its share.
+
+        With `masks` the objects' masks come along, where a loss needs them.
+        """
         config = self.config.data
         return build_loader(
             dataset,
@@ -123,7 +154,12 @@ class Job:
             limit=limit,
             rank=team.rank,
             world_size=team.size,
+            masks=masks,
         )
+
+    def targets(self, batch: Batch) -> Any:
+        """What the loss compares with: boxes, or for segmentation boxes and masks."""
+        return batch.targets if batch.masks is None else SegmentTargets(batch.targets, batch.masks)
 
     def val_loader(self, batch_size: int | None = None, limit: int | None = None) -> DetectionLoader:
         """Validation batches."""
@@ -158,18 +194,19 @@ class Job:
             seed=config.seed,
             limit=config.data.limit_train,
             drop_last=len(self.train_set) >= 2 * batch_size,
+            masks=self.task == "segment",
         )
 
     def epoch_batches(
         self, loader: DetectionLoader, label: str, epochs: int
-    ) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
+    ) -> Callable[[int], Iterator[tuple[Tensor, Any]]]:
         """Epoch number -> that epoch's (images, targets) on the device, with progress shown."""
 
-        def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        def batches(epoch: int) -> Iterator[tuple[Tensor, Any]]:
             loader.set_epoch(epoch)
             for batch in track(loader, f"{label} epoch {epoch + 1}/{epochs}", len(loader)):
                 moved: Batch = batch.to(self.device)
-                yield to_input(moved.images, self.device), moved.targets
+                yield to_input(moved.images, self.device), self.targets(moved)
 
         return batches
 
@@ -196,7 +233,7 @@ class Job:
         names = self.val_set.names
         architecture = None if config.name == "auto" else config.name
         if self.config.weights is None:
-            if architecture not in ARCHITECTURES:
+            if architecture not in {*ARCHITECTURES, *SEGMENTATION_ARCHITECTURES}:
                 raise ConfigError(
                     f"model.name={config.name} has no weights to recognise it by: add weights=FILE or model=yolov9t"
                 )
@@ -256,24 +293,41 @@ class Job:
         return self.load_quantized("ptq.safetensors", "calibrate"), "ptq"
 
     def loss(self, detector: Detector | None = None) -> TaskLoss:
-        """The detection loss for a detector, the run's float one when None."""
+        """The task loss for a detector, the run's float one when None."""
         detector = self.detector if detector is None else detector
         if isinstance(detector, OwnDetector):
             return detector.loss
+        if detector.task == "segment":
+            return SegmentationLoss(detector.num_classes, detector.strides)
         return DetectionLoss(detector.num_classes, detector.strides)
 
     # -- evaluation
 
-    def detections(self, decoded: Tensor) -> list[Tensor]:
-        """Suppress overlaps in decoded outputs, as every row of the table does."""
+    def detections(self, decoded: Any, confidence: float | None = None) -> Sequence[Found]:
+        """Suppress overlaps in decoded outputs, as every row of the table does.
+
+        Args:
+            decoded: what the decode returns: [B, 4 + K, A], or with coefficients and prototypes for segmentation.
+            confidence: lowest score kept; the configured one when None.
+        """
         config = self.config.evaluate
-        return non_max_suppression(decoded, config.confidence, config.iou, config.max_detections)
+        confidence = config.confidence if confidence is None else confidence
+        if isinstance(decoded, Tensor):
+            return non_max_suppression(decoded, confidence, config.iou, config.max_detections)
+        rows, prototypes = decoded
+        found = suppress_segments(
+            rows, confidence, config.iou, config.max_detections, num_prototypes=prototypes.shape[1]
+        )
+        return [
+            Instances(detections, soft_masks(maps, coefficients))
+            for (detections, coefficients), maps in zip(found, prototypes, strict=True)
+        ]
 
     def predictor(self, network: nn.Module) -> Predict:
         """Images to detections through a torch network and this detector's decode."""
         decode = self.detector.decode
 
-        def predict(images: Tensor) -> list[Tensor]:
+        def predict(images: Tensor) -> Sequence[Found]:
             return self.detections(decode(network(images)))
 
         return predict

@@ -1,7 +1,8 @@
 """What a row is measured by: COCO figures, or the user's own metric, under one roof.
 
 Every choice of a run (the best epoch, gates, the value that sweeps optimise) looks at one number, `value_of`. With
-`metric.factory` that is the number the user's function returns; else it is COCO AP.
+`metric.factory` that is the number the user's function returns; else it is COCO AP, for a segmentation network that of
+the masks (which judges the boxes, too, since masks are cut to them).
 
     def measure(predict, batches) -> float | dict[str, float]
 """
@@ -17,8 +18,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import ConfigError
-from data import Batch, DetectionMetrics, to_input
-from data.metrics import Predict
+from data import Batch, DetectionMetrics, Instances, Predict, to_input
 from pipeline.factories import call_user, load_factory
 
 SETTING = "metric.factory"
@@ -63,7 +63,10 @@ def measure_custom(
 
     def detect(images: Tensor) -> list[Tensor]:
         with torch.inference_mode():
-            return [found.float().cpu() for found in predict(to_input(images, device))]
+            return [
+                (found.detections if isinstance(found, Instances) else found).float().cpu()
+                for found in predict(to_input(images, device))
+            ]
 
     result = call_user(SETTING, reference, "the metric", function, detect, batches)
     figures = result if isinstance(result, Mapping) else {VALUE: result}
@@ -89,19 +92,24 @@ def _number(reference: str, name: str, figure: Any) -> float:
 
 
 def value_of(metrics: Metrics) -> float:
-    """The one number that decides: higher is better."""
-    return metrics.ap if isinstance(metrics, DetectionMetrics) else metrics.value
+    """The one number that decides, higher is better: the user's metric, else mask AP where there are masks, else AP."""
+    if isinstance(metrics, CustomMetrics):
+        return metrics.value
+    return metrics.ap if metrics.ap_mask is None else metrics.ap_mask
 
 
 def row_value(row: Mapping[str, Any]) -> float | None:
     """The same number, out of a row of the table; None where it was not measured."""
-    value = row["extras"].get("metric", row["ap"])
+    extras = row["extras"]
+    value = extras.get("metric", extras.get("ap_mask", row["ap"]))
     return None if value is None else float(value)
 
 
-def measure_name(reference: str | None) -> str:
-    """What that number is called in messages, given `metric.factory`."""
-    return "AP" if reference is None else "metric"
+def measure_name(reference: str | None, task: str) -> str:
+    """What that number is called in messages, given `metric.factory` and the network's task."""
+    if reference is not None:
+        return "metric"
+    return "mask AP" if task == "segment" else "AP"
 
 
 def row_figures(metrics: Metrics) -> dict[str, Any]:
@@ -114,8 +122,10 @@ def row_figures(metrics: Metrics) -> dict[str, Any]:
 def describe(metrics: Metrics) -> str:
     """The figures in one line, for the log."""
     if isinstance(metrics, DetectionMetrics):
+        masks = "" if metrics.ap_mask is None else f"mask AP {metrics.ap_mask:.4f}  "
         return (
-            f"AP {metrics.ap:.4f}  AP50 {metrics.ap50:.4f}  P {metrics.precision:.3f}  R {metrics.recall:.3f}"
+            f"{masks}AP {metrics.ap:.4f}  AP50 {metrics.ap50:.4f}  P {metrics.precision:.3f}  "
+            f"R {metrics.recall:.3f}"
         )
     figures = {"metric": metrics.value, **metrics.figures}
     return "  ".join(f"{name} {figure:.4f}" for name, figure in figures.items())

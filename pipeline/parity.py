@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from data import to_input
-from deploy import CompareReport, DeployError, Runtime, compare_arrays
+from deploy import CompareReport, DeployError, Runtime, compare_arrays, unexplained_variance
+from deploy.runtime import FloatArray
 from pipeline.engine_outputs import OutputReader, match_detections
 from pipeline.job import Job
 from pipeline.progress import say
 
 PARITY_IMAGES = 8
+MASK_LIMITS = {True: 0.1, False: 1e-5}  # unexplained variance, by whether the engine is not exact
 CLEAR_MARGIN = 0.1  # score above the threshold at which a detection cannot be missed by arithmetic alone
 MISSED_SHARE = {True: 0.2, False: 0.02}  # of the clear detections, by whether the engine is quantized
 
@@ -43,12 +45,18 @@ def check_parity(job: Job, engine: Runtime) -> dict[str, object]:
     quantized = engine.precision == "int8"
     network: nn.Module = job.best_quantized()[0] if quantized else job.detector.network
     batch = job.config.deploy.batch
-    images, decoded = [], []
+    images: list[Tensor] = []
+    decoded: list[Tensor] = []
+    prototypes: list[Tensor] = []
     with torch.inference_mode():
         for loaded in job.letterboxed(job.val_set, batch, PARITY_IMAGES):
             if len(loaded.images) == batch:
                 images.append(to_input(loaded.images, job.device))
-                decoded.append(job.detector.decode(network(images[-1])).cpu())
+                answer = job.detector.decode(network(images[-1]))
+                if job.task == "segment":
+                    answer, maps = answer
+                    prototypes.append(maps.cpu())
+                decoded.append(answer.cpu())
     if not images:
         raise DeployError(f"deploy.batch={batch} is larger than the validation split")
     results = [engine.infer_outputs(image.cpu().numpy()) for image in images]
@@ -63,13 +71,38 @@ def check_parity(job: Job, engine: Runtime) -> dict[str, object]:
         agreement.require(MISSED_SHARE[quantized], name)
         return asdict(agreement)
     output = np.concatenate([reader.decoded(result).numpy() for result in results])
-    report = compare_arrays(output, torch.cat(decoded).numpy(), label=name)
+    reference, rows = torch.cat(decoded).numpy(), 4 + job.detector.num_classes
+    report = compare_arrays(output[:, :rows], reference[:, :rows], label=name)
     say(f"parity {engine_row(engine)} {engine.path.name}: {describe(report)}")
     if engine.precision == "fp32":
         report.require(box_px=0.05, score=0.001)
     else:
         report.require(box_px=16.0, score=1.0, mean_score=0.005)
-    return report.as_dict()
+    if job.task != "segment":
+        return report.as_dict()
+    maps_found = np.concatenate([result[engine.output_names[1]] for result in results])
+    pairs = {
+        "coefficients": (output[:, rows:], reference[:, rows:]),
+        "prototypes": (maps_found, torch.cat(prototypes).numpy()),
+    }
+    return report.as_dict() | check_masks(engine, pairs)
+
+
+def check_masks(engine: Runtime, pairs: dict[str, tuple[FloatArray, FloatArray]]) -> dict[str, float]:
+    """Compare what masks are made of, as unexplained variance of torch's coefficients and prototypes.
+
+    Raises:
+        DeployError: they disagree by more than float arithmetic, or INT8 rounding, explains.
+    """
+    errors = {name: unexplained_variance(found, wanted, name) for name, (found, wanted) in pairs.items()}
+    say(f"parity {engine_row(engine)}: " + ", ".join(f"{name} {error:.2g}" for name, error in errors.items()))
+    limit = MASK_LIMITS[engine.precision != "fp32"]
+    if max(errors.values()) > limit:
+        raise DeployError(
+            f"The masks of {engine.name} engine {engine.path.name} disagree with torch: unexplained variance {errors}, "
+            f"limit {limit}. Do not use it: rebuild, or try another runtime version or precision."
+        )
+    return errors
 
 
 def describe(report: CompareReport) -> str:

@@ -171,6 +171,8 @@ def _of_torch(
 
     def detect(images: Tensor) -> list[Tensor]:
         decoded = decode(network(images.to(device)))
+        if not isinstance(decoded, Tensor):  # a segmentation network: its boxes
+            decoded = decoded[0][:, : 4 + len(names)]
         return non_max_suppression(decoded, options.confidence, options.iou, options.max_detections)
 
     return Predictor(label, tuple(names), size, detect)
@@ -185,6 +187,12 @@ def open_engine(path: Path, options: Options, runtime: str | None = None) -> Pre
     """
     size = (options.size, options.size) if options.size else _stored_size(path)
     engine = _load(path, runtime or options.runtime, size, options.threads)
+    if engine.metadata.get("task") == "segment":
+        engine.close()
+        raise DeployError(
+            f"{path} has mask coefficients below its scores, which this command does not read; give the run directory "
+            "or the checkpoint: their boxes are drawn."
+        )
     reader = options.reader(engine.metadata.get("octet.outputs", "decoded"))
     names = read_names(engine.metadata.get("names", ""))
     if not names:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from data import unletterbox
-from models import measure_network, non_max_suppression
+from data import Instances, unletterbox
+from models import measure_network
 from pipeline.errors import GateError
 from pipeline.fixed_point import FIXED_POINT
 from pipeline.job import FLOAT_MODEL, Job
@@ -69,7 +69,7 @@ def check_gates(job: Job) -> None:
     value = None if shipped is None else row_value(shipped)
     if shipped is None or value is None:
         return
-    measure = measure_name(config.metric.factory)
+    measure = measure_name(config.metric.factory, job.task)
     if config.min_ap is not None and value < config.min_ap:
         raise GateError(f"{shipped['name']} reaches {measure} {value:.4f}, below min_ap={config.min_ap}")
     reference = row_value(rows["float"]) if "float" in rows else None
@@ -99,8 +99,9 @@ def _panels(job: Job) -> list[DetectionPanel]:
         for name, network in networks.items():
             with torch.inference_mode():
                 decoded = job.detector.decode(network(images))
-            found = non_max_suppression(decoded, PICTURE_CONFIDENCE, job.config.evaluate.iou)[0]
-            moved = unletterbox(found.cpu(), batch.infos[0])
+            found = job.detections(decoded, PICTURE_CONFIDENCE)[0]
+            boxes = found.detections if isinstance(found, Instances) else found
+            moved = unletterbox(boxes.cpu(), batch.infos[0])
             pictures.append((name, draw_detections(sample.image, moved.numpy(), job.detector.names)))
         panels.append(DetectionPanel(f"image {batch.image_ids[0]}", pictures))
     return panels

@@ -59,9 +59,10 @@ def sensitivity_stage(job: Job) -> None:
 
 def rank_by_fisher(job: Job, model: fx.GraphModule) -> list[UnitScore]:
     """Score of every unit from one backward pass over `sensitivity.images` training images."""
-    loader = job.letterboxed(job.train_set, BATCH, job.config.sensitivity.images)
+    masks = job.task == "segment"
+    loader = job.letterboxed(job.train_set, BATCH, job.config.sensitivity.images, masks=masks)
     moved = (batch.to(job.device) for batch in track(loader, "sensitivity (fisher)", len(loader)))
-    batches = ((to_input(batch.images, job.device), batch.targets) for batch in moved)
+    batches = ((to_input(batch.images, job.device), job.targets(batch)) for batch in moved)
     return measure_fisher(model, batches, job.loss())
 
 
@@ -149,7 +150,7 @@ def _keep_budget(job: Job, model: fx.GraphModule, ranking: list[str], max_drop: 
     if reference is None:
         raise ConfigError("quant.max_ap_drop needs the float row: add the stage `float` before `sensitivity`")
     target = reference - max_drop
-    figure = measure_name(job.config.metric.factory)
+    figure = measure_name(job.config.metric.factory, job.task)
 
     def measure(kept: frozenset[str]) -> float:
         switch_units(model, set(ranking) - kept)

@@ -31,8 +31,8 @@ from quant.oscillation import OscillationTracker, dampening_loss
 
 log = logging.getLogger(__name__)
 
-TaskLoss = Callable[[Any, Tensor, tuple[int, int]], dict[str, Tensor]]
-TrainingBatch = tuple[Tensor, Tensor]  # images [B, C, H, W] float, targets in the task loss's own form
+TaskLoss = Callable[[Any, Any, tuple[int, int]], dict[str, Tensor]]
+TrainingBatch = tuple[Tensor, Any]  # images [B, C, H, W] float, targets in the task loss's own form
 
 
 class DivergenceError(RuntimeError):
@@ -262,7 +262,7 @@ class _Forward:
 def _train_step(
     forward: _Forward,
     images: Tensor,
-    targets: Tensor,
+    targets: Any,
     task_loss: TaskLoss,
     options: TrainingOptions,
     state: TrainingState,
@@ -308,7 +308,7 @@ def _train_step(
 
 
 def _loss_terms(
-    forward: _Forward, images: Tensor, targets: Tensor, task_loss: TaskLoss, options: TrainingOptions
+    forward: _Forward, images: Tensor, targets: Any, task_loss: TaskLoss, options: TrainingOptions
 ) -> dict[str, Tensor]:
     terms: dict[str, Tensor] = {}
     raw, features = forward(images)

@@ -17,6 +17,7 @@ from report.data import Row, find_row, reference_engine
 
 MISSING = "-"
 METRIC = "metric"  # the extra that holds a user's own measure
+MASK_AP = "ap_mask"  # the extra that holds the AP of masks
 MEGABYTE = 1_000_000
 
 
@@ -51,8 +52,8 @@ def finite(value: float | None) -> float | None:
 
 
 def _figure(row: Row, key: str) -> float | None:
-    """Return a row's figure of that name; `metric` stands among the extras."""
-    return finite(row.extras.get(METRIC) if key == METRIC else getattr(row, key))
+    """Return a row's figure of that name; `metric` and `ap_mask` stand among the extras."""
+    return finite(row.extras.get(key) if key in (METRIC, MASK_AP) else getattr(row, key))
 
 
 def _score(key: str, decimals: int = 4) -> Callable[[Row, Sequence[Row]], Cell]:
@@ -115,15 +116,21 @@ COLUMNS = (
     Column("size_bytes", "Size", "MB", _size),
 )
 METRIC_COLUMN = Column(METRIC, "Metric", "", _score(METRIC))
-BRIEF = (METRIC, "ap", "latency_ms_median")  # columns whose differences the terminal shows
+MASK_COLUMN = Column(MASK_AP, "Mask AP", "", _score(MASK_AP))
+BRIEF = (METRIC, MASK_AP, "ap", "latency_ms_median")  # columns whose differences the terminal shows
 LEGEND = (
-    "AP, AP50, metric, precision and recall: difference to the float row. Latency and throughput: factor gained over "
-    "the float engine of the same runtime. Size: share of that engine, or of the float row."
+    "AP, AP50, mask AP, metric, precision and recall: difference to the float row. Latency and throughput: factor "
+    "gained over the float engine of the same runtime. Size: share of that engine, or of the float row."
 )
 
 
 def columns_for(rows: Sequence[Row]) -> tuple[Column, ...]:
-    """Return the columns of a table: COLUMNS, or with a user's metric in the place of an AP that nobody measured."""
+    """Return the columns of a table: COLUMNS, with mask AP in the place of AP50 where there are masks.
+
+    A user's metric stands in the place of an AP that nobody measured.
+    """
+    if any(MASK_AP in row.extras for row in rows):
+        return (MASK_COLUMN, *(column for column in COLUMNS if column.key != "ap50"))
     if not any(METRIC in row.extras for row in rows):
         return COLUMNS
     absent = {key for key in ("ap", "ap50") if all(getattr(row, key) is None for row in rows)}
@@ -156,11 +163,12 @@ def format_table(rows: Sequence[Row], width: int = 120) -> str:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", overflow="fold")
     columns = columns_for(rows)
+    brief = set(BRIEF) - ({"ap"} if MASK_COLUMN in columns else set())
     for column in columns:
         table.add_column(Text(f"{column.heading}\n{column.unit}".rstrip()), justify="right", no_wrap=True)
     for row_name, cells in table_cells(rows):
         texts = [
-            _text(cell) if column.key in BRIEF else cell.text
+            _text(cell) if column.key in brief else cell.text
             for column, cell in zip(columns, cells, strict=True)
         ]
         table.add_row(Text(row_name), *(Text(text) for text in texts))

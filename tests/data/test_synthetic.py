@@ -110,7 +110,7 @@ def test_boxes_hold_their_objects(monkeypatch):
         canvas, objects = draw_scene(192, (0, 0, number))
         painted = (canvas > 0).any(axis=2)
         inside = np.zeros_like(painted)
-        for _, (x1, y1, x2, y2) in objects:
+        for x1, y1, x2, y2 in (item.box for item in objects):
             part = painted[int(y1) : int(y2), int(x1) : int(x2)]
             assert part.any(axis=0)[[0, -1]].all()
             assert part.any(axis=1)[[0, -1]].all()

@@ -44,6 +44,8 @@ class Loader(list[int]):
 class SmallJob:
     """What the stage asks of a job; evaluations return the given values in turn."""
 
+    task = "detect"
+
     def __init__(self, directory: Path, values: list[float], **qat: Any) -> None:
         settings = {"epochs": 4, "learning_rate": 1e-3, **qat}
         self.config = SimpleNamespace(
