@@ -26,22 +26,10 @@ class NMSConfig:
 
 
 @dataclass
-class DeployConfig:
-    """ONNX export, engines and timing."""
+class GraphConfig:
+    """The ONNX graph: what `deploy` and export.py have in common."""
 
     target: str = setting("openvino", "Which engine the ONNX graph is written for", choices=TARGETS)
-    runtimes: list[str] = setting(["openvino"], "Engines to build, evaluate and time", choices=RUNTIMES)
-    float_precisions: list[str] = setting(
-        ["f32"],
-        "Precisions of the float engines that INT8 is compared with, where the machine has them",
-        choices=PRECISIONS,
-    )
-    int8_hint: str = setting(
-        "f32",
-        "Precision of the float part of OpenVINO's INT8 engine; auto leaves it to OpenVINO",
-        choices=HINTS,
-    )
-    batch: int = setting(1, "Batch of the timed engine", unit="images", minimum=1)
     dynamic_batch: bool = setting(True, "Leave the batch dimension open in the ONNX graph")
     dynamic_size: bool = setting(False, "Leave height and width open in the ONNX graph")
     outputs: str = setting(
@@ -61,6 +49,24 @@ class DeployConfig:
         unit="images",
         minimum=0,
     )
+
+
+@dataclass
+class DeployConfig(GraphConfig):
+    """ONNX export, engines and timing."""
+
+    runtimes: list[str] = setting(["openvino"], "Engines to build, evaluate and time", choices=RUNTIMES)
+    float_precisions: list[str] = setting(
+        ["f32"],
+        "Precisions of the float engines that INT8 is compared with, where the machine has them",
+        choices=PRECISIONS,
+    )
+    int8_hint: str = setting(
+        "f32",
+        "Precision of the float part of OpenVINO's INT8 engine; auto leaves it to OpenVINO",
+        choices=HINTS,
+    )
+    batch: int = setting(1, "Batch of the timed engine", unit="images", minimum=1)
     threads: int = setting(0, "CPU threads of an engine; 0 takes all cores", unit="threads", minimum=0)
     fixed_point_images: int = setting(
         2,

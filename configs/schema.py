@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from configs.deploy_schema import OUTPUTS, SCALE_TYPES, TARGETS, DeployConfig, NMSConfig
+from configs.deploy_schema import DeployConfig, GraphConfig
 from configs.setting import setting
 
 DETECTORS = ("yolov9t", "yolov9s", "yolov9m", "yolov9c", "yolov9e")
@@ -362,30 +362,10 @@ class Config:
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(GraphConfig):
     """One run of export.py."""
 
     run: str = setting(MISSING, "Run directory of train_qat.py, e.g. runs/demo/latest")
-    target: str = setting("openvino", "Which engine the ONNX graph is written for", choices=TARGETS)
     output: str | None = setting(None, "Path of the ONNX file; none writes into the run directory")
-    dynamic_batch: bool = setting(True, "Leave the batch dimension open in the ONNX graph")
-    dynamic_size: bool = setting(False, "Leave height and width open in the ONNX graph")
-    outputs: str = setting(
-        "decoded",
-        "What the graph gives: decoded boxes, raw level maps, or detections after NMS in the graph",
-        choices=OUTPUTS,
-    )
-    nms: NMSConfig = field(default_factory=NMSConfig)
-    scale_type: str = setting("fp16", "For trt11: type of the Q/DQ scales", choices=SCALE_TYPES)
-    opset: int | None = setting(
-        None, "ONNX operator set; none takes the target's (docs/deployment.md)", minimum=13, maximum=23
-    )
-    range_images: int = setting(
-        32,
-        "For onnxruntime: training images that the ranges of convolution results are measured on; 0 assumes "
-        "a normal distribution",
-        unit="images",
-        minimum=0,
-    )
     build: bool = setting(False, "Also build the engine, where its runtime is installed")
     device: str = setting("cpu", "Device that exports; the file is the same")

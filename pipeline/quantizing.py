@@ -139,7 +139,26 @@ def save_placement(job: Job) -> Placement:
     """Make this job's plan and keep it."""
     placement = make_placement(job)
     job.run.write_text(PLAN, dump_placement(placement))
+    hint_at_unsigned(job, placement)
     return placement
+
+
+def hint_at_unsigned(job: Job, placement: Placement) -> None:
+    """Say where a CPU engine could use a finer grid than the plan has: groups behind a ReLU, say."""
+    deploy = job.config.deploy
+    if deploy.target.startswith("trt") or "tensorrt" in deploy.runtimes or job.config.quant.plan is not None:
+        return
+    finer = place(job.detector.network, PlacementOptions(unsigned=True))
+    signs = {site.node: group.signed for group in finer.groups for site in group.tensors}
+    never_negative = sum(
+        group.signed and not any(signs.get(site.node, True) for site in group.tensors)
+        for group in placement.groups
+    )
+    if never_negative > len(placement.groups) // 2:
+        say(
+            f"{never_negative} of {len(placement.groups)} groups are never negative: "
+            "quant.activations.unsigned=true halves their step on CPU engines"
+        )
 
 
 def make_placement(job: Job) -> Placement:

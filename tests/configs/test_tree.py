@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from configs import Config, compose, compose_export, dump, read
+from configs.deploy_schema import TARGETS
 from configs.overrides import groups
-from configs.schema import ARCHITECTURES, TARGETS
+from configs.schema import ARCHITECTURES
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))

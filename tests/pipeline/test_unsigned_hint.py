@@ -1,0 +1,32 @@
+"""A ReLU network on a CPU engine is told of the finer grid; TensorRT is refused unsigned codes before any work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    "+experiment=demo", "model.activation=relu", "data.image_size=64", "data.synthetic.size=64",
+    "data.synthetic.train=8", "data.synthetic.val=4", "quant.calibration_images=4", "data.workers=0",
+)  # fmt: skip
+
+
+def run(directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "train_qat.py"), *SMALL, f"run_dir={directory / 'run'}", *overrides]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=300)
+
+
+def test_the_hint_names_the_setting(tmp_path: Path) -> None:
+    found = run(tmp_path, "stages=[place]")
+    assert found.returncode == 0, found.stderr
+    assert "groups are never negative: quant.activations.unsigned=true" in found.stdout + found.stderr
+    assert "unsigned," not in found.stdout
+
+
+def test_tensorrt_is_refused_before_any_work(tmp_path: Path) -> None:
+    found = run(tmp_path, "quant.activations.unsigned=true", "deploy.target=trt10", "stages=[place,export]")
+    assert found.returncode == 2
+    assert "takes signed codes only" in found.stdout + found.stderr
+    assert not (tmp_path / "run" / "placement.yaml").exists()
