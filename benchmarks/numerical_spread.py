@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -30,21 +29,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.views import SHIFTS, ap_of_views, mean_difference
 from configs.compose import read
+from data import Predict
 from deploy import ONNXRuntime, OpenVINORuntime, Runtime
 from pipeline.deploying import export_quantized
 from pipeline.job import Job
-from pipeline.measuring import value_of
 from pipeline.run import CONFIG, Run
 from quant import quantized_layers
 
 Decoded = Callable[[Tensor], Tensor]
 NO_RUN = "numerical_spread: skipped, no run directory given (python benchmarks/numerical_spread.py runs/bccd/latest)"
-PAD = 114 / 255
 FLOAT, TORCH = "float", "torch, whole numbers"
-SHIFTS = [
-    (x, y) for reach in range(4) for x in range(-3, 4) for y in range(-3, 4) if max(abs(x), abs(y)) == reach
-]
 
 
 def executions(job: Job, folder: Path, orders: bool) -> dict[str, Decoded]:
@@ -85,42 +83,19 @@ def executions(job: Job, folder: Path, orders: bool) -> dict[str, Decoded]:
     }
 
 
-def move(images: Tensor, x: int, y: int) -> Tensor:
-    """Images [B, 3, H, W] with their content moved right by x and down by y pixels; what comes in is padding."""
-    moved = torch.full_like(images, PAD)
-    height, width = images.shape[-2:]
-    to_rows, to_columns = slice(max(y, 0), height + min(y, 0)), slice(max(x, 0), width + min(x, 0))
-    rows, columns = slice(max(-y, 0), height + min(-y, 0)), slice(max(-x, 0), width + min(-x, 0))
-    moved[..., to_rows, to_columns] = images[..., rows, columns]
-    return moved
-
-
-def measure(job: Job, decoded: Decoded, shift: tuple[int, int]) -> float:
-    """AP on the validation split as it looks when it is moved by (x, y) pixels."""
-    x, y = shift
-
-    def predict(images: Tensor) -> list[Tensor]:
-        found = decoded(move(images, x, y) if shift != (0, 0) else images)
-        found[:, 0] -= x
-        found[:, 1] -= y
-        return job.detections(found)
-
-    with torch.inference_mode():
-        return value_of(job.evaluate_batches(predict, job.val_loader(1)))
+def detections_of(job: Job, decoded: Decoded) -> Predict:
+    """Images to detections, by the NMS of every row."""
+    return lambda images: job.detections(decoded(images))
 
 
 def describe(ap: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """Per execution: AP of the first view, mean over views, mean difference to float and torch, standard errors."""
     found = {}
     for name, values in ap.items():
-        figures = {"first": values[0], "mean": float(np.mean(values))}
+        found[name] = {"first": values[0], "mean": float(np.mean(values))}
         for label, reference in (("float", FLOAT), ("torch", TORCH)):
-            differences = np.subtract(values, ap[reference])
-            figures[f"to_{label}"] = float(differences.mean())
-            figures[f"to_{label}_error"] = (
-                float(differences.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
-            )
-        found[name] = figures
+            difference, error = mean_difference(values, ap[reference])
+            found[name] |= {f"to_{label}": difference, f"to_{label}_error": error}
     return found
 
 
@@ -147,7 +122,9 @@ def main(arguments: list[str]) -> int:
     ap: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, decoded in executions(job, Path(folder), options.orders).items():
-            ap[name] = [measure(job, decoded, shift) for shift in SHIFTS[: options.views]]
+            ap[name] = ap_of_views(
+                job, lambda images, run=decoded: job.detections(run(images)), options.views
+            )
     figures = describe(ap)
     print(f"{config.experiment}, {options.split}: {len(job.val_set)} images, {options.views} views")
     for name, row in figures.items():
