@@ -21,7 +21,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.views import SHIFTS, ap_of_views, mean_difference
 from configs.compose import read
-from data import Predict
+from data import Found, Predict
 from deploy import ONNXRuntime, OpenVINORuntime, Runtime
 from pipeline.deploying import export_quantized
 from pipeline.job import Job
@@ -85,7 +85,11 @@ def executions(job: Job, folder: Path, orders: bool) -> dict[str, Decoded]:
 
 def detections_of(job: Job, decoded: Decoded) -> Predict:
     """Images to detections, by the NMS of every row."""
-    return lambda images: job.detections(decoded(images))
+
+    def predict(images: Tensor) -> Sequence[Found]:
+        return job.detections(decoded(images))
+
+    return predict
 
 
 def describe(ap: dict[str, list[float]]) -> dict[str, dict[str, float]]:
@@ -122,9 +126,7 @@ def main(arguments: list[str]) -> int:
     ap: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, decoded in executions(job, Path(folder), options.orders).items():
-            ap[name] = ap_of_views(
-                job, lambda images, run=decoded: job.detections(run(images)), options.views
-            )
+            ap[name] = ap_of_views(job, detections_of(job, decoded), options.views)
     figures = describe(ap)
     print(f"{config.experiment}, {options.split}: {len(job.val_set)} images, {options.views} views")
     for name, row in figures.items():
