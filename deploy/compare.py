@@ -6,6 +6,7 @@ Both boxes and scores are compared: known miscompiles corrupt the boxes while cl
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -21,8 +22,8 @@ class CompareReport:
     Attributes:
         images: number of images.
         box_max_px, box_mean_px: absolute difference of (cx, cy, w, h), input pixels, all anchors.
-        box_max_px_confident: the largest one among anchors whose best reference score is at least
-            `confident_score`.
+        box_max_px_confident, box_mean_px_confident: largest coordinate difference of an anchor, and its mean, over
+            anchors whose best reference score is at least `confident_score`.
         confident_anchors: how many such anchors there are.
         confident_score: the threshold.
         score_max, score_mean: absolute difference of class scores, all anchors.
@@ -32,6 +33,7 @@ class CompareReport:
     box_max_px: float
     box_mean_px: float
     box_max_px_confident: float
+    box_mean_px_confident: float
     confident_anchors: int
     confident_score: float
     score_max: float
@@ -41,25 +43,37 @@ class CompareReport:
         """Plain dict, ready for JSON."""
         return asdict(self)
 
-    def require(self, box_px: float, score: float, mean_score: float | None = None) -> None:
-        """Raise DeployError unless confident boxes agree within `box_px` pixels and scores within `score`.
+    def require(
+        self,
+        box_px: float = math.inf,
+        score: float = math.inf,
+        mean_box_px: float = math.inf,
+        mean_score: float = math.inf,
+    ) -> None:
+        """Raise DeployError unless the differences stay within every limit.
+
+        For INT8 engines the means tell a broken graph from arithmetic: one rounding that falls the other way can move
+        single anchors far, in a sound engine too.
 
         Args:
-            box_px: limit for confident anchors, input pixels.
-            score: limit of the largest difference over all anchors.
-            mean_score: limit of the mean difference, None for none. For INT8 engines this is what tells a broken
-                graph from arithmetic: one rounding that falls the other way can move single anchors far.
+            box_px: largest box difference at confident anchors, input pixels.
+            score: largest score difference over all anchors.
+            mean_box_px: mean box difference at confident anchors, input pixels.
+            mean_score: mean score difference over all anchors.
         """
-        mean_agrees = mean_score is None or self.score_mean <= mean_score
-        if self.box_max_px_confident <= box_px and self.score_max <= score and mean_agrees:
-            return
-        limit = "" if mean_score is None else f" (limit {mean_score})"
-        raise DeployError(
-            f"The engine disagrees with torch on {self.images} images: boxes by up to "
-            f"{self.box_max_px_confident:.3f} px (limit {box_px}) at {self.confident_anchors} confident anchors, "
-            f"scores by up to {self.score_max:.4f} (limit {score}) and {self.score_mean:.6f} in the mean{limit}. Do "
-            "not use it: rebuild, try another runtime version or precision, and compare again."
+        figures = (
+            ("largest box difference [px]", self.box_max_px_confident, box_px),
+            ("mean box difference [px]", self.box_mean_px_confident, mean_box_px),
+            ("largest score difference", self.score_max, score),
+            ("mean score difference", self.score_mean, mean_score),
         )
+        missed = [f"{name} {value:.6g} (limit {limit:g})" for name, value, limit in figures if value > limit]
+        if missed:
+            raise DeployError(
+                f"The engine disagrees with torch on {self.images} images, boxes compared at {self.confident_anchors} "
+                f"confident anchors: {', '.join(missed)}. Do not use it: rebuild, try another runtime version or "
+                "precision, and compare again."
+            )
 
 
 def compare_outputs(
@@ -125,6 +139,7 @@ def compare_arrays(
         box_max_px=float(boxes.max()),
         box_mean_px=float(boxes.mean()),
         box_max_px_confident=float(at_confident.max()) if at_confident.size else 0.0,
+        box_mean_px_confident=float(at_confident.mean()) if at_confident.size else 0.0,
         confident_anchors=int(confident.sum()),
         confident_score=confident_score,
         score_max=float(scores.max()),

@@ -1,7 +1,13 @@
 """Float detectors: networks, decode, loss, and loading of checkpoints without running anything they name."""
 
 from models.boxes import Decode, non_max_suppression
-from models.detector import ARCHITECTURES, SEGMENTATION_ARCHITECTURES, Detector, build_detector
+from models.detector import (
+    ARCHITECTURES,
+    SEGMENTATION_ARCHITECTURES,
+    Detector,
+    build_detector,
+    placeholder_names,
+)
 from models.errors import CheckpointError
 from models.facts import count_parameters, measure_network
 from models.folding import fold_detector
@@ -30,6 +36,7 @@ __all__ = [
     "load_detector",
     "measure_network",
     "non_max_suppression",
+    "placeholder_names",
     "read_checkpoint",
     "save_detector",
     "soft_masks",

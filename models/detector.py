@@ -85,6 +85,11 @@ SEGMENTATION_ARCHITECTURES: dict[str, Callable[[int, str, HeadBuilder], YOLOv9Ne
 }
 
 
+def placeholder_names(num_classes: int) -> tuple[str, ...]:
+    """`class0`, `class1`, ...: what classes are called that nobody has named."""
+    return tuple(f"class{index}" for index in range(num_classes))
+
+
 def build_detector(
     architecture: str,
     num_classes: int,
@@ -116,7 +121,7 @@ def build_detector(
         raise ValueError(f"Head {head_style!r} is unknown; expected one of {', '.join(heads)}")
     if not 1 <= num_classes <= MAX_CLASSES:
         raise ValueError(f"num_classes is {num_classes}; expected 1 to {MAX_CLASSES}")
-    chosen = tuple(names) if names is not None else tuple(f"class{index}" for index in range(num_classes))
+    chosen = tuple(names) if names is not None else placeholder_names(num_classes)
     if len(chosen) != num_classes:
         raise ValueError(
             f"{len(chosen)} names were given for {num_classes} classes; give one name for each class"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.blocks import ACTIVATIONS
 from models.convert import Match, build_empty
-from models.detector import SEGMENTATION_ARCHITECTURES, Detector
+from models.detector import SEGMENTATION_ARCHITECTURES, Detector, placeholder_names
 from models.errors import CheckpointError
 from models.head import REG_MAX
 from models.interpretation import interpret
@@ -158,7 +158,7 @@ def _choose_names(
     num_classes = state[key].numel()
     names = manifest.get("names") or metadata.get("names")
     if names is None:
-        return tuple(f"class{index}" for index in range(num_classes))
+        return placeholder_names(num_classes)
     if (
         not isinstance(names, list | tuple)
         or any(not isinstance(name, str) for name in names)

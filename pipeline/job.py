@@ -43,6 +43,7 @@ from models import (
     fold_detector,
     load_detector,
     non_max_suppression,
+    placeholder_names,
     save_detector,
     soft_masks,
     suppress_segments,
@@ -248,6 +249,8 @@ class Job:
                 f"{where} has {len(names)} ({first(names)}): give the weights trained on this data, or map "
                 "its classes with data.merge_classes"
             )
+        if detector.names == placeholder_names(len(names)):
+            detector.names = tuple(names)
         if tuple(name.lower() for name in detector.names) != tuple(name.lower() for name in names):
             say(
                 f"class names differ: weights {first(detector.names)}, data {first(names)}; the order must be the same"

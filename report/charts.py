@@ -15,7 +15,7 @@ from report.tables import finite
 
 MAX_POINTS = 2000  # per line; more cannot be told apart on a screen
 MAX_BARS = 40
-_NO_LOSS = ("ap", "validation", "share_")  # beginnings of other figures
+_NO_LOSS = ("ap", "validation", "share_", "gradient")  # beginnings of other figures
 _NOT_DRAWN = frozenset({"step", "epoch", "stage", "learning_rate", "lr", "seconds", "time"})
 
 
@@ -89,6 +89,7 @@ def curve_charts(records: Sequence[Mapping[str, Any]]) -> list[Chart]:
         rates = [name for name in names if name in ("learning_rate", "lr")]
         for kind, label, keys in (
             ("loss", "Loss", loss),
+            ("gradient", "Gradient norm", [name for name in names if name.startswith("gradient")]),
             ("ap", "Validation AP", results),
             ("share", "Share of weights", shares),
             ("rate", "Learning rate", rates),

@@ -71,11 +71,19 @@ def test_long_curves_are_thinned_and_keep_their_ends() -> None:
 
 
 def test_losses_validation_and_shares_are_drawn_apart() -> None:
-    first = {"stage": "finetune", "step": 1, "epoch": 0, "learning_rate": 0.1, "box": 2.0, "total": 2.0}
+    first = {
+        "stage": "finetune",
+        "step": 1,
+        "epoch": 0,
+        "learning_rate": 0.1,
+        "box": 2.0,
+        "gradient_norm": 90.0,
+    }
     last = {**first, "step": 2, "validation": 0.6, "share_oscillating": 0.03, "share_frozen": 0.01}
     charts = {chart.title: [trace["name"] for trace in chart.traces] for chart in curve_charts([first, last])}
     assert charts == {
-        "Loss: finetune": ["box", "total"],
+        "Loss: finetune": ["box"],
+        "Gradient norm: finetune": ["gradient_norm"],
         "Validation AP: finetune": ["validation"],
         "Share of weights: finetune": ["share_oscillating", "share_frozen"],
         "Learning rate: finetune": ["learning_rate"],
