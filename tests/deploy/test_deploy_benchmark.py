@@ -38,6 +38,10 @@ class Sleeper(Runtime):
     def __init__(self):
         self.batches, self.threads = [], set()
 
+    @classmethod
+    def require(cls):
+        pass
+
     def infer_outputs(self, images):
         self.batches.append(len(images))
         self.threads.add(threading.get_ident())
