@@ -33,7 +33,7 @@ fetch() {
     fi
     echo "Fetching $1" >&2
     curl --fail --location --continue-at - --retry 5 --output "$archive" "$1"
-    if ! echo "$2  $archive" | md5sum --check --status; then
+    if ! md5sum --check --status <<<"$2  $archive"; then
         rm -f "$archive"
         echo "$1 arrived damaged (its MD5 sum is not $2) and was removed: run this again." >&2
         exit 1
