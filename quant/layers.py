@@ -9,6 +9,8 @@ the AP of a hundred images by up to 0.003 (benchmarks/numerical_spread.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,7 +39,7 @@ def _whole_numbers(layer: QuantizedLayer, input: Tensor) -> tuple[Tensor, Tensor
     return codes, (weights(layer.weight) / steps.reshape(shape)).round_(), grid.scale * steps
 
 
-def _scaled(sums: Tensor, steps: Tensor, bias: Tensor | None, axis: int = 1) -> Tensor:
+def _scaled(sums: Tensor, steps: Tensor, bias: Tensor | None, axis: int) -> Tensor:
     """Sums of codes as values: times the step of each output channel, plus the bias."""
     shape = [-1 if dimension == axis % sums.ndim else 1 for dimension in range(sums.ndim)]
     steps = steps.repeat(
@@ -45,6 +47,23 @@ def _scaled(sums: Tensor, steps: Tensor, bias: Tensor | None, axis: int = 1) -> 
     )  # a grouped transposed layer has one step per place in a group
     values = sums.mul_(steps.reshape(shape))
     return values if bias is None else values.add_(bias.reshape(shape))
+
+
+def _compute(
+    layer: QuantizedLayer,
+    input: Tensor,
+    operation: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    axis: int = 1,
+) -> Tensor:
+    """A layer's `operation` (input, weight, bias) with its quantized weight, on whole numbers where that is possible.
+
+    `axis` counts the output's channels.
+    """
+    operands = _whole_numbers(layer, input)
+    if operands is None:
+        return operation(input, layer.weight_quantizer(layer.weight), layer.bias)
+    codes, weight, steps = operands
+    return _scaled(operation(codes, weight, None), steps, layer.bias, axis)
 
 
 class QuantizedConv2d(nn.Conv2d):
@@ -55,11 +74,7 @@ class QuantizedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve with the quantized weight; the bias stays float."""
-        operands = _whole_numbers(self, input)
-        if operands is None:
-            return self._conv_forward(input, self.weight_quantizer(self.weight), self.bias)
-        codes, weight, steps = operands
-        return _scaled(self._conv_forward(codes, weight, None), steps, self.bias)
+        return _compute(self, input, self._conv_forward)
 
 
 class QuantizedConv1d(nn.Conv1d):
@@ -70,11 +85,7 @@ class QuantizedConv1d(nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve with the quantized weight; the bias stays float."""
-        operands = _whole_numbers(self, input)
-        if operands is None:
-            return self._conv_forward(input, self.weight_quantizer(self.weight), self.bias)
-        codes, weight, steps = operands
-        return _scaled(self._conv_forward(codes, weight, None), steps, self.bias)
+        return _compute(self, input, self._conv_forward)
 
 
 class QuantizedConvTranspose2d(nn.ConvTranspose2d):
@@ -87,11 +98,7 @@ class QuantizedConvTranspose2d(nn.ConvTranspose2d):
         """Convolve with the quantized weight; the bias stays float."""
         if output_size is not None:
             raise ValueError("a quantized transposed convolution takes no output_size: set output_padding")
-        operands = _whole_numbers(self, input)
-        if operands is None:
-            return self._transposed(input, self.weight_quantizer(self.weight), self.bias)
-        codes, weight, steps = operands
-        return _scaled(self._transposed(codes, weight, None), steps, self.bias)
+        return _compute(self, input, self._transposed)
 
     def _transposed(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # names for the padding are for plain convolutions, as torch's own forward says
@@ -116,11 +123,7 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply with the quantized weight; the bias stays float."""
-        operands = _whole_numbers(self, input)
-        if operands is None:
-            return F.linear(input, self.weight_quantizer(self.weight), self.bias)
-        codes, weight, steps = operands
-        return _scaled(F.linear(codes, weight), steps, self.bias, axis=-1)
+        return _compute(self, input, F.linear, axis=-1)
 
 
 QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
