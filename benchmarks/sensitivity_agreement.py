@@ -5,8 +5,10 @@
 
 `fisher` needs one backward pass over a few batches; `map` evaluates the detector twice per unit: with the unit alone
 quantized, and with it alone left float. Prints the seconds of both next to those of one validation pass, and
-Spearman's rank correlation of fisher with the two halves of the sweep and with their mean. The sweep's results stay in
-the run directory, so that the script can be stopped, repeated, and run by several processes at once.
+Spearman's rank correlation of fisher with the sweep's score and with its two halves. Score and halves are
+magnitudes: how far AP moves. The signed figures stand beside them; signs that two halves do not agree on are luck. The
+sweep's results stay in the run directory, so that the script can be stopped, repeated, and run by several processes at
+once.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +26,18 @@ from configs.compose import read
 from pipeline.job import Job
 from pipeline.measuring import value_of
 from pipeline.run import CONFIG, Run
-from pipeline.sensing import measure_units, rank_by_fisher
+from pipeline.sensing import measure_units, rank_by_fisher, score_map
 from quant import placement_of
 
 NO_RUN = "sensitivity_agreement: skipped, no run directory given (see the docstring)"
 
 
-def spearman(a: list[float], b: list[float]) -> float:
+def spearman(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
     """Rank correlation in -1..1: Pearson's correlation of the ranks; ties share the mean of their ranks."""
     return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
 
-def ranks(values: list[float]) -> np.ndarray:
+def ranks(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """Rank of each value from 0, the mean rank for equal values."""
     _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts) - 1
@@ -71,9 +74,8 @@ def main(arguments: list[str]) -> int:
     config.sensitivity.images = images
 
     ap = measure_units(job, model)
-    alone = [ap["none"] - ap[f"on:{unit}"] for unit in units]
-    left_out = [ap[f"off:{unit}"] - ap["all"] for unit in units]
-    both = [(a + b) / 2 for a, b in zip(alone, left_out, strict=True)]
+    scored = score_map(ap, units)
+    alone, left_out = (np.array([list(score.parts.values())[half] for score in scored]) for half in (0, 1))
     scores = [fisher[unit] for unit in units]
     result = {
         "units": len(units),
@@ -82,11 +84,13 @@ def main(arguments: list[str]) -> int:
         "seconds_of_fisher": fisher_seconds,
         "ap_float": ap["none"],
         "ap_quantized": ap["all"],
-        "spearman_with_unit_alone_quantized": spearman(scores, alone),
-        "spearman_with_unit_left_float": spearman(scores, left_out),
-        "spearman_with_their_mean": spearman(scores, both),
-        "spearman_between_the_halves": spearman(alone, left_out),
-        "largest_loss_of_a_unit_alone": max(alone),
+        "spearman_with_map": spearman(scores, [score.score for score in scored]),
+        "spearman_with_unit_alone_quantized": spearman(scores, abs(alone)),
+        "spearman_with_unit_left_float": spearman(scores, abs(left_out)),
+        "spearman_between_the_halves": spearman(abs(alone), abs(left_out)),
+        "spearman_between_the_halves_signed": spearman(alone, left_out),
+        "spearman_with_signed_mean": spearman(scores, alone + left_out),
+        "largest_loss_of_a_unit_alone": float(alone.max()),
     }
     for name, value in result.items():
         print(f"{name:40s} {value:.4f}" if isinstance(value, float) else f"{name:40s} {value}")

@@ -6,8 +6,8 @@ Every term is the unexplained variance of one tensor,
 
 so that 0.01 means one per cent for every tensor of every network, and no tensor or network size can drown the others.
 A level of a detector that never sees an object answers with nearly a constant; in units of its own tiny variance its
-rounding noise would drown the levels that matter. So in training the variance of a map counts as at least a tenth of
-the mean variance of the maps with as many channels (the same branch on other levels).
+rounding noise would drown the levels that matter. So the variance of a map counts as at least a tenth of the mean
+variance of the maps with as many channels (the same branch on other levels).
 Besides the outputs, tensors inside the network can be compared (FitNets, arXiv:1412.6550). A student made by `insert`
 has the node names of its teacher's graph, so a tensor is found in both by one name.
 """
@@ -40,7 +40,7 @@ def flatten_maps(raw: Any) -> list[Tensor]:
     return [tensor for value in values for tensor in flatten_maps(value)]
 
 
-def distillation_loss(student: Any, teacher: Any, floor: float = 0.0) -> Tensor:
+def distillation_loss(student: Any, teacher: Any, floor: float = VARIANCE_FLOOR) -> Tensor:
     """Unexplained variance of the teacher's maps, averaged over maps; a scalar, 0 where they agree.
 
     For each map: mean((s - t)^2) / var(t). A student that answers the teacher's mean everywhere gets 1.

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.distillation import VARIANCE_FLOOR, distillation_loss, feature_nodes, with_features
+from quant.distillation import distillation_loss, feature_nodes, with_features
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
 from quant.insertion import quantized_layers
 from quant.oscillation import OscillationTracker, dampening_loss
@@ -319,9 +319,9 @@ def _loss_terms(
     if forward.teacher is not None:
         reference, wanted = forward.reference(images)
         if options.distill_weight > 0:
-            terms["distillation"] = options.distill_weight * distillation_loss(raw, reference, VARIANCE_FLOOR)
+            terms["distillation"] = options.distill_weight * distillation_loss(raw, reference)
         if options.feature_weight > 0:
-            terms["features"] = options.feature_weight * distillation_loss(features, wanted, VARIANCE_FLOOR)
+            terms["features"] = options.feature_weight * distillation_loss(features, wanted)
     if not terms:
         raise ValueError("task weight and distillation weights are all 0: nothing to learn from")
     return terms

@@ -8,18 +8,21 @@ information in place of the Hessian (FIT, arXiv:2210.08502),
 
     score = mean over images of  sum g^2 (Q(x) - x)^2,     weights and activations added.
 
+The same sum is the expected square of the loss's first-order change g (Q(x) - x) where rounding errors are independent:
+it says how far the loss moves, up or down.
+
 `sqnr` quantizes one unit at a time and compares the outputs with the float network's:
 
-    score = mean over output maps of  |y_unit - y_float|^2 / var(y_float).
+    score = mean over output maps of  |y_unit - y_float|^2 / var(y_float)      (`distillation_loss`).
 
 Both are ratios to be ranked within one network, not accuracies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,16 +38,15 @@ METHODS = ("fisher", "sqnr")
 
 @dataclass(frozen=True)
 class UnitScore:
-    """Cost of one unit: its group's name, the score, and the parts of it (0 where a method does not split)."""
+    """Cost of one unit: its group's name, the score, and by name the figures that it was made of, if any."""
 
     unit: str
     score: float
-    activations: float = 0.0
-    weights: float = 0.0
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for a JSON file."""
-        return asdict(self)
+        """Plain data for a JSON file: the parts stand beside unit and score."""
+        return {"unit": self.unit, "score": self.score, **self.parts}
 
 
 def measure_fisher(
@@ -85,9 +87,11 @@ def measure_fisher(
         raise ValueError("sensitivity got no image: raise sensitivity.images above 0")
     scores = []
     for group in placement_of(model).groups:
-        weights_part = sum(weight_sums[layer] for layer in group.layers) / num_images
-        activations_part = activation_sums[group.name] / num_images
-        scores.append(UnitScore(group.name, activations_part + weights_part, activations_part, weights_part))
+        parts = {
+            "activations": activation_sums[group.name] / num_images,
+            "weights": sum(weight_sums[layer] for layer in group.layers) / num_images,
+        }
+        scores.append(UnitScore(group.name, sum(parts.values()), parts))
     return sorted(scores, key=lambda score: -score.score)
 
 
