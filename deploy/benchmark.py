@@ -3,9 +3,8 @@
 A file of its own because `deploy.benchmark` is also the name of a function of this package.
 """
 
-import sys
-
 from deploy.benchmark_command import main
+from deploy.command import run_command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -3,8 +3,9 @@
     python -m deploy.benchmark MODEL --runtime openvino --batch 1,4,8,12 --json out.json
     python -m deploy.benchmark --compare float.onnx@openvino:bf16 int8.onnx@openvino
 
-A model is a path, with @RUNTIME and :PRECISION behind it where they differ from the options. Exit code 3 when a
-model cannot be loaded or run.
+A model is a path, with @RUNTIME and :PRECISION behind it where they differ from the options. Without a runtime the file
+decides: .xml is OpenVINO's, .engine TensorRT's, an .onnx goes to ONNX Runtime where it was exported for that, else to
+OpenVINO. Exit code 3 when a model cannot be loaded or run.
 """
 
 from __future__ import annotations
@@ -51,13 +52,24 @@ class ModelSpec:
         return f"{self.path.name}@{self.runtime}" + (f":{self.precision}" if self.precision else "")
 
 
-def parse_spec(text: str, runtime: str, precision: str | None) -> ModelSpec:
-    """Read PATH[@RUNTIME[:PRECISION]]; raises DeployError on an unknown runtime."""
+def parse_spec(text: str, runtime: str | None, precision: str | None) -> ModelSpec:
+    """Read PATH[@RUNTIME[:PRECISION]]; raises DeployError on an unknown runtime or an unreadable .onnx file."""
     path, _, rest = text.partition("@")
     name, _, hint = rest.partition(":")
     if name and name not in RUNTIMES:
         raise DeployError(f"Unknown runtime '{name}' in '{text}'; expected one of {', '.join(RUNTIMES)}.")
-    return ModelSpec(Path(path), name or runtime, hint or precision)
+    return ModelSpec(Path(path), name or runtime or _runtime_of(Path(path)), hint or precision)
+
+
+def _runtime_of(path: Path) -> str:
+    """The runtime that a file is made for; OpenVINO for a graph that any may run."""
+    if path.suffix == ".engine":
+        return "tensorrt"
+    if path.suffix == ".onnx":
+        stored = {entry.key: entry.value for entry in load_onnx(path).metadata_props}
+        if stored.get("octet.target") == "onnxruntime":
+            return "onnxruntime"
+    return "openvino"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -253,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", nargs="?", help="PATH[@RUNTIME[:PRECISION]]")
     parser.add_argument("--compare", nargs="+", metavar="MODEL", help="time these alternately in one run")
-    parser.add_argument("--runtime", choices=RUNTIMES, default="openvino")
+    parser.add_argument("--runtime", choices=RUNTIMES, help="left out: the file's own")
     parser.add_argument(
         "--precision", help=f"OpenVINO's hint ({', '.join(PRECISIONS)}) or ONNX Runtime's provider"
     )

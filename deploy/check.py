@@ -14,6 +14,7 @@ from pathlib import Path
 
 from deploy.check_svg import draw_graph
 from deploy.check_view import View
+from deploy.command import run_command
 from deploy.errors import DeployError
 from deploy.export import TARGETS
 from deploy.findings import CheckReport, inspect_graph
@@ -86,4 +87,4 @@ def _size(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from deploy.build import RUNTIMES, build_engine
+from deploy.command import run_command
 from deploy.drawing import Box, draw_boxes
 from deploy.errors import DeployError
 from deploy.graph import write_atomically
@@ -134,4 +135,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

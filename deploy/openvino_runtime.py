@@ -171,8 +171,14 @@ class OpenVINORuntime(Runtime):
         try:
             results = request.infer({0: images}, share_inputs=True)
         except RuntimeError as error:
+            shape = list(images.shape)
+            if not self._compiled.input(0).partial_shape.compatible(_openvino().PartialShape(shape)):
+                raise DeployError(
+                    f"OpenVINO engine {self.path.name} takes images {self.input_shape}, got {shape}; export with "
+                    "deploy.dynamic_batch or deploy.dynamic_size to leave dimensions open."
+                ) from None
             raise DeployError(
-                f"OpenVINO engine {self.path.name} takes images {self.input_shape}, got {images.shape}: {error}"
+                f"OpenVINO engine {self.path.name} failed on images {shape}: {error}"
             ) from error
         return {name: np.array(results[index]) for index, name in enumerate(self.output_names)}
 

@@ -19,6 +19,7 @@ from deploy.machine import available_processors, describe_machine, parse_list, p
 from deploy.scenarios import run_scenario
 
 SIZE = (64, 96)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +138,26 @@ def test_specs_and_sizes(models):
     assert find_image_size(models["openvino"]) == SIZE
 
 
+def test_a_file_names_its_own_runtime(models):
+    assert {name: parse_spec(str(path), None, None).runtime for name, path in models.items()} == {
+        "openvino": "openvino",
+        "onnxruntime": "onnxruntime",
+    }
+    assert parse_spec("model.engine", None, None).runtime == "tensorrt"
+    assert parse_spec("model.xml", None, None).runtime == "openvino"
+    assert parse_spec(str(models["onnxruntime"]), "openvino", None).runtime == "openvino"
+
+
+def test_a_closed_pipe_ends_quietly(models):
+    command = [sys.executable, "-m", "deploy.check", str(models["openvino"])]
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
 def test_runs_as_a_module(models):
-    root = Path(__file__).resolve().parents[2]
     command = [
         sys.executable,
         "-W",
@@ -148,7 +167,7 @@ def test_runs_as_a_module(models):
         str(models["openvino"]),
     ]
     command += ["--time", "0.1", "--warmup", "0"]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "median" in result.stdout
 

@@ -101,7 +101,7 @@ def test_fixed_batch_refuses_another(exported):
     images, results = exported
     with OpenVINORuntime(results["int8"][0], threads=1, batch=2) as runtime:
         assert runtime.infer(images[:2]).shape == (2, 7, 384)
-        with pytest.raises(DeployError, match=r"takes images \[2,3,64,96\], got \(3, 3"):
+        with pytest.raises(DeployError, match=r"takes images \[2,3,64,96\], got \[3, 3.*dynamic_batch"):
             runtime.infer(images)
 
 
