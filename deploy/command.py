@@ -11,7 +11,7 @@ EXIT_BROKEN_PIPE = 141
 
 
 def run_command(main: Callable[[], int]) -> NoReturn:
-    """Run a command and leave with its exit code: 141, as usual in a shell, where a pipe's reader has left (`| head`)."""
+    """Run a command and leave with its exit code; 141, as in a shell, where nobody reads the pipe (`| head`)."""
     try:
         code = main()
         sys.stdout.flush()
