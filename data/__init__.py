@@ -6,7 +6,8 @@ from data.errors import DataError
 from data.images import list_images, read_image
 from data.letterbox import PAD_VALUE, LetterboxInfo, letterbox, letterbox_boxes, to_input, unletterbox
 from data.loader import DetectionLoader, build_loader
-from data.metrics import DetectionMetrics, Found, Predict, compute_metrics, evaluate
+from data.masks import Rle, decode_mask
+from data.metrics import DetectionMetrics, Found, Predict, compute_metrics, evaluate, to_picture
 from data.samples import Batch, Dataset, Instances, Sample
 from data.synthetic import generate_synthetic
 
@@ -23,9 +24,11 @@ __all__ = [
     "Instances",
     "LetterboxInfo",
     "Predict",
+    "Rle",
     "Sample",
     "build_loader",
     "compute_metrics",
+    "decode_mask",
     "evaluate",
     "generate_synthetic",
     "ground_truth",
@@ -35,5 +38,6 @@ __all__ = [
     "open_dataset",
     "read_image",
     "to_input",
+    "to_picture",
     "unletterbox",
 ]

@@ -16,13 +16,33 @@ from torch import Tensor
 from data.coco_engine import average, choose_engine, coco_precision
 from data.dataset import ground_truth
 from data.errors import DataError
-from data.letterbox import to_input, unletterbox
+from data.letterbox import LetterboxInfo, to_input, unletterbox
 from data.masks import Rle, restore_masks
 from data.precision_recall import Boxes, best_f1
 from data.samples import Batch, Dataset, Instances
 
 Found = Tensor | Instances
 Predict = Callable[[Tensor], Sequence[Found]]
+
+
+def to_picture(
+    found: Found, info: LetterboxInfo, input_size: tuple[int, int]
+) -> tuple[NDArray[np.float64], list[Rle] | None]:
+    """What was found in a network's input, in the pixels of the original image.
+
+    Args:
+        found: of one image.
+        info: how it was letterboxed.
+        input_size: (height, width) of the input, pixels.
+
+    Returns:
+        Detections [N, 6] (x1, y1, x2, y2, score, class), and their masks where the network gives any.
+    """
+    boxes = found.detections if isinstance(found, Instances) else found
+    moved = unletterbox(boxes.detach().double().cpu(), info).numpy()
+    if not isinstance(found, Instances):
+        return moved, None
+    return moved, restore_masks(found.masks.float().cpu().numpy(), moved[:, :4], info, input_size)
 
 
 @dataclass(frozen=True)
@@ -110,12 +130,11 @@ def evaluate(
                 f"predict returned {len(detections)} results for a batch of {len(batch.image_ids)} images."
             )
         for found, image_id, info in zip(detections, batch.image_ids, batch.infos, strict=True):
-            boxes = found.detections if isinstance(found, Instances) else found
-            moved = unletterbox(boxes.detach().double().cpu(), info).numpy()
-            if isinstance(found, Instances):
+            size = (int(batch.images.shape[2]), int(batch.images.shape[3]))
+            moved, codes = to_picture(found, info, size)
+            if codes is not None:
                 segmented = True
-                size = (int(batch.images.shape[2]), int(batch.images.shape[3]))
-                masks += restore_masks(found.masks.float().cpu().numpy(), moved[:, :4], info, size)
+                masks += codes
             parts.append(np.concatenate([np.full((len(moved), 1), image_id, np.float64), moved], axis=1))
             seen.append(image_id)
     if not seen:

@@ -7,7 +7,7 @@ efficient_nms come with their NMS done in the graph, by the thresholds written t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from data import Found
 from deploy import DeployError
 from deploy.runtime import FloatArray
 from models import Decode, non_max_suppression
+from pipeline.suppression import suppress_overlaps
 
 RAW_NAME = re.compile(r"box_(\d+)")
 
@@ -31,12 +33,14 @@ class OutputReader:
         confidence: scores must be greater, 0..1.
         iou: threshold of the NMS that runs here (decoded, raw).
         max_detections: boxes kept in an image.
+        masks: whether coefficients stand below the scores, and a second output holds the prototypes (decoded).
     """
 
     form: str
     confidence: float
     iou: float
     max_detections: int
+    masks: bool = False
 
     @property
     def is_decodable(self) -> bool:
@@ -59,20 +63,42 @@ class OutputReader:
             )
         return torch.from_numpy(first)
 
-    def detections(self, outputs: Mapping[str, FloatArray], images: int) -> list[Tensor]:
+    def num_classes(self, outputs: Mapping[str, FloatArray]) -> int:
+        """Classes that the outputs tell apart (decoded, raw); raises DeployError where they are not of this form."""
+        rows = self.decoded(outputs).shape[1] - 4
+        return rows - len(self._prototypes(outputs)[0]) if self.masks else rows
+
+    def detections(self, outputs: Mapping[str, FloatArray], images: int) -> Sequence[Found]:
         """Detections of the first `images` images of a batch, by falling score.
 
         Returns:
-            For each image [N, 6]: x1, y1, x2, y2 in input pixels, score, class.
+            For each image [N, 6]: x1, y1, x2, y2 in input pixels, score, class; with `masks` as `Instances`.
 
         Raises:
             DeployError: the outputs are not of this form.
         """
+        if not self.masks:
+            return self.boxes(outputs, images)
+        decoded = self.decoded(outputs)[:images], self._prototypes(outputs)[:images]
+        return suppress_overlaps(decoded, self.confidence, self.iou, self.max_detections)
+
+    def boxes(self, outputs: Mapping[str, FloatArray], images: int) -> list[Tensor]:
+        """`detections` of a network without masks."""
         if self.is_decodable:
             decoded = self.decoded(outputs)[:images]
             return non_max_suppression(decoded, self.confidence, self.iou, self.max_detections)
         per_image = _of_plugin(outputs) if self.form == "efficient_nms" else _of_onnx(outputs, images)
         return [self._cut(found) for found in per_image[:images]]
+
+    def _prototypes(self, outputs: Mapping[str, FloatArray]) -> Tensor:
+        second = next((array for index, array in enumerate(outputs.values()) if index == 1), None)
+        if second is None or second.ndim != 4:
+            shapes = ", ".join(str(array.shape) for array in outputs.values())
+            raise DeployError(
+                f"The engine gives {shapes}; a segmentation network gives [B, 4 + classes + prototypes, anchors] and "
+                "[B, prototypes, height, width]."
+            )
+        return torch.from_numpy(second)
 
     def _cut(self, found: Tensor) -> Tensor:
         found = found[found[:, 4] > self.confidence]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from data import Found, Predict
@@ -146,11 +145,6 @@ def engine_predictor(job: Job, engine: Runtime) -> Predict:
         missing = batch - len(array)
         if missing > 0:
             array = np.concatenate([array, np.zeros((missing, *array.shape[1:]), np.float32)])
-        outputs = engine.infer_outputs(array)
-        if job.task == "segment":
-            return job.detections(
-                [torch.from_numpy(outputs[name][: len(images)]) for name in engine.output_names]
-            )
-        return reader.detections(outputs, len(images))
+        return reader.detections(engine.infer_outputs(array), len(images))
 
     return predict

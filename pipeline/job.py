@@ -21,7 +21,6 @@ from data import (
     Dataset,
     DetectionLoader,
     Found,
-    Instances,
     Predict,
     build_loader,
     evaluate,
@@ -42,17 +41,15 @@ from models import (
     find_task,
     fold_detector,
     load_detector,
-    non_max_suppression,
     placeholder_names,
     save_detector,
-    soft_masks,
-    suppress_segments,
 )
 from pipeline.custom import CustomModel, OwnDetector, TaskLoss
 from pipeline.measuring import Metrics, describe, measure_custom, row_figures
 from pipeline.own_data import open_own
 from pipeline.progress import say, track
 from pipeline.run import Run
+from pipeline.suppression import suppress_overlaps
 from pipeline.team import Team
 from quant import Mode, insert, load_placement, set_mode
 
@@ -315,16 +312,7 @@ class Job:
         """
         config = self.config.evaluate
         confidence = config.confidence if confidence is None else confidence
-        if isinstance(decoded, Tensor):
-            return non_max_suppression(decoded, confidence, config.iou, config.max_detections)
-        rows, prototypes = decoded
-        found = suppress_segments(
-            rows, confidence, config.iou, config.max_detections, num_prototypes=prototypes.shape[1]
-        )
-        return [
-            Instances(detections, soft_masks(maps, coefficients))
-            for (detections, coefficients), maps in zip(found, prototypes, strict=True)
-        ]
+        return suppress_overlaps(decoded, confidence, config.iou, config.max_detections)
 
     def predictor(self, network: nn.Module) -> Predict:
         """Images to detections through a torch network and this detector's decode."""

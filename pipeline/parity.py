@@ -29,7 +29,8 @@ def engine_row(engine: Runtime) -> str:
 def reader_of(job: Job) -> OutputReader:
     """How this run's engines are read, with the thresholds of the evaluation."""
     config = job.config.evaluate
-    return OutputReader(job.config.deploy.outputs, config.confidence, config.iou, config.max_detections)
+    form, masks = job.config.deploy.outputs, job.task == "segment"
+    return OutputReader(form, config.confidence, config.iou, config.max_detections, masks)
 
 
 def check_parity(job: Job, engine: Runtime) -> dict[str, object]:
@@ -64,8 +65,8 @@ def check_parity(job: Job, engine: Runtime) -> dict[str, object]:
     if not reader.is_decodable:
         nms = job.config.deploy.nms
         in_graph = OutputReader("decoded", nms.confidence, nms.iou, nms.max_detections)
-        found = [one for output in results for one in reader.detections(output, batch)]
-        wanted = [one for d in decoded for one in in_graph.detections({"output0": d.numpy()}, batch)]
+        found = [one for output in results for one in reader.boxes(output, batch)]
+        wanted = [one for d in decoded for one in in_graph.boxes({"output0": d.numpy()}, batch)]
         agreement = compare_detections(found, wanted, nms.confidence)
         say(f"parity {engine_row(engine)} {engine.path.name}: {agreement.describe()}")
         agreement.require(MISSED_SHARE[quantized], name)

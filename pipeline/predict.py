@@ -1,4 +1,4 @@
-"""Try any engine on your own pictures: detections are drawn, and written as COCO JSON.
+"""Try any engine on your own pictures: boxes, and masks where there are any, are drawn and written as COCO JSON.
 
     python -m pipeline.predict MODEL_OR_RUN IMAGE|FOLDER|VIDEO [--runtime NAME] [--compare float|MODEL] [--out DIR]
 
@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from data import DataError
+from data import DataError, decode_mask
 from pipeline.engine_outputs import match_detections
 from pipeline.errors import EXIT_CODES
-from pipeline.predictors import FLOAT, RUNTIMES, Options, Predictor, open_float, open_predictor
+from pipeline.predictors import FLOAT, RUNTIMES, Options, Predictor, Seen, open_float, open_predictor
 from pipeline.progress import say, track
 from pipeline.sources import Picture, PictureWriter, Source, open_source
 from report import ReportError, join_pictures, paint_detections, write_atomically
@@ -129,25 +128,32 @@ def look(model: Predictor, other: Predictor | None, name: str, picture: Picture,
     height, width = picture.shape[:2]
     result.images.append({"id": number, "file_name": name, "height": height, "width": width})
     result.annotations += coco_annotations(found, number, len(result.annotations))
-    drawn = paint_detections(picture, found.numpy(), model.names)
+    drawn = paint(picture, found, model.names)
     if other is None:
         return drawn
     reference = other.detect(picture)
-    result.matched += len(match_detections(found, reference))
-    result.theirs += len(reference)
-    left = paint_detections(picture, reference.numpy(), other.names)
-    return join_pictures([(other.label, left), (model.label, drawn)])
+    result.matched += len(match_detections(found.boxes, reference.boxes))
+    result.theirs += len(reference.boxes)
+    return join_pictures([(other.label, paint(picture, reference, other.names)), (model.label, drawn)])
 
 
-def coco_annotations(found: Tensor, image_id: int, before: int) -> list[dict[str, Any]]:
-    """Detections [N, 6] of one image as COCO annotations with a score; category ids count from 1.
+def paint(picture: Picture, seen: Seen, names: Sequence[str]) -> Picture:
+    """The picture with boxes and masks."""
+    masks = [decode_mask(code) for code in seen.masks or ()]
+    return paint_detections(picture, seen.boxes.numpy(), names, masks)
+
+
+def coco_annotations(found: Seen, image_id: int, before: int) -> list[dict[str, Any]]:
+    """Detections of one image as COCO annotations with a score; category ids count from 1.
+
+    With masks, `segmentation` is the compressed run-length code and `area` counts its pixels, as in COCO.
 
     Args:
-        found: x1, y1, x2, y2 in pixels, score, class.
+        found: in the pixels of the image.
         image_id: of the image.
         before: annotations that have a number already.
     """
-    return [
+    annotations: list[dict[str, Any]] = [
         {
             "id": before + number,
             "image_id": image_id,
@@ -157,8 +163,12 @@ def coco_annotations(found: Tensor, image_id: int, before: int) -> list[dict[str
             "iscrowd": 0,
             "score": round(score, 5),
         }
-        for number, (x1, y1, x2, y2, score, label) in enumerate(found.tolist(), 1)
+        for number, (x1, y1, x2, y2, score, label) in enumerate(found.boxes.tolist(), 1)
     ]
+    for annotation, code in zip(annotations, found.masks or (), strict=False):
+        annotation["segmentation"] = {"size": list(code.size), "counts": code.counts.decode()}
+        annotation["area"] = int(decode_mask(code).sum())
+    return annotations
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from configs.compose import read
-from data import letterbox, to_input, unletterbox
+from data import Found, Rle, letterbox, to_input, to_picture
 from deploy import DeployError, ONNXRuntime, OpenVINORuntime, Runtime, TensorRTRuntime
 from deploy.benchmark_command import find_image_size
-from models import fold_detector, load_detector, non_max_suppression
+from models import fold_detector, load_detector
 from pipeline.deploying import model_name, target_of
 from pipeline.engine_outputs import OutputReader
 from pipeline.job import Job, choose_device
 from pipeline.run import CONFIG, Run
+from pipeline.suppression import suppress_overlaps
 
 TORCH = "torch"
 RUNTIMES = (TORCH, "openvino", "onnxruntime", "tensorrt")
@@ -32,7 +33,20 @@ ENGINE_SUFFIXES = (".onnx", ".xml", ".engine")
 FLOAT = "float"
 DEFAULT_SIZE = 640
 
-Detect = Callable[[Tensor], list[Tensor]]
+Detect = Callable[[Tensor], Sequence[Found]]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was found in a picture, in its pixels.
+
+    Attributes:
+        boxes: float64 [N, 6]: x1, y1, x2, y2, score, class.
+        masks: of each, where the network gives masks.
+    """
+
+    boxes: Tensor
+    masks: list[Rle] | None
 
 
 @dataclass(frozen=True)
@@ -57,9 +71,9 @@ class Options:
     threads: int | None = None
     device: str = "auto"
 
-    def reader(self, form: str) -> OutputReader:
+    def reader(self, form: str, masks: bool) -> OutputReader:
         """Reader of an engine's outputs with these thresholds."""
-        return OutputReader(form, self.confidence, self.iou, self.max_detections)
+        return OutputReader(form, self.confidence, self.iou, self.max_detections, masks)
 
 
 @dataclass(frozen=True)
@@ -80,13 +94,14 @@ class Predictor:
     function: Detect
     close: Callable[[], None] = lambda: None
 
-    def detect(self, image: NDArray[np.uint8]) -> Tensor:
-        """Detections in a picture uint8 [H, W, 3], RGB: [N, 6] x1, y1, x2, y2 in its pixels, score, class."""
+    def detect(self, image: NDArray[np.uint8]) -> Seen:
+        """Detections in a picture uint8 [H, W, 3], RGB."""
         boxed, info = letterbox(image, self.size)
         images = torch.from_numpy(boxed.transpose(2, 0, 1).copy())[None]
         with torch.inference_mode():
             (found,) = self.function(to_input(images, "cpu"))
-        return unletterbox(found.cpu(), info)
+        boxes, masks = to_picture(found, info, self.size)
+        return Seen(torch.from_numpy(boxes), masks)
 
 
 def open_predictor(path: Path, options: Options) -> Predictor:
@@ -169,11 +184,9 @@ def _of_torch(
     device = choose_device(options.device)
     network, decode = network.to(device).eval(), decode.to(device).eval()
 
-    def detect(images: Tensor) -> list[Tensor]:
+    def detect(images: Tensor) -> Sequence[Found]:
         decoded = decode(network(images.to(device)))
-        if not isinstance(decoded, Tensor):  # a segmentation network: its boxes
-            decoded = decoded[0][:, : 4 + len(names)]
-        return non_max_suppression(decoded, options.confidence, options.iou, options.max_detections)
+        return suppress_overlaps(decoded, options.confidence, options.iou, options.max_detections)
 
     return Predictor(label, tuple(names), size, detect)
 
@@ -187,19 +200,14 @@ def open_engine(path: Path, options: Options, runtime: str | None = None) -> Pre
     """
     size = (options.size, options.size) if options.size else _stored_size(path)
     engine = _load(path, runtime or options.runtime, size, options.threads)
-    if engine.metadata.get("task") == "segment":
-        engine.close()
-        raise DeployError(
-            f"{path} has mask coefficients below its scores, which this command does not read; give the run directory "
-            "or the checkpoint: their boxes are drawn."
-        )
-    reader = options.reader(engine.metadata.get("octet.outputs", "decoded"))
+    masks = engine.metadata.get("task") == "segment"
+    reader = options.reader(engine.metadata.get("octet.outputs", "decoded"), masks)
     names = read_names(engine.metadata.get("names", ""))
     if not names:
         outputs = engine.infer_outputs(np.zeros((1, 3, *size), np.float32))
-        names = tuple(str(index) for index in range(reader.decoded(outputs).shape[1] - 4))
+        names = tuple(str(index) for index in range(reader.num_classes(outputs)))
 
-    def detect(images: Tensor) -> list[Tensor]:
+    def detect(images: Tensor) -> Sequence[Found]:
         return reader.detections(engine.infer_outputs(images.numpy()), len(images))
 
     return Predictor(f"{path.name} ({engine.name}, {engine.precision})", names, size, detect, engine.close)

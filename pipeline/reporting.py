@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from data import Instances, unletterbox
+from data import decode_mask, to_picture
 from models import measure_network
 from pipeline.errors import GateError
 from pipeline.fixed_point import FIXED_POINT
@@ -100,9 +100,10 @@ def _panels(job: Job) -> list[DetectionPanel]:
             with torch.inference_mode():
                 decoded = job.detector.decode(network(images))
             found = job.detections(decoded, PICTURE_CONFIDENCE)[0]
-            boxes = found.detections if isinstance(found, Instances) else found
-            moved = unletterbox(boxes.cpu(), batch.infos[0])
-            pictures.append((name, draw_detections(sample.image, moved.numpy(), job.detector.names)))
+            size = (int(images.shape[2]), int(images.shape[3]))
+            boxes, codes = to_picture(found, batch.infos[0], size)
+            masks = [decode_mask(code) for code in codes or ()]
+            pictures.append((name, draw_detections(sample.image, boxes, job.detector.names, masks)))
         panels.append(DetectionPanel(f"image {batch.image_ids[0]}", pictures))
     return panels
 

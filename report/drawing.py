@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from report.data import ReportError
 
 MIN_SIDE = 320  # pixels
+_TINT = 0.45  # share of the class colour inside a mask
 
 # Distinct on photographs and for colour-blind readers (after Okabe and Ito, 2008), RGB.
 _COLOURS = (
@@ -26,17 +27,27 @@ _COLOURS = (
 _WHITE = (255, 255, 255)
 
 
-def draw_detections(image: NDArray[np.uint8], detections: ArrayLike, names: Sequence[str]) -> bytes:
+def draw_detections(
+    image: NDArray[np.uint8],
+    detections: ArrayLike,
+    names: Sequence[str],
+    masks: Sequence[NDArray[np.bool_]] = (),
+) -> bytes:
     """Return `paint_detections` of the same arguments as PNG bytes."""
     buffer = io.BytesIO()
-    Image.fromarray(paint_detections(image, detections, names)).save(buffer, format="PNG", optimize=True)
+    Image.fromarray(paint_detections(image, detections, names, masks)).save(
+        buffer, format="PNG", optimize=True
+    )
     return buffer.getvalue()
 
 
 def paint_detections(
-    image: NDArray[np.uint8], detections: ArrayLike, names: Sequence[str]
+    image: NDArray[np.uint8],
+    detections: ArrayLike,
+    names: Sequence[str],
+    masks: Sequence[NDArray[np.bool_]] = (),
 ) -> NDArray[np.uint8]:
-    """Return the picture with its boxes, class names and scores, uint8 [H, W, 3], RGB.
+    """Return the picture with its masks, boxes, class names and scores, uint8 [H, W, 3], RGB.
 
     A picture whose shorter side is below MIN_SIDE is enlarged by a whole factor first, so that labels stay
     readable.
@@ -46,9 +57,10 @@ def paint_detections(
         detections: [N, 6] (x1, y1, x2, y2 in pixels of `image`, score 0..1, class index); a torch tensor on
             the CPU is fine.
         names: class names, by index.
+        masks: [H, W] each, one per detection; none for boxes alone.
 
     Raises:
-        ReportError: a wrong shape or type, or a class index outside `names`.
+        ReportError: a wrong shape, type or number, or a class index outside `names`.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ReportError(f"image is {image.dtype} {image.shape}: expected uint8 [H, W, 3], RGB.")
@@ -60,7 +72,12 @@ def paint_detections(
     if not np.isfinite(boxes).all():
         raise ReportError("detections hold NaN or infinity: expected finite boxes; evaluate the model first.")
     factor = max(1, -(-MIN_SIDE // min(image.shape[:2])))
-    picture = Image.fromarray(image)
+    for box in boxes:
+        if not 0 <= box[5] < len(names):
+            raise ReportError(
+                f"class index {int(box[5])}: expected 0 to {len(names) - 1}, as names has {len(names)} entries."
+            )
+    picture = Image.fromarray(_tint(image, boxes, masks) if masks else image)
     if factor > 1:
         picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
         boxes = boxes * [factor, factor, factor, factor, 1, 1]
@@ -69,10 +86,6 @@ def paint_detections(
     font = ImageFont.load_default(size=max(10, round(min(picture.size) / 28)))
     for box in boxes[np.argsort(boxes[:, 4], kind="stable")]:  # the surest last, on top
         index = int(box[5])
-        if not 0 <= index < len(names):
-            raise ReportError(
-                f"class index {index}: expected 0 to {len(names) - 1}, as names has {len(names)} entries."
-            )
         _draw_box(
             draw,
             box,
@@ -82,6 +95,24 @@ def paint_detections(
             font,
         )
     return np.asarray(picture)
+
+
+def _tint(
+    image: NDArray[np.uint8], boxes: NDArray[np.float64], masks: Sequence[NDArray[np.bool_]]
+) -> NDArray[np.uint8]:
+    """Blend each mask's colour into the image, the surest detection last."""
+    shapes = {mask.shape for mask in masks}
+    if len(masks) != len(boxes) or shapes != {image.shape[:2]}:
+        raise ReportError(
+            f"{len(masks)} masks of {', '.join(map(str, sorted(shapes)))} for {len(boxes)} detections: expected one of "
+            f"{image.shape[:2]} for each."
+        )
+    tinted = image.copy()
+    for index in np.argsort(boxes[:, 4], kind="stable"):
+        colour = np.array(_COLOURS[int(boxes[index, 5]) % len(_COLOURS)], np.float32)
+        mask = masks[index]
+        tinted[mask] = ((1 - _TINT) * tinted[mask] + _TINT * colour).round().astype(np.uint8)
+    return tinted
 
 
 def join_pictures(pictures: Sequence[tuple[str, NDArray[np.uint8]]]) -> NDArray[np.uint8]:

@@ -12,6 +12,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from data import Rle, decode_mask
 from deploy import DeployError, build_engine, export_onnx
 from models import build_detector, fold_detector, save_detector
 from pipeline import predict
@@ -128,6 +129,59 @@ def test_a_video_and_a_comparison(world: Path, tmp_path: Path, capsys: pytest.Ca
     assert video.get(cv2.CAP_PROP_FRAME_WIDTH) == 2 * 96 * 5  # side by side, enlarged to 320 rows
 
 
+class Segmenter(nn.Module):
+    """The detector above with two prototypes, the two halves; a box's class says which half is its mask."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        rows = Detector()(images)
+        right = (
+            16.0 * (torch.arange(16) >= 8).expand(len(images), 1, 16, 16) - 8 + 0 * images[:, :1, :16, :16]
+        )
+        first = (rows[:, 4:5] > rows[:, 5:6]).float()
+        scores = rows[:, 4:] * torch.cat([first, 1 - first], 1)
+        return torch.cat([rows[:, :4], scores, -10 * first, 10 * first - 10], 1), torch.cat(
+            [right, -right], 1
+        )
+
+
+@pytest.mark.parametrize("names", [True, False])
+def test_masks_are_written_and_drawn(world: Path, tmp_path: Path, names: bool) -> None:
+    metadata = {"task": "segment"} | ({"names": json.dumps(dict(enumerate(NAMES)))} if names else {})
+    outputs = ("output0", "output1")
+    export_onnx(
+        Segmenter(),
+        tmp_path / "s.onnx",
+        (SIZE, SIZE),
+        "openvino",
+        metadata,
+        quantized=False,
+        output_names=outputs,
+    )
+    arguments = [str(tmp_path / "s.onnx"), str(world / "images" / "a.png"), "--out", str(tmp_path)]
+    assert predict.main([*arguments, "--confidence", "0.5"]) == 0
+    content = json.loads((tmp_path / "detections.json").read_text())
+    assert [category["name"] for category in content["categories"]] == (list(NAMES) if names else ["0", "1"])
+    filled = 0
+    for annotation in content["annotations"]:
+        code = annotation["segmentation"]
+        mask = decode_mask(Rle(tuple(code["size"]), code["counts"].encode()))
+        assert mask.shape == (60, 100)
+        assert annotation["area"] == mask.sum()
+        x, y, width, height = annotation["bbox"]
+        half = slice(0, 50) if annotation["category_id"] == 1 else slice(50, 100)
+        expected = np.zeros_like(mask)
+        centres_y, centres_x = np.arange(60) + 0.5, np.arange(100) + 0.5
+        inside = np.ix_(
+            (centres_y >= y) & (centres_y < y + height), (centres_x >= x) & (centres_x < x + width)
+        )
+        expected[inside] = True
+        cut = np.zeros_like(mask)
+        cut[:, half] = True
+        assert (mask ^ (expected & cut)).sum() <= height + 1  # bounds are rounded in the file
+        filled += int(mask.any())
+    assert filled > 3
+
+
 @pytest.mark.slow
 def test_a_checkpoint_beside_another_model(world: Path, tmp_path: Path) -> None:
     detector = fold_detector(build_detector("yolov9t", 2, "silu", NAMES))
@@ -135,7 +189,7 @@ def test_a_checkpoint_beside_another_model(world: Path, tmp_path: Path) -> None:
     options = Options(confidence=0.001, size=SIZE)
     predictor = open_predictor(tmp_path / "d.safetensors", options)
     image = cv2.cvtColor(cv2.imread(str(world / "images" / "a.png")), cv2.COLOR_BGR2RGB)
-    found = predictor.detect(np.asarray(image, np.uint8))
+    found = predictor.detect(np.asarray(image, np.uint8)).boxes
     assert predictor.names == NAMES
     assert found.shape[1] == 6
     assert float(found[:, [0, 2]].max()) <= 100

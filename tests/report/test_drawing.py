@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from report import ReportError, draw_detections
+from report import ReportError, draw_detections, paint_detections
 from report.charts import curve_charts, thin
 
 NAMES = ("cell", "dot")
@@ -88,3 +88,21 @@ def test_losses_validation_and_shares_are_drawn_apart() -> None:
         "Share of weights: finetune": ["share_oscillating", "share_frozen"],
         "Learning rate: finetune": ["learning_rate"],
     }
+
+
+def test_masks_tint_their_pixels_and_the_surest_lies_on_top() -> None:
+    image = np.full((400, 500, 3), 100, np.uint8)
+    low, high = np.zeros((2, 400, 500), bool)
+    low[100:300, 100:300] = True
+    high[200:300, 200:300] = True
+    boxes = [[200, 200, 300, 300, 0.9, 1], [100, 100, 300, 300, 0.5, 0]]
+    drawn = paint_detections(image, boxes, NAMES, [high, low])
+    orange, blue = np.array([230, 159, 0]), np.array([86, 180, 233])
+    once = 0.55 * 100 + 0.45 * orange
+    assert np.abs(drawn[150, 150] - once).max() <= 1
+    assert np.abs(drawn[250, 250] - (0.55 * once + 0.45 * blue)).max() <= 1
+    assert (drawn[350, 400] == 100).all()
+    assert (image == 100).all()
+    for masks in ([high], [high, low[:, :-1]]):
+        with pytest.raises(ReportError, match="masks of"):
+            paint_detections(image, boxes, NAMES, masks)
