@@ -38,7 +38,7 @@ test-fast: $(STAMP) ## Run the tests that take seconds
 check: $(STAMP) ## Lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy $(ROOMS) examples $(ENTRIES)
+	$(BIN)/mypy $(ROOMS) examples benchmarks $(ENTRIES)
 
 format: $(STAMP) ## Sort imports and format
 	$(BIN)/ruff check --fix --quiet . || true

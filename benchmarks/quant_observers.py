@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def main() -> None:
         ("torch.histc", count_with_histc),
         ("Histogram.update", lambda x: observers.Histogram().update(x)),
     ):
-        nanoseconds = seconds(lambda count=count: count(values), device) / values.numel() * 1e9
+        nanoseconds = seconds(partial(count, values), device) / values.numel() * 1e9
         print(f"{name:<22} {nanoseconds:6.2f} ns per value")
 
     network = fold_detector(build_detector(options.architecture, 80)).network.to(device).eval()
@@ -78,7 +79,7 @@ def main() -> None:
     )
     for method in observers.METHODS:
         taken = seconds(
-            lambda method=method: calibration.apply_histograms(model, histograms, method, 99.99, num_images),
+            partial(calibration.apply_histograms, model, histograms, method, 99.99, num_images),
             torch.device("cpu"),
             2,
         )

@@ -34,7 +34,7 @@ from deploy.typed_target import SCALE_TYPES, TYPED_OPSETS, strongly_typed
 from deploy.unsigned import unsigned_activations
 
 Target = Literal["openvino", "onnxruntime", "trt10", "trt11"]
-TARGETS: tuple[str, ...] = get_args(Target)
+TARGETS: tuple[Target, ...] = get_args(Target)
 OPSETS: Mapping[str, int] = {"openvino": 17, "onnxruntime": 17, "trt10": 17, "trt11": 19}
 LOWEST_OPSET, HIGHEST_OPSET = 13, 23
 """trt10 has to be readable by TensorRT 8.6 (opset 17 at most); FP16 scales for trt11 came with opset 19."""
