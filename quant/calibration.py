@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from quant.convergence import (
 from quant.fake_quantize import Mode
 from quant.imported import ImportedRanges, import_ranges
 from quant.insertion import activation_quantizers, placement_of, quantized_layers, quantizers, set_mode
-from quant.observers import METHODS, Histogram, choose_scale, choose_weight_scale
+from quant.observers import METHODS, Histogram, choose_scale, choose_weight_scale, squared_errors
 
 log = logging.getLogger(__name__)
 FIXED = "fixed"  # in place of a method, for scales that the plan gives
@@ -120,12 +120,16 @@ def calibrate(
         milestones = merge_milestones([part[2] for part in parts])
     result = apply_histograms(model, histograms, method, percentile, num_images, imported.groups)
     set_mode(model, Mode.QUANTIZE)
-    convergence = _convergence(model, result, milestones, percentile) if num_images else None
+    convergence = _convergence(model, result, milestones, histograms, percentile) if num_images else None
     return replace(result, convergence=convergence, imported=imported if ranges else None)
 
 
 def _convergence(
-    model: fx.GraphModule, result: CalibrationResult, milestones: Milestones, percentile: float
+    model: fx.GraphModule,
+    result: CalibrationResult,
+    milestones: Milestones,
+    histograms: Mapping[str, Histogram],
+    percentile: float,
 ) -> Convergence:
     """The scales that fewer images would have given, chosen by the method that chose the final ones."""
     quantizer_of = activation_quantizers(model)
@@ -137,8 +141,13 @@ def _convergence(
             histogram, chosen[name].method, quantizer.bits, percentile, quantizer.signed
         ).scale
 
+    def errors_of(name: str, scales: Sequence[float]) -> list[float]:
+        candidates = torch.tensor(scales, dtype=torch.float64)
+        errors: list[float] = squared_errors(histograms[name], candidates, quantizer_of[name].high).tolist()
+        return errors
+
     final = {name: group.scale for name, group in chosen.items()}
-    return follow_scales(milestones, result.num_images, final, scale_of)
+    return follow_scales(milestones, result.num_images, final, scale_of, errors_of)
 
 
 def calibrate_weights(model: fx.GraphModule, method: str = "mse", skip: Collection[str] = ()) -> None:

@@ -1,7 +1,9 @@
-"""Whether calibration saw enough images: the scales that half of them, a quarter, ... would have given.
+"""Whether calibration saw enough images: what the scales of half of them, a quarter, ... would have cost.
 
-Histograms are copied whenever the number of images has doubled, and every copy is asked for its scales. Where the
-scales of a smaller count lie close to those of all images, more images would change nothing that matters.
+Histograms are copied whenever the number of images has doubled, and every copy is asked for its scales. What a scale is
+worth is its squared rounding and clipping error over the values of all images; a scale itself may move by a lot where
+that error hardly depends on it. Where the scales of fewer images do nearly as well, more images would change nothing
+that matters.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 from quant.observers import Histogram
 
 FIRST = 8  # images of the first copy
-CLOSE = 0.05  # relative distance of scales that counts as none
+CLOSE = 0.05  # additional squared error, as a share, that counts as none: 0.2 dB
 
 Histograms = dict[str, Histogram]
 
@@ -48,21 +50,26 @@ class Convergence:
     Attributes:
         counts: image counts, rising; the last is all images.
         scales: group -> its scale at each count; groups with a fixed scale are left out.
+        errors: group -> squared error of all images' values under each of these scales.
     """
 
     counts: tuple[int, ...]
     scales: dict[str, tuple[float, ...]]
+    errors: dict[str, tuple[float, ...]]
 
-    def distances(self, index: int) -> list[float]:
-        """Relative distance of every group's scale at a count from its final one."""
-        return [abs(scales[index] / scales[-1] - 1) for scales in self.scales.values()] or [0.0]
+    def excess(self, index: int) -> list[float]:
+        """Additional squared error of every group with the scale of a count, as a share of that with its final one."""
+        return [
+            max(errors[index] / errors[-1] - 1, 0.0) if errors[-1] > 0 else 0.0
+            for errors in self.errors.values()
+        ] or [0.0]
 
     @property
     def enough(self) -> int:
-        """The smallest count from which on every scale stays within `CLOSE` of its final value."""
+        """The smallest count from which on no scale costs more than `CLOSE`."""
         found = self.counts[-1]
         for index in reversed(range(len(self.counts))):
-            if max(self.distances(index)) > CLOSE:
+            if max(self.excess(index)) > CLOSE:
                 break
             found = self.counts[index]
         return found
@@ -71,26 +78,24 @@ class Convergence:
         """What a person wants to know."""
         if len(self.counts) < 2:
             return f"{self.counts[-1]} images are too few to see whether the scales have settled"
-        last = self.distances(-2)
+        last = self.excess(-2)
         text = (
-            f"scales moved by at most {max(last):.1%} (median {median(last):.1%}) from {self.counts[-2]} to "
-            f"{self.counts[-1]} images; "
+            f"with the scales of {self.counts[-2]} of the {self.counts[-1]} images, tensors have at most "
+            f"{max(last):.1%} more squared error (median {median(last):.1%}); "
         )
         if self.enough < self.counts[-1]:
-            return (
-                f"{text}{self.enough} images are enough: every scale is within {CLOSE:.0%} of the final one"
-            )
+            return f"{text}{self.enough} images are enough to stay within {CLOSE:.0%}"
         return (
-            f"{text}more images may move some by more than {CLOSE:.0%}: raise quant.calibration_images to see"
+            f"{text}more images may take another {CLOSE:.0%} off some: raise quant.calibration_images to see"
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for a JSON file: distances from the final scale per count, and what is enough."""
-        found = [self.distances(index) for index in range(len(self.counts))]
+        """Plain data for a JSON file: additional error per count, and what is enough."""
+        found = [self.excess(index) for index in range(len(self.counts))]
         return {
             "images": list(self.counts),
-            "largest": [max(distances) for distances in found],
-            "median": [median(distances) for distances in found],
+            "largest": [max(shares) for shares in found],
+            "median": [median(shares) for shares in found],
             "enough": self.enough,
             "scales": {name: list(scales) for name, scales in self.scales.items()},
         }
@@ -119,14 +124,16 @@ def follow_scales(
     num_images: int,
     final: dict[str, float],
     scale_of: Callable[[str, Histogram], float],
+    errors_of: Callable[[str, Sequence[float]], Sequence[float]],
 ) -> Convergence:
-    """Scales of every copy, and the final ones at the end.
+    """Scales of every copy, and the final ones at the end, with what each of them costs on all images.
 
     Args:
         milestones: copies of the histograms.
         num_images: images seen at the end.
         final: group -> final scale, of the groups whose scale was chosen.
         scale_of: chooses the scale of a group from a histogram.
+        errors_of: squared errors of a group's values, of all images, under some scales.
     """
     earlier = [
         (count, copied)
@@ -137,4 +144,5 @@ def follow_scales(
         name: (*(scale_of(name, copied[name]) for _, copied in earlier), scale)
         for name, scale in final.items()
     }
-    return Convergence((*(count for count, _ in earlier), num_images), scales)
+    errors = {name: tuple(errors_of(name, found)) for name, found in scales.items()}
+    return Convergence((*(count for count, _ in earlier), num_images), scales, errors)

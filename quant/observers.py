@@ -189,18 +189,28 @@ def _least_squared_error(histogram: Histogram, high: int) -> float:
     Two searches: 96 candidates in equal ratios from 1/128 of the maximum (few bits and rare large values
     ask for hard clipping), then 64 between the neighbours of the best.
     """
-    filled = histogram.counts > 0
-    x, counts = histogram.centres[filled], histogram.counts[filled]
-
-    def best_of(candidates: Tensor) -> int:
-        scale = (candidates / high)[:, None]
-        return int(((torch.clamp(torch.round(x / scale), max=high) * scale - x).square() @ counts).argmin())
-
     coarse = histogram.maximum * torch.logspace(-7, 0, 96, base=2, dtype=torch.float64)
-    best = best_of(coarse)
+    best = int(squared_errors(histogram, coarse / high, high).argmin())
     lower, upper = float(coarse[max(best - 1, 0)]), float(coarse[min(best + 1, 95)])
     fine = torch.linspace(lower, upper, 64, dtype=torch.float64)
-    return float(fine[best_of(fine)])
+    return float(fine[squared_errors(histogram, fine / high, high).argmin()])
+
+
+def squared_errors(histogram: Histogram, scales: Tensor, high: int) -> Tensor:
+    """Sum of the squared rounding and clipping errors of all values in the histogram, for each of some scales.
+
+    Args:
+        histogram: counts of magnitudes; a bin's values are taken to lie at its centre.
+        scales: [C], float64, positive.
+        high: highest code.
+
+    Returns:
+        [C], float64.
+    """
+    filled = histogram.counts > 0
+    x, counts = histogram.centres[filled], histogram.counts[filled]
+    steps = scales[:, None]
+    return (torch.clamp(torch.round(x / steps), max=high) * steps - x).square() @ counts
 
 
 def _least_divergence(histogram: Histogram, levels: int, num_candidates: int = 512) -> float:

@@ -193,7 +193,7 @@ def placement_chart(items: Sequence[Mapping[str, Any]] | None) -> Chart | None:
 
 
 def calibration_chart(convergence: Mapping[str, Any] | None) -> Chart | None:
-    """How far the scales of fewer calibration images lie from the final ones."""
+    """What the scales of fewer calibration images would cost on all of them."""
     if convergence is None or len(convergence["images"]) < 2:
         return None
     traces = [
@@ -210,7 +210,7 @@ def calibration_chart(convergence: Mapping[str, Any] | None) -> Chart | None:
     layout = {
         "xaxis": {"title": {"text": "calibration images"}, "type": "log", "dtick": math.log10(2)},
         "yaxis": {
-            "title": {"text": "distance from the final scale"},
+            "title": {"text": "additional squared error"},
             "tickformat": ".0%",
             "rangemode": "tozero",
         },
@@ -219,7 +219,7 @@ def calibration_chart(convergence: Mapping[str, Any] | None) -> Chart | None:
     return Chart(
         "calibration",
         "Calibration",
-        "Distance of the scales from the final ones, over the number of calibration images.",
+        "Additional squared error of the tensors with the scales that fewer calibration images give.",
         traces,
         layout,
     )

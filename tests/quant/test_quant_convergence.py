@@ -1,9 +1,10 @@
 """Convergence of calibration, and calibration by several processes: checked against calibrations of fewer images."""
 
 import pytest
+import torch
 from quant_networks import small_images, small_net
 
-from quant import activation_quantizers, calibrate, insert, place
+from quant import Mode, activation_quantizers, calibrate, insert, place, set_mode
 from quant.calibration import collect_histograms
 from quant.convergence import Convergence, Milestones
 
@@ -43,14 +44,43 @@ def test_milestones_are_doublings(sizes, counts):
 
 
 def test_enough_is_the_first_count_that_stays_close():
-    scales = {"a": (2.0, 1.04, 0.97, 1.0), "b": (1.0, 1.0, 1.0, 1.0)}
-    found = Convergence((8, 16, 32, 64), scales)
+    errors = {"a": (4.0, 2.08, 2.06, 2.0), "b": (0.9, 0.9, 0.9, 1.0)}  # fewer images may do better by luck
+    found = Convergence((8, 16, 32, 64), {}, errors)
     assert found.enough == 16
-    assert "at most 3.0% (median 1.5%) from 32 to 64 images; 16 images are enough" in found.sentence()
-    late = Convergence((8, 16, 32), {"a": (1.0, 2.0, 1.0)})  # close by chance, then far again
+    assert (
+        "32 of the 64 images, tensors have at most 3.0% more squared error (median 1.5%)" in found.sentence()
+    )
+    assert "16 images are enough to stay within 5%" in found.sentence()
+    late = Convergence((8, 16, 32), {}, {"a": (1.0, 2.0, 1.0)})  # close by chance, then far again
     assert late.enough == 32
     assert "raise quant.calibration_images" in late.sentence()
-    assert "too few" in Convergence((4,), {"a": (1.0,)}).sentence()
+    assert "too few" in Convergence((4,), {}, {"a": (1.0,)}).sentence()
+    assert Convergence((8, 16), {}, {"zeros": (0.0, 0.0)}).enough == 8
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])
+def test_errors_are_those_of_all_values(method):
+    model, result = calibrated(images(), method)
+    found = result.convergence
+    values = {name: [] for name in found.scales}
+    hooks = [
+        quantizer.register_forward_hook(
+            lambda _m, _i, out, name=name: values[name].append(out.double().flatten())
+        )
+        for name, quantizer in activation_quantizers(model).items()
+        if name in values
+    ]
+    set_mode(model, Mode.OFF)
+    with torch.no_grad():
+        for batch in images():
+            model(batch)
+    for hook in hooks:
+        hook.remove()
+    for name, scales in found.scales.items():
+        x = torch.cat(values[name])
+        for scale, error in zip(scales, found.errors[name], strict=True):
+            rounded = (x / scale).round().clamp(-127, 127) * scale
+            assert error == pytest.approx(float((rounded - x).square().sum()), rel=0.02)
 
 
 def test_fixed_scales_do_not_count():
