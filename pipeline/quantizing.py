@@ -146,7 +146,10 @@ def save_placement(job: Job) -> Placement:
 def hint_at_unsigned(job: Job, placement: Placement) -> None:
     """Say where a CPU engine could use a finer grid than the plan has: groups behind a ReLU, say."""
     deploy = job.config.deploy
-    if deploy.target.startswith("trt") or "tensorrt" in deploy.runtimes or job.config.quant.plan is not None:
+    config = job.config.quant
+    if config.activations.unsigned or config.plan is not None:
+        return
+    if deploy.target.startswith("trt") or "tensorrt" in deploy.runtimes:
         return
     finer = place(job.detector.network, PlacementOptions(unsigned=True))
     signs = {site.node: group.signed for group in finer.groups for site in group.tensors}

@@ -126,13 +126,13 @@ class _Planner:
         """Note a layer that stays float; one that is called several times does so if any call says so."""
         path = str(node.target)
         tensors = [self.paths[source] for source in self._peek(inputs_of(node)[0])]
-        said = self.policy.lookup("keep_float", [path, *tensors])
+        rule = self.policy.decisive("keep_float", [path, *tensors])
         reason = None
-        if said is True:
-            reason = "policy rule"
-        elif said is None and not self.options.quantize_outputs and self._is_output(node):
+        if rule is not None:
+            reason = f"policy rule {rule.match}" if rule.keep_float else None
+        elif not self.options.quantize_outputs and self._is_output(node):
             reason = "its result leaves the network"
-        elif said is None and not self.options.quantize_narrow:
+        elif not self.options.quantize_narrow:
             reason = self._narrow(node)
         if reason:
             self.kept_float[path] = reason

@@ -57,11 +57,15 @@ class Policy:
 
     def lookup(self, field: str, names: Iterable[str]) -> Any:
         """Value that the last matching rule gives to `field`, or None."""
+        rule = self.decisive(field, names)
+        return None if rule is None else getattr(rule, field)
+
+    def decisive(self, field: str, names: Iterable[str]) -> Rule | None:
+        """The last matching rule that says something about `field`."""
         wanted = list(names)
         for rule in reversed(self.rules):
-            said = getattr(rule, field)
-            if said is not None and any(fnmatchcase(name, rule.match) for name in wanted):
-                return said
+            if getattr(rule, field) is not None and any(fnmatchcase(name, rule.match) for name in wanted):
+                return rule
         return None
 
     def check(self, layers: Sequence[str], tensors: Sequence[str], concats: Sequence[str]) -> None:

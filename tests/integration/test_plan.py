@@ -63,7 +63,7 @@ def test_every_kind_of_rule_reaches_the_plan(placed: tuple[Path, str]) -> None:
     assert plan["concats"]["neck.cat_0"] is False
     quantized = {site["layer"] for site in plan["weights"]}
     assert not any(layer.startswith("head.cls.0.") for layer in quantized)
-    assert plan["kept_float"]["head.cls.0.conv1.conv"] == "policy rule"
+    assert plan["kept_float"]["head.cls.0.conv1.conv"] == "policy rule head.cls.0.*"
     assert "head.box.0.output" in quantized
     assert "head.box.1.output" in plan["kept_float"]
 

@@ -126,7 +126,7 @@ def test_float_layers_ask_for_no_quantizer():
     )
     assert groups_of(placement) == {"block.act": ({"block.act": ("after_conv",)}, ("after.conv",))}
     assert [site.layer for site in placement.weights] == ["after.conv"]
-    assert placement.kept_float["block.conv"] == "policy rule"
+    assert placement.kept_float["block.conv"] == "policy rule block.conv"
 
 
 # -- several calls, several uses

@@ -63,7 +63,7 @@ def test_a_rule_on_any_member_holds_for_the_group():
 
 def test_layers_are_kept_float_by_name():
     placement = neck_plan(Rule("head.*", keep_float=True), Rule("head.cls.*", keep_float=False))
-    assert placement.kept_float["head.box.1.conv1.conv"] == "policy rule"
+    assert placement.kept_float["head.box.1.conv1.conv"] == "policy rule head.*"
     assert not any(name.startswith("head.cls") for name in placement.kept_float)
     assert "head.cls.1.output" in {site.layer for site in placement.weights}
 
@@ -71,7 +71,9 @@ def test_layers_are_kept_float_by_name():
 def test_layers_are_kept_float_by_the_tensor_they_read():
     """Through concats and pooling, too; the tensor itself is then quantized for nobody."""
     placement = neck_plan(Rule("neck.spp.act", keep_float=True))
-    assert {name for name, reason in placement.kept_float.items() if reason == "policy rule"} == {
+    assert {
+        name for name, reason in placement.kept_float.items() if reason == "policy rule neck.spp.act"
+    } == {
         "neck.top_down4.conv",
         "neck.bottom_up5.conv",
     }
