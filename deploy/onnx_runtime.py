@@ -14,6 +14,7 @@ from onnx import ModelProto, helper, numpy_helper
 
 from deploy.errors import DeployError
 from deploy.graph import load_onnx, verify_onnx
+from deploy.outputs import plugin_hint
 from deploy.passes import count_qdq
 from deploy.runtime import FloatArray, LayerTime, Runtime, check_images
 
@@ -174,7 +175,7 @@ def _create_session(onnxruntime: Any, path: Path, options: Any, providers: Seque
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except _errors(onnxruntime) as error:
-        raise DeployError(f"ONNX Runtime cannot load {path}: {error}") from error
+        raise DeployError(f"ONNX Runtime cannot load {path}: {error}.{plugin_hint(error)}") from error
     if providers[0] not in session.get_providers():
         raise DeployError(
             f"ONNX Runtime fell back to {session.get_providers()} where {providers[0]} was asked for."

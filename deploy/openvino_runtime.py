@@ -16,6 +16,7 @@ import numpy as np
 
 from deploy.errors import DeployError
 from deploy.graph import verify_onnx
+from deploy.outputs import plugin_hint
 from deploy.runtime import FloatArray, LayerTime, Runtime, Worker, check_images
 
 PRECISIONS: Mapping[str, str] = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
@@ -55,7 +56,7 @@ def _read_model(path: Path) -> Any:
     try:
         return _core().read_model(str(path))
     except RuntimeError as error:
-        raise DeployError(f"OpenVINO cannot read {path}: {error}") from error
+        raise DeployError(f"OpenVINO cannot read {path}: {error}.{plugin_hint(error)}") from error
 
 
 def input_size(path: Path) -> tuple[int, int] | None:

@@ -26,6 +26,7 @@ from deploy.passes import GraphPass, PassResult
 OUTPUTS = ("raw", "decoded", "onnx_nms", "efficient_nms")
 DECODED = "output0"
 PLUGIN_DOMAIN = "TRT"
+PLUGIN = "EfficientNMS_TRT"
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,16 @@ def onnx_nms(graph: Graph, options: NMSOptions) -> PassResult:
     return PassResult(edits=len(writer.nodes) + 1)
 
 
+def plugin_hint(error: Exception) -> str:
+    """What to do where another runtime failed because it does not know TensorRT's plugin; empty for other errors."""
+    if PLUGIN not in str(error):
+        return ""
+    return (
+        " The graph ends in TensorRT's NMS plugin: build an engine from it (python -m deploy.engine build), or export "
+        "with outputs=onnx_nms."
+    )
+
+
 def efficient_nms(graph: Graph, options: NMSOptions) -> PassResult:
     """Append TensorRT's EfficientNMS_TRT plugin node."""
     writer = _Writer(graph)
@@ -220,7 +231,7 @@ def efficient_nms(graph: Graph, options: NMSOptions) -> PassResult:
         "det_classes": (TensorProto.INT32, [options.max_detections]),
     }
     plugin = helper.make_node(
-        "EfficientNMS_TRT",
+        PLUGIN,
         [boxes, scores],
         list(results),
         "nms/EfficientNMS",

@@ -8,7 +8,7 @@ import torchvision
 from deploy_networks import QuantizedConv
 from torch import nn
 
-from deploy import DeployError, NMSOptions, ONNXRuntime, check_graph, export_onnx
+from deploy import DeployError, NMSOptions, ONNXRuntime, OpenVINORuntime, check_graph, export_onnx
 
 SIZE = (64, 96)
 CLASSES = 3
@@ -128,6 +128,13 @@ def test_efficient_nms_node(module, tmp_path):
         }
         anchors = 8 * 12 + 4 * 6 + 2 * 3
         assert [shapes[name] for name in plugin.input] == [[anchors, 4], [anchors, CLASSES]]
+
+
+@pytest.mark.parametrize("runtime", [ONNXRuntime, OpenVINORuntime])
+def test_runtimes_without_the_plugin_say_what_to_do(module, tmp_path, runtime):
+    path = export_onnx(module, tmp_path / "m.onnx", SIZE, "trt10", outputs="efficient_nms").path
+    with pytest.raises(DeployError, match=r"(?s)m\.onnx.*plugin: build an engine.*outputs=onnx_nms"):
+        runtime(path)
 
 
 def test_what_does_not_fit_is_said(module, tmp_path):
