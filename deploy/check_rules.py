@@ -20,7 +20,8 @@ from deploy.graph import attributes
 def float_convs(view: View) -> Findings:
     """Rule 1: every conv but those at the outputs has DQ on data and on weight."""
     for node in view.weighted():
-        if id(node) in view.output_convs and view.weight_dequantizer(node) is None:
+        at_output = id(node) in view.output_convs
+        if at_output and (view.weight_dequantizer(node) is None or view.lacks_result_quantizer(node)):
             continue
         if view.is_quantized(node):
             continue
@@ -41,6 +42,11 @@ def _why_float(view: View, node: NodeProto) -> tuple[str, str]:
         return (
             f"{kind} reads INT8 data but its weight is float, so it runs in float",
             "quantize its weight per channel",
+        )
+    if not missing and view.lacks_result_quantizer(node):
+        return (
+            f"{kind}'s result is read without Q/DQ; ONNX Runtime then runs it in float",
+            "give the export images (images=...), from which it takes a grid for the result",
         )
     if missing and len(missing) < len(roots):
         return (

@@ -205,12 +205,24 @@ class View:
         return self.dequantizer(name)
 
     def is_quantized(self, node: NodeProto) -> bool:
-        """Whether a weighted node has INT8 weights and one scale on all of its data."""
-        if self.weight_dequantizer(node) is None:
+        """Whether a weighted node runs in INT8: its weights are, one scale is on all of its data, and see below.
+
+        ONNX Runtime's convs also ask for a Q on their result.
+        """
+        if self.weight_dequantizer(node) is None or self.lacks_result_quantizer(node):
             return False
         found = [self.dequantizer(root) for root in self.roots(node.input[0])]
         keys = {self.quantization(dq).key if dq is not None else None for dq in found}
         return len(keys) == 1 and None not in keys
+
+    def lacks_result_quantizer(self, node: NodeProto) -> bool:
+        """Whether ONNX Runtime runs a conv in float because somebody reads its result without Q."""
+        if self.target != "onnxruntime" or node.op_type != "Conv":
+            return False
+        readers = self.readers(node.output[0])
+        if len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
+            readers = self.readers(readers[0].output[0])
+        return any(reader.op_type != "QuantizeLinear" for reader in readers) or not readers
 
     # ------------------------------------------------------------------------------------------------------ numbers
     def multiply_accumulates(self, node: NodeProto) -> int | None:

@@ -8,12 +8,13 @@ missing:
 2. conv -> ReLU: the conv rounds to the ReLU's own grid and the ReLU becomes a clip of the codes (nothing at all where
    that grid starts at 0), exact as well;
 3. conv -> SiLU: the conv's result x gets 8 bits of its own, the sigmoid 1/256 steps, so that conv, sigmoid and
-product are
-   integer kernels. This is one rounding more than torch saw. The range of x comes from images where they are given.
-4. the conv branch of a residual sum: the grid of the sum.
+   product are integer kernels. This is one rounding more than torch saw. The range of x comes from images where they
+   are given.
+4. the conv branch of a residual sum: the grid of the sum;
+5. conv -> activation in front of a layer that stays float (the last hidden ones of a head): the conv's result gets 8
+   bits, what follows is float. Only where images give the range; without them these convs run in float.
 
-Step 3 is the only one that changes results; the export's report says by how much, against the graph without this
-pass.
+Steps 3 and 5 change results by a rounding; the export's report says by how much, against the graph without this pass.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ def integer_operators(histograms: Mapping[str, Histogram] | None = None) -> Grap
                 continue
             grid = editor.result_grid(activation.result)
             if grid is None:
+                if conv.output[0] in known:
+                    editor.quantize_result(conv, activation, known[conv.output[0]])
                 continue
             if activation.sigmoid is not None:
                 histogram = known.get(conv.output[0]) or assumed_histogram(grid.scale)
@@ -96,11 +99,14 @@ def integer_operators(histograms: Mapping[str, Histogram] | None = None) -> Grap
 
 
 def preactivations(graph: Graph) -> list[str]:
-    """Names of the conv outputs that a SiLU reads: the tensors whose histograms make this pass accurate."""
+    """Names of the conv outputs whose histograms this pass asks for: those before a SiLU, or with a float reader."""
+    editor = _Editor(graph)
     names = []
     for node in graph.nodes:
         activation = _activation_of(graph, node) if is_quantized_conv(graph, node) else None
-        if activation is not None and activation.sigmoid is not None:
+        if activation is None:
+            continue
+        if activation.sigmoid is not None or editor.result_grid(activation.result) is None:
             names.append(node.output[0])
     return names
 
@@ -149,8 +155,8 @@ def assumed_histogram(result_scale: float) -> Histogram:
     return Histogram(low, high, np.exp(-0.5 * (centres / sigma) ** 2))
 
 
-def choose_grid(histogram: Histogram, result_scale: float) -> Grid:
-    """The grid for x that changes silu(x) least in the mean square, below the end of the result's own grid."""
+def choose_grid(histogram: Histogram, result_scale: float = np.inf) -> Grid:
+    """The grid for x that changes silu(x) least in the mean square, below the end of the result's own grid, if any."""
     x, weight = histogram.centres, histogram.counts
     end = 127 * result_scale
     wanted = np.minimum(silu(x), end)
@@ -166,6 +172,14 @@ def choose_grid(histogram: Histogram, result_scale: float) -> Grid:
             if error < best_error:
                 best, best_error = grid, error
     return best
+
+
+def choose_positive_grid(histogram: Histogram) -> Grid:
+    """The grid from 0 on that changes relu(x) least in the mean square."""
+    wanted = np.maximum(histogram.centres, 0)
+    ends = np.geomspace(0.02, 1, NUM_CANDIDATES**2) * max(histogram.high, 1e-3)
+    errors = [histogram.counts @ (Grid(end / 255, 0).round(wanted) - wanted) ** 2 for end in ends]
+    return Grid(float(ends[int(np.argmin(errors))]) / 255, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ edits
@@ -208,6 +222,13 @@ class _Editor:
                 for result in node.output:
                     grids |= self._grids_behind(result)
         return grids
+
+    def quantize_result(self, conv: NodeProto, activation: _Activation, histogram: Histogram) -> None:
+        """Step 5."""
+        if activation.sigmoid is not None:
+            self.quantize(conv.output[0], choose_grid(histogram))
+        else:
+            self.clip_codes(conv.output[0], activation.result, choose_positive_grid(histogram))
 
     def quantize(self, tensor: str, grid: Grid) -> None:
         """Let every reader of `tensor` read it through Q/DQ of `grid`."""

@@ -46,8 +46,18 @@ def conv(graph, number):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("module", [SmallDetector, SplitConcat, ReluResidual])
 def test_our_exports_have_no_findings(tmp_path, target, module):
-    path = export_onnx(module(), tmp_path / "m.onnx", SIZE, target, output_names=("x",)).path
+    images = [np.random.default_rng(0).random((1, 3, *SIZE), np.float32)]
+    path = export_onnx(module(), tmp_path / "m.onnx", SIZE, target, output_names=("x",), images=images).path
     assert check_graph(path) == []
+
+
+def test_a_conv_without_a_grid_for_its_result_is_told_for_onnxruntime(tmp_path):
+    path = export_onnx(SmallDetector(), tmp_path / "m.onnx", SIZE, "onnxruntime").path
+    report = inspect_graph(path)
+    (finding,) = report.findings
+    assert (finding.rule, "ONNX Runtime then runs it in float" in finding.hazard) == ("conv-float", True)
+    assert report.summary.num_int8_convs == 4
+    assert inspect_graph(path, target="openvino").summary.num_int8_convs == 5
 
 
 def test_summary_against_hand_counted_work(good):
