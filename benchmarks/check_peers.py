@@ -106,7 +106,12 @@ def write_ours(
     quantized = Whole(network, detector.decode).eval()
     return {
         f"octet, {target}": export_onnx(
-            quantized, folder / f"octet-{target}.onnx", size, target, dynamic_batch=False
+            quantized,
+            folder / f"octet-{target}.onnx",
+            size,
+            target,
+            dynamic_batch=False,
+            images=[image.numpy() for image in images.split(1)],
         ).path
         for target in TARGETS
     }

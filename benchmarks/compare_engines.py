@@ -82,7 +82,14 @@ def build(architecture: str, size: int, nncf: Peer, folder: Path) -> None:
     set_mode(network, Mode.QUANTIZE)
     quantized = Whole(network, detector.decode).eval()
     for target in ("openvino", "onnxruntime"):
-        export_onnx(quantized, folder / f"octet-{target}.onnx", (size, size), target, dynamic_batch=False)
+        export_onnx(
+            quantized,
+            folder / f"octet-{target}.onnx",
+            (size, size),
+            target,
+            dynamic_batch=False,
+            images=[image.numpy() for image in images.split(1)],
+        )
     for name in ("nncf.xml", "nncf.onnx"):
         print(f"{architecture}: {nncf.name} writes {name}", flush=True)
         nncf.quantize(folder / "float.onnx", images.numpy(), folder / name)
