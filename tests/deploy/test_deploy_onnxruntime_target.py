@@ -6,7 +6,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from deploy_networks import ReluResidual, SmallDetector, SplitConcat
+from deploy_networks import QuantizedConv, ReluResidual, SmallDetector, SplitConcat
+from torch import nn
+from torch.nn import functional as F
 
 from deploy import ONNXRuntime, export_onnx
 from deploy.onnx_runtime import optimized_graph
@@ -50,6 +52,42 @@ def test_the_detector_runs_in_integers_and_agrees(tmp_path):
     assert difference[:, 4:].max() < 0.02
     # the parity in the report is that of the unoptimized graph against the graph before the pass: the same figures
     assert report.parity.box_mean_px == pytest.approx(difference[:, :4].mean(), rel=0.2)
+
+
+class ReluHead(nn.Module):
+    """A quantized conv, ReLU, and a float conv that is the answer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden, self.answer = QuantizedConv(3, 16, 1 / 127), nn.Conv2d(16, 4, 1)
+
+    def forward(self, images):
+        hidden = self.hidden
+        x = hidden.quantized_input(images)
+        x = F.conv2d(x, hidden.quantized_weight(), hidden.conv.bias, 1, hidden.conv.padding)
+        return self.answer(F.relu(x))
+
+
+@pytest.mark.parametrize(("given", "integer"), [(True, 1), (False, 0)])
+def test_a_conv_in_front_of_a_float_layer_needs_images(tmp_path, given, integer):
+    """Behind ReLU its grid starts at 0, so that no code is lost to negative values, and the ReLU is gone."""
+    module = ReluHead().eval()
+    images = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(4))
+    path = export(module, tmp_path / "m.onnx", [images.numpy()] if given else []).path
+    counts = kernels(path, tmp_path)
+    assert counts["QLinearConv"] == integer
+    with torch.no_grad():
+        expected = module(images).numpy()
+    with ONNXRuntime(path, threads=1) as runtime:
+        difference = np.abs(runtime.infer(images.numpy()) - expected)
+    assert difference.mean() < (3e-3 if given else 1e-5) * np.abs(expected).mean()
+    if given:
+        model = onnx.load(path)
+        constants = {entry.name: onnx.numpy_helper.to_array(entry) for entry in model.graph.initializer}
+        zeros = [constants[n.input[2]] for n in model.graph.node if n.op_type == "QuantizeLinear"]
+        assert [int(zero) for zero in zeros] == [128, 0]  # the image's, and the result's
+        assert "Relu" not in {node.op_type for node in model.graph.node}
 
 
 @pytest.mark.parametrize("branch", [False, True])
