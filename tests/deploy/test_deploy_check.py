@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from check_edits import SIZE, add_pair, conv, edited, exported, rules
 from deploy_networks import QuantizedConv, ReluResidual, SmallDetector, SplitConcat
 from onnx import helper
 from torch import nn
@@ -18,29 +19,6 @@ from torch.nn import functional as F
 from deploy import TARGETS, check_graph, export_onnx, inspect_graph
 from deploy.check import format_report, main
 from deploy.findings import inspect_model
-from deploy.graph import Graph
-
-SIZE = (64, 96)
-
-
-@pytest.fixture
-def good(tmp_path):
-    return export_onnx(SmallDetector(), tmp_path / "good.onnx", SIZE, "trt10").path
-
-
-def rules(model):
-    return sorted(finding.rule for finding in inspect_model(model).findings)
-
-
-def edited(path, edit):
-    model = onnx.load(path)
-    graph = Graph(model)
-    edit(graph)
-    return graph.commit()
-
-
-def conv(graph, number):
-    return [node for node in graph.nodes if node.op_type == "Conv"][number]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -109,10 +87,6 @@ class Elan(SplitConcat):
         return F.relu(self._conv(self.exit, torch.cat([left, right, first, second], 1)))
 
 
-def exported(module, path):
-    return onnx.load(export_onnx(module, path, SIZE, "trt10", output_names=("x",)).path)
-
-
 def test_unequal_scales_around_a_split_and_a_concat(tmp_path):
     assert rules(exported(Elan(), tmp_path / "a.onnx")) == []
     report = inspect_model(exported(Elan((0.02, 0.03, 0.02, 0.02)), tmp_path / "b.onnx"))
@@ -152,20 +126,6 @@ def test_a_naive_per_module_graph(tmp_path):
     assert finding.reformats == 2
     assert "0.011, 0.012, 0.013" in finding.hazard
     assert report.summary.precision_changes == 3
-
-
-def add_pair(graph, tensor, scale=0.05, zero_point=None):
-    """Q/DQ for every reader of a tensor."""
-    graph.constants["extra_scale"] = np.float32(scale) if np.isscalar(scale) else scale
-    graph.constants["extra_zero"] = np.int8(0) if zero_point is None else zero_point
-    graph.rewire(tensor, "extra_values")
-    parameters = ["extra_scale", "extra_zero"]
-    graph.insert(
-        [
-            helper.make_node("QuantizeLinear", [tensor, *parameters], ["extra_codes"], "extra/Q"),
-            helper.make_node("DequantizeLinear", ["extra_codes", *parameters], ["extra_values"], "extra/DQ"),
-        ]
-    )
 
 
 def test_quantizer_between_conv_and_activation(good):
@@ -297,77 +257,6 @@ def test_duplicate_output_and_useless_quantizers(good):
 
     found = rules(edited(good, requantize))
     assert "unequal-scales" in found
-
-
-@pytest.mark.parametrize("value", [0.0, -0.1, np.nan, np.inf])
-def test_bad_scales(good, value):
-    def spoil(graph):
-        name = graph.producers[conv(graph, 2).input[1]].input[1]
-        graph.constants[name] = graph.constants[name].copy()
-        graph.constants[name][3] = value
-
-    assert rules(edited(good, spoil)) == ["bad-scale"]
-
-
-def test_weights_and_zero_points(good, tmp_path):
-    def per_tensor(graph):
-        node = graph.producers[conv(graph, 2).input[1]]
-        graph.constants["one"], graph.constants["none"] = np.float32(0.1), np.int8(0)
-        node.input[1], node.input[2] = "one", "none"
-
-    assert rules(edited(good, per_tensor)) == ["per-tensor-weight"]
-
-    def bias(graph):
-        graph.constants["b"], graph.constants["s"] = np.ones(32, np.int32), np.float32(0.1)
-        graph.insert([helper.make_node("DequantizeLinear", ["b", "s"], ["bias"], "bias/DQ")])
-        conv(graph, 2).input[2] = "bias"
-
-    assert rules(edited(good, bias)) == ["quantized-bias"]
-    # the unsigned graph for OpenVINO is fine there, and a mistake when handed to TensorRT
-    path = export_onnx(SmallDetector(), tmp_path / "u.onnx", SIZE, "openvino").path
-    model = onnx.load(path)
-    assert rules(model) == []
-    del model.metadata_props[:]
-    assert set(rules(model)) == {"zero-point"}
-
-
-def test_unsigned_codes_without_a_zero_point(good):
-    """NNCF's form of tensors that are never negative: uint8, zero point 0, stated or left out."""
-
-    def unsigned(graph, stated):
-        graph.constants["byte_zero"] = np.uint8(0)
-        image = next(node for node in graph.nodes if node.input[0] == "images")
-        for node in (image, *graph.consumers[image.output[0]]):
-            del node.input[2:]
-            node.input.extend(["byte_zero"] if stated else [])
-
-    for stated in (True, False):
-        (finding,) = inspect_model(edited(good, lambda graph, s=stated: unsigned(graph, s))).findings
-        assert finding.rule == "zero-point"
-        assert "uint8" in finding.hazard
-
-
-def test_target_of_graphs_that_other_tools_quantized(tmp_path, capsys):
-    """A tool that keeps the metadata of our float file does not make the graph ours."""
-    path = export_onnx(SmallDetector(), tmp_path / "u.onnx", SIZE, "openvino").path
-    model = onnx.load(path)
-    entries = {entry.key: entry for entry in model.metadata_props}
-    assert entries["octet.quantized"].value == "true"
-    entries["octet.quantized"].value = "false"
-    assert set(rules(model)) == {"zero-point"}
-    onnx.save(model, path)
-    assert main([str(path), "--target", "openvino", "--strict"]) == 0
-    assert main([str(path), "--strict"]) == 4
-    assert "TensorRT assumed" in capsys.readouterr().out
-
-
-def test_dequantizer_that_does_not_fit_its_quantizer(good):
-    def change(graph):
-        graph.constants["other_scale"] = np.float32(0.5)
-        graph.producers[conv(graph, 1).input[0]].input[1] = "other_scale"
-
-    (finding,) = (f for f in inspect_model(edited(good, change)).findings if f.rule == "pair-mismatch")
-    assert "values change" in finding.hazard
 
 
 class Pooled(nn.Module):
