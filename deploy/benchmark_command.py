@@ -121,6 +121,7 @@ def _row(
         "model": spec.label,
         **report.as_dict(),
         "shape": list(shape),
+        "size": f"{shape[2]}x{shape[3]}",
         "load_seconds": runtime.load_seconds,
         "first_inference_ms": first_ms,
         "size_bytes": runtime.size_bytes,
@@ -227,9 +228,10 @@ def find_image_size(path: Path) -> tuple[int, int]:
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as a text table."""
     columns = {
-        "model": "model", "precision": "precision", "batch": "batch", "median_ms": "median", "mean_ms": "mean",
-        "std_ms": "std", "p90_ms": "p90", "p95_ms": "p95", "p99_ms": "p99", "images_per_second": "images/s",
-        "first_inference_ms": "first", "load_seconds": "load s", "size_bytes": "bytes", "speedup": "speedup",
+        "model": "model", "precision": "precision", "size": "size", "batch": "batch", "median_ms": "median",
+        "mean_ms": "mean", "std_ms": "std", "p90_ms": "p90", "p95_ms": "p95", "p99_ms": "p99",
+        "images_per_second": "images/s", "first_inference_ms": "first", "load_seconds": "load s",
+        "size_bytes": "bytes", "speedup": "speedup",
     }  # fmt: skip
     used = [key for key in columns if all(key in row for row in rows)]
     lines = [[columns[key] for key in used]]

@@ -107,7 +107,9 @@ def test_command_writes_everything(models, tmp_path, capsys):
     assert [layer["precision"] for layer in convs].count("I8") == 5
     bars = ElementTree.parse(files[1]).getroot().iter("{http://www.w3.org/2000/svg}title")
     assert len(list(bars)) == len(result["layers"])
-    assert "images/s" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "images/s" in printed
+    assert f"{SIZE[0]}x{SIZE[1]}" in printed
 
 
 def test_onnxruntime_layers_and_comparison(models, tmp_path):
