@@ -75,7 +75,8 @@ def main(arguments: list[str]) -> int:
 
     ap = measure_units(job, model)
     scored = score_map(ap, units)
-    alone, left_out = (np.array([list(score.parts.values())[half] for score in scored]) for half in (0, 1))
+    alone = np.array([score.parts["lost_when_quantized_alone"] for score in scored])
+    left_out = np.array([score.parts["gained_when_left_float"] for score in scored])
     scores = [fisher[unit] for unit in units]
     result = {
         "units": len(units),

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from deploy.errors import DeployError
-from deploy.graph import load_onnx, write_atomically
+from deploy.graph import load_onnx, stored_metadata, write_atomically
 from deploy.layers import draw_layers, format_layers
 from deploy.machine import PINNINGS, describe_machine, pin_process
 from deploy.onnx_runtime import ONNXRuntime
@@ -58,18 +58,15 @@ def parse_spec(text: str, runtime: str | None, precision: str | None) -> ModelSp
     name, _, hint = rest.partition(":")
     if name and name not in RUNTIMES:
         raise DeployError(f"Unknown runtime '{name}' in '{text}'; expected one of {', '.join(RUNTIMES)}.")
-    return ModelSpec(Path(path), name or runtime or _runtime_of(Path(path)), hint or precision)
+    return ModelSpec(Path(path), name or runtime or runtime_of(Path(path)), hint or precision)
 
 
-def _runtime_of(path: Path) -> str:
-    """The runtime that a file is made for; OpenVINO for a graph that any may run."""
-    if path.suffix == ".engine":
-        return "tensorrt"
+def runtime_of(path: Path, otherwise: str = "openvino") -> str:
+    """The runtime that a file is made for; `otherwise` for an .onnx file that was exported for neither CPU runtime."""
     if path.suffix == ".onnx":
-        stored = {entry.key: entry.value for entry in load_onnx(path).metadata_props}
-        if stored.get("octet.target") == "onnxruntime":
-            return "onnxruntime"
-    return "openvino"
+        target = stored_metadata(load_onnx(path)).get("octet.target")
+        return target if target in ("openvino", "onnxruntime") else otherwise
+    return "tensorrt" if path.suffix == ".engine" else "openvino"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -214,7 +211,7 @@ def find_image_size(path: Path) -> tuple[int, int]:
         dims = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
         if len(dims) == 4 and all(dims[2:]):
             return dims[2], dims[3]
-        stored = {entry.key: entry.value for entry in model.metadata_props}.get("octet.image_size", "")
+        stored = stored_metadata(model).get("octet.image_size", "")
     elif path.suffix == ".xml" and (size := input_size(path)) is not None:
         return size
     elif path.suffix == ".engine" and sidecar_path(path).is_file():

@@ -16,7 +16,7 @@ import onnx
 from onnx import ModelProto, NodeProto
 
 from deploy.errors import DeployError
-from deploy.graph import Array, Graph, attributes
+from deploy.graph import Array, Graph, attributes, stored_metadata
 from deploy.passes import drop_identities
 
 MOVING = frozenset(
@@ -102,7 +102,7 @@ class View:
     ) -> None:
         copy = ModelProto()
         copy.CopyFrom(model)
-        metadata = {entry.key: entry.value for entry in copy.metadata_props}
+        metadata = stored_metadata(copy)
         stated = "" if metadata.get("octet.quantized") == "false" else metadata.get("octet.target", "")
         self.target = stated if target is None else target
         fix_input_shapes(copy, image_size or _stored_size(metadata))

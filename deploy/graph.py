@@ -29,6 +29,11 @@ Array = NDArray[np.generic]
 
 
 # ---------------------------------------------------------------------------------------- reading and writing
+def stored_metadata(model: ModelProto) -> dict[str, str]:
+    """What the file says about itself, by key."""
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
 def load_onnx(path: Path, max_bytes: int = MAX_ONNX_BYTES) -> ModelProto:
     """Read an ONNX file with its external data, after checking both.
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from deploy.errors import DeployError
-from deploy.graph import load_onnx, opset_of, verify_onnx, write_atomically
+from deploy.graph import load_onnx, opset_of, stored_metadata, verify_onnx, write_atomically
 from deploy.passes import count_qdq
 from deploy.tensorrt_api import VersionRules, import_tensorrt, make_logger, rules_of
 
@@ -133,7 +133,7 @@ def read_facts(onnx_path: Path) -> GraphFacts:
     """Target, opset, Q/DQ and metadata of a file, which is checked as untrusted data on the way."""
     verify_onnx(onnx_path)
     model = load_onnx(onnx_path)
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    metadata = stored_metadata(model)
     digest = hashlib.sha256(onnx_path.read_bytes()).hexdigest()
     target = metadata.get("octet.target", "")
     return GraphFacts(target, opset_of(model), any(count_qdq(model)), metadata, digest)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from data import DataError, decode_mask
+from data import DataError
 from pipeline.engine_outputs import match_detections
 from pipeline.errors import EXIT_CODES
 from pipeline.predictors import FLOAT, RUNTIMES, Options, Predictor, Seen, open_float, open_predictor
@@ -139,8 +139,7 @@ def look(model: Predictor, other: Predictor | None, name: str, picture: Picture,
 
 def paint(picture: Picture, seen: Seen, names: Sequence[str]) -> Picture:
     """The picture with boxes and masks."""
-    masks = [decode_mask(code) for code in seen.masks or ()]
-    return paint_detections(picture, seen.boxes.numpy(), names, masks)
+    return paint_detections(picture, seen.boxes.numpy(), names, seen.pixels)
 
 
 def coco_annotations(found: Seen, image_id: int, before: int) -> list[dict[str, Any]]:
@@ -165,9 +164,9 @@ def coco_annotations(found: Seen, image_id: int, before: int) -> list[dict[str, 
         }
         for number, (x1, y1, x2, y2, score, label) in enumerate(found.boxes.tolist(), 1)
     ]
-    for annotation, code in zip(annotations, found.masks or (), strict=False):
+    for annotation, code, mask in zip(annotations, found.masks or (), found.pixels, strict=False):
         annotation["segmentation"] = {"size": list(code.size), "counts": code.counts.decode()}
-        annotation["area"] = int(decode_mask(code).sum())
+        annotation["area"] = int(mask.sum())
     return annotations
 
 

@@ -9,6 +9,7 @@ import ast
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from configs.compose import read
-from data import Found, Rle, letterbox, to_input, to_picture
+from data import Found, Rle, decode_mask, letterbox, to_input, to_picture
 from deploy import DeployError, ONNXRuntime, OpenVINORuntime, Runtime, TensorRTRuntime
-from deploy.benchmark_command import find_image_size
+from deploy.benchmark_command import find_image_size, runtime_of
 from models import fold_detector, load_detector
 from pipeline.deploying import model_name, target_of
 from pipeline.engine_outputs import OutputReader
@@ -47,6 +48,11 @@ class Seen:
 
     boxes: Tensor
     masks: list[Rle] | None
+
+    @cached_property
+    def pixels(self) -> list[NDArray[np.bool_]]:
+        """The masks [H, W] of the codes; none for a network without."""
+        return [decode_mask(code) for code in self.masks or ()]
 
 
 @dataclass(frozen=True)
@@ -223,10 +229,11 @@ def _stored_size(path: Path) -> tuple[int, int]:
 
 
 def _load(path: Path, runtime: str | None, size: tuple[int, int], threads: int | None) -> Runtime:
-    natural = {".xml": "openvino", ".engine": "tensorrt"}.get(path.suffix)
-    if natural is not None and runtime not in (None, natural):
-        raise DeployError(f"--runtime {runtime} does not take {path.name}; {natural} does.")
-    runtime = runtime or natural or _natural_runtime(path)
+    if runtime is None or path.suffix != ".onnx":
+        natural = runtime_of(path, otherwise="onnxruntime")
+        if runtime not in (None, natural):
+            raise DeployError(f"--runtime {runtime} does not take {path.name}; {natural} does.")
+        runtime = natural
     match runtime:
         case "openvino":
             return OpenVINORuntime(path, threads=threads, batch=1, image_size=size)
@@ -239,12 +246,6 @@ def _load(path: Path, runtime: str | None, size: tuple[int, int], threads: int |
                 f"TensorRT runs engines, {path.name} is ONNX: build one with deploy.engine build."
             )
     raise DeployError(f"--runtime {runtime} does not take {path.name}; torch runs checkpoints and runs.")
-
-
-def _natural_runtime(path: Path) -> str:
-    """The runtime that an ONNX file was exported for, ONNX Runtime for every other."""
-    with ONNXRuntime(path, threads=1, optimize=False) as session:
-        return "openvino" if session.metadata.get("octet.target") == "openvino" else "onnxruntime"
 
 
 def read_names(text: str) -> tuple[str, ...]:
