@@ -9,7 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
-ROOMS := models data quant deploy report pipeline configs
+PACKAGES := core models data quant training deploy report pipeline configs
 ENTRIES := $(wildcard train_qat.py export.py)
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n < 4 ? n : 4 )))
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
@@ -38,7 +38,7 @@ test-fast: $(STAMP) ## Run the tests that take seconds
 check: $(STAMP) ## Lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy $(ROOMS) examples benchmarks $(ENTRIES)
+	$(BIN)/mypy $(PACKAGES) examples benchmarks $(ENTRIES)
 
 format: $(STAMP) ## Sort imports and format
 	$(BIN)/ruff check --fix --quiet . || true

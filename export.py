@@ -2,10 +2,10 @@
 
 from configs.entry import hydra_entry
 from configs.schema import ExportConfig
-from pipeline import EXIT_CODES, run_export
+from pipeline import run_export
 
 
-@hydra_entry("export", errors=EXIT_CODES)
+@hydra_entry("export")
 def main(config: ExportConfig) -> None:
     """Export the run's best quantized model."""
     run_export(config)

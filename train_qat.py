@@ -2,10 +2,10 @@
 
 from configs.entry import hydra_entry
 from configs.schema import Config
-from pipeline import EXIT_CODES, report_sweep, run_job
+from pipeline import report_sweep, run_job
 
 
-@hydra_entry(errors=EXIT_CODES, after_sweep=report_sweep)
+@hydra_entry(after_sweep=report_sweep)
 def main(config: Config) -> float:
     """Run the configured stages and return the AP of the shipped model."""
     return run_job(config)

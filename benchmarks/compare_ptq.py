@@ -35,10 +35,10 @@ from benchmarks.views import ap_of_views, mean_difference
 from configs import compose
 from data import to_input
 from deploy import ONNXRuntime, OpenVINORuntime, Runtime, compare_arrays
-from pipeline.engines import engine_predictor
 from pipeline.job import Job
 from pipeline.main import run_job
-from pipeline.run import Run
+from pipeline.run.directory import Run
+from pipeline.stages.engine import engine_predictor
 
 MAX_CALIBRATION_IMAGES = 300
 PARITY_IMAGES = 8

@@ -35,9 +35,9 @@ from benchmarks.views import SHIFTS, ap_of_views, mean_difference
 from configs.compose import read
 from data import Found, Predict
 from deploy import ONNXRuntime, OpenVINORuntime, Runtime
-from pipeline.deploying import export_quantized
 from pipeline.job import Job
-from pipeline.run import CONFIG, Run
+from pipeline.run.directory import CONFIG, Run
+from pipeline.stages.export import export_quantized
 from quant import quantized_layers
 
 Decoded = Callable[[Tensor], Tensor]

@@ -19,7 +19,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import build_detector, fold_detector
-from quant import calibration, insert, observers, place
+from quant import insert, place
+from quant.calibration import calibrate as calibration
+from quant.calibration import observers
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:

@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from configs.compose import read
+from pipeline.evaluation.measuring import value_of
 from pipeline.job import Job
-from pipeline.measuring import value_of
-from pipeline.run import CONFIG, Run
-from pipeline.sensing import measure_units, rank_by_fisher, score_map
+from pipeline.run.directory import CONFIG, Run
+from pipeline.stages.sensitivity import measure_units, rank_by_fisher, score_map
 from quant import placement_of
 
 NO_RUN = "sensitivity_agreement: skipped, no run directory given (see the docstring)"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from data import Instances, Predict
+from pipeline.evaluation.measuring import value_of
 from pipeline.job import Job
-from pipeline.measuring import value_of
 
 PAD = 114 / 255
 SHIFTS = [

@@ -5,9 +5,9 @@ Inside the program settings travel as the dataclasses of `configs.schema`; Hydra
 
 from configs.compose import compose, compose_export, dump, explain, load, read, register_configs
 from configs.entry import hydra_entry
-from configs.errors import ConfigError
 from configs.schema import Config, ExportConfig
 from configs.validation import validate
+from core.errors import ConfigError
 
 __all__ = [
     "Config",

@@ -19,10 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from configs.errors import ConfigError, closest
 from configs.overrides import check_overrides, experiments, known_keys
 from configs.schema import Config, ExportConfig
 from configs.validation import validate
+from core.errors import ConfigError
+from core.names import closest
 
 CONFIG_DIR = Path(__file__).resolve().parent
 SCHEMAS: dict[str, type] = {"config": Config, "export": ExportConfig}  # primary YAML file -> its dataclass

@@ -45,7 +45,11 @@ def page() -> str:
     """Return the whole of docs/configuration.md."""
     parts = [INTRODUCTION, "## Groups\n", _group_table()]
     parts += ["## Settings of train_qat.py\n", *_sections(Config, "")]
-    parts += ["### quant.policy[...]\n", _first_paragraph(PolicyRule) + "\n", _table(PolicyRule, "")]
+    parts += [
+        "### quant.policy[...]\n",
+        _first_paragraph(PolicyRule) + "\n",
+        _table(PolicyRule, ""),
+    ]
     parts += ["## Settings of export.py\n", *_sections(ExportConfig, "")[2:]]
     return "\n".join(parts)
 

@@ -1,6 +1,6 @@
 """The door of the command-line entries: argv in, typed configuration through, an exit code out.
 
-    @hydra_entry(errors={DataError: 3})
+    @hydra_entry()
     def main(config: Config) -> float: ...
 
     if __name__ == "__main__":
@@ -17,7 +17,7 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,12 +31,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from configs.compose import CONFIG_DIR, HYDRA_VERSION_BASE, SCHEMAS, explain, load, register_configs
-from configs.errors import ConfigError
 from configs.overrides import check_overrides
 from configs.schema import Config
+from core.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError, OctetError
 
-EXIT_CONFIG = 2
-EXIT_INTERRUPTED = 130
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 Function = Callable[[Any], float | None]
@@ -45,39 +43,36 @@ AfterSweep = Callable[[Sequence[tuple[str, Path]]], None]
 
 def hydra_entry(
     config_name: str = "config",
-    errors: Mapping[type[Exception], int] | None = None,
     after_sweep: AfterSweep | None = None,
 ) -> Callable[[Function], Callable[[], None]]:
     """Make a command-line entry of a function that takes a typed configuration.
 
     Args:
         config_name: "config" (the function takes `Config`) or "export" (`ExportConfig`).
-        errors: Further exceptions that users should see as a message, each with its exit code.
         after_sweep: Called once at the end of a `-m` sweep with (overrides, run directory) of every finished job.
 
     Returns:
         A decorator. The decorated function takes no arguments, reads `sys.argv`, and ends the process with an
-        exit code where something went wrong: 2 for a configuration error, `errors[...]` for the named ones,
-        130 for Ctrl-C. Any other exception passes through with its traceback. In a sweep a job that fails in
-        one of these ways does not stop the others; the process then ends with the highest of their codes.
+        exit code where something went wrong: that of the `OctetError`, or 130 for Ctrl-C. Any other exception passes
+        through with its traceback. In a sweep a job that fails in one of these ways does not stop the others; the
+        process then ends with the highest of their codes.
     """
-    codes: dict[type[Exception], int] = {**(errors or {}), ConfigError: EXIT_CONFIG}
 
     def decorate(function: Function) -> Callable[[], None]:
         @functools.wraps(function)
         def entry() -> None:
             full_error = os.environ.get(_FULL_ERROR, "0") == "1"
             try:
-                _run(function, config_name, codes, full_error, after_sweep)
+                _run(function, config_name, full_error, after_sweep)
             except (ConfigError, HydraException, OmegaConfBaseException, YAMLError) as error:
                 if full_error:
                     raise
                 text = str(error) if isinstance(error, ConfigError) else explain(error, SCHEMAS[config_name])
                 _stop(text, EXIT_CONFIG)
-            except tuple(codes) as error:
+            except OctetError as error:
                 if full_error:
                     raise
-                _stop(str(error), _exit_code(error, codes))
+                _stop(str(error), error.exit_code)
             except KeyboardInterrupt:
                 _stop("Interrupted.", EXIT_INTERRUPTED)
 
@@ -89,7 +84,6 @@ def hydra_entry(
 def _run(
     function: Function,
     config_name: str,
-    codes: Mapping[type[Exception], int],
     full_error: bool,
     after_sweep: AfterSweep | None,
 ) -> None:
@@ -116,13 +110,13 @@ def _run(
             result = function(config)
             finished.append((HydraConfig.get().job.override_dirname, Path(str(config.run_dir))))
             return result
-        except tuple(codes) as error:
+        except OctetError as error:
             if full_error:
                 raise
             if not sweeping:  # Hydra lets SystemExit through without a word of its own
-                _stop(str(error), _exit_code(error, codes))
+                _stop(str(error), error.exit_code)
             print(f"error: {error}", file=sys.stderr)
-            failures.append(_exit_code(error, codes))  # the other jobs of the sweep still run
+            failures.append(error.exit_code)  # the other jobs of the sweep still run
             return None
 
     previous = os.environ.get(_FULL_ERROR)
@@ -152,10 +146,6 @@ def _in_sweep(config: Config) -> Config:
         )
     config.run_dir = HydraConfig.get().runtime.output_dir
     return config
-
-
-def _exit_code(error: Exception, codes: Mapping[type[Exception], int]) -> int:
-    return next(code for kind, code in codes.items() if isinstance(error, kind))
 
 
 def _stop(message: str, code: int) -> NoReturn:

@@ -15,7 +15,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from configs.errors import ConfigError, closest
+from core.errors import ConfigError
+from core.names import closest
 
 _NO_GROUPS = {"__pycache__", "hydra"}
 

@@ -10,8 +10,9 @@ import dataclasses
 import re
 from typing import Any
 
-from configs.errors import ConfigError, closest
 from configs.schema import STAGES, Config
+from core.errors import ConfigError
+from core.names import closest
 
 
 def validate(config: Any) -> None:

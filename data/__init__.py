@@ -1,15 +1,15 @@
 """Datasets, augmentation, loaders, the synthetic set, and COCO metrics."""
 
+from core.errors import DataError
 from data.augment import AugmentOptions
 from data.dataset import DetectionDataset, ground_truth, open_dataset
-from data.errors import DataError
+from data.formats.synthetic import generate_synthetic
 from data.images import list_images, read_image
 from data.letterbox import PAD_VALUE, LetterboxInfo, letterbox, letterbox_boxes, to_input, unletterbox
 from data.loader import DetectionLoader, build_loader
 from data.masks import Rle, decode_mask
-from data.metrics import DetectionMetrics, Found, Predict, compute_metrics, evaluate, to_picture
+from data.metrics.detection import DetectionMetrics, Found, Predict, compute_metrics, evaluate, to_picture
 from data.samples import Batch, Dataset, Instances, Sample
-from data.synthetic import generate_synthetic
 
 __all__ = [
     "PAD_VALUE",

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import DataError
+from core.errors import DataError
 from data.letterbox import PAD_VALUE
 from data.masks import Outlines, outlines_of
 from data.samples import Sample

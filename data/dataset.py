@@ -4,7 +4,6 @@ All checks that can be made before the first training step are made here, so tha
 seconds and not in the middle of an epoch.
 """
 
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch.utils.data
 
-from data.coco_format import find_annotations, read_coco
-from data.errors import DataError, listing
+from core.errors import DataError
+from core.names import closest_hint, listing
+from data.formats.coco import find_annotations, read_coco
+from data.formats.yolo import read_yolo
 from data.images import read_image
 from data.masks import coco_segmentation
 from data.samples import Dataset, ImageRecord, Sample
-from data.yolo_format import read_yolo
 
 FORMATS = ("auto", "yolo", "coco")
 
@@ -246,6 +246,5 @@ def _class_index(member: str | int, names: tuple[str, ...]) -> int:
             )
         return member
     if member not in names:
-        closest = difflib.get_close_matches(member, names, n=1, cutoff=0.0)
-        raise DataError(f"merge_classes: no class {member!r}; closest: {closest[0]!r}.")
+        raise DataError(f"merge_classes: no class {member!r}{closest_hint(member, names)}.")
     return names.index(member)

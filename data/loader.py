@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from core.errors import DataError
 from data.augment import AugmentOptions, Fitted, augment, fit, move_outlines, objects_of
-from data.errors import DataError
 from data.letterbox import LetterboxInfo, letterbox, letterbox_boxes
 from data.masks import MASK_STRIDE, draw_masks
 from data.samples import Batch, Dataset

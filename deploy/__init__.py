@@ -1,21 +1,21 @@
 """Export passes per target, graph check, runtimes and benchmark, for any ONNX file."""
 
-from deploy.build import build_engine
-from deploy.compare import CompareReport, compare_arrays, compare_outputs, unexplained_variance
-from deploy.errors import DeployError
+from core.errors import DeployError
+from deploy.benchmark.timing import LatencyReport, benchmark, benchmark_alternately
+from deploy.check.finding import Finding
+from deploy.check.report import CheckReport, check_graph, inspect_graph
 from deploy.export import OPSETS, TARGETS, ExportReport, export_onnx
-from deploy.finding import Finding
-from deploy.findings import CheckReport, check_graph, inspect_graph
-from deploy.fixed_point import FixedPointReport, compare_codes
-from deploy.graph import load_onnx, save_onnx, verify_onnx
-from deploy.onnx_runtime import ONNXRuntime
-from deploy.openvino_runtime import OpenVINORuntime
-from deploy.outputs import OUTPUTS, NMSOptions
-from deploy.passes import PassCount, count_qdq
-from deploy.runtime import Runtime, engine_size
-from deploy.tensorrt_builder import BuildOptions
-from deploy.tensorrt_runtime import TensorRTRuntime
-from deploy.timing import LatencyReport, benchmark, benchmark_alternately
+from deploy.graph.model import load_onnx, save_onnx, verify_onnx
+from deploy.graph.passes import PassCount, count_qdq
+from deploy.parity.codes import FixedPointReport, compare_codes
+from deploy.parity.outputs import CompareReport, compare_arrays, compare_outputs, unexplained_variance
+from deploy.runtimes.base import Runtime, engine_size
+from deploy.runtimes.build import build_engine
+from deploy.runtimes.onnxruntime import ONNXRuntime
+from deploy.runtimes.openvino import OpenVINORuntime
+from deploy.runtimes.tensorrt import TensorRTRuntime
+from deploy.runtimes.tensorrt_builder import BuildOptions
+from deploy.targets.outputs import OUTPUTS, NMSOptions
 
 __all__ = [
     "OPSETS",

@@ -11,23 +11,21 @@ missing.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deploy.build import RUNTIMES, build_engine
-from deploy.command import run_command
-from deploy.drawing import Box, draw_boxes
-from deploy.errors import DeployError
-from deploy.graph import write_atomically
-from deploy.tensorrt_api import import_tensorrt, rules_of
-from deploy.tensorrt_builder import PRECISIONS, BuildOptions
-from deploy.tensorrt_runtime import TensorRTRuntime
+from core.command import reports_errors, run_command
+from core.errors import DeployError
+from core.files import write_text
+from deploy.graph.drawing import Box, draw_boxes
+from deploy.runtimes.build import RUNTIMES, build_engine
+from deploy.runtimes.tensorrt import TensorRTRuntime
+from deploy.runtimes.tensorrt_api import import_tensorrt, rules_of
+from deploy.runtimes.tensorrt_builder import PRECISIONS, BuildOptions
 
-EXIT_UNUSABLE = 3
 TYPE_WORDS = {
     "Int8": "int8",
     "Half": "fp16",
@@ -38,22 +36,19 @@ TYPE_WORDS = {
 }
 
 
+@reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        match options.command:
-            case "build":
-                print(_build(options))
-            case "layers":
-                _layers(options)
-            case "version":
-                version = str(import_tensorrt().__version__)
-                rules_of(version)
-                print(version)
-    except DeployError as error:
-        print(error, file=sys.stderr)
-        return EXIT_UNUSABLE
+    match options.command:
+        case "build":
+            print(_build(options))
+        case "layers":
+            _layers(options)
+        case "version":
+            version = str(import_tensorrt().__version__)
+            rules_of(version)
+            print(version)
     return 0
 
 
@@ -79,7 +74,7 @@ def _layers(options: argparse.Namespace) -> None:
             runtime.infer(images)
         runtime.write_layers(options.json)
         if options.svg is not None:
-            write_atomically(options.svg, draw_engine(runtime.layer_information()).encode())
+            write_text(options.svg, draw_engine(runtime.layer_information()))
     print(options.json)
 
 

@@ -21,17 +21,17 @@ import torch
 from onnx import ModelProto
 from torch import nn
 
-from deploy import passes
-from deploy.compare import CompareReport, compare_arrays
-from deploy.errors import DeployError
-from deploy.graph import Graph, opset_of, save_onnx
-from deploy.onnx_runtime import record_histograms, run_model
-from deploy.onnxruntime_target import Histogram, integer_operators, preactivations
-from deploy.outputs import NMSOptions, output_pass
-from deploy.passes import GraphPass, PassCount, count_qdq, run_pass
-from deploy.runtime import FloatArray
-from deploy.typed_target import SCALE_TYPES, TYPED_OPSETS, strongly_typed
-from deploy.unsigned import unsigned_activations
+from core.errors import DeployError
+from deploy.graph import passes
+from deploy.graph.model import Graph, opset_of, save_onnx
+from deploy.graph.passes import GraphPass, PassCount, count_qdq, run_pass
+from deploy.parity.outputs import CompareReport, compare_arrays
+from deploy.runtimes.base import FloatArray
+from deploy.runtimes.onnxruntime import record_histograms, run_model
+from deploy.targets.integer import Histogram, integer_operators, preactivations
+from deploy.targets.outputs import NMSOptions, output_pass
+from deploy.targets.typed import SCALE_TYPES, TYPED_OPSETS, strongly_typed
+from deploy.targets.unsigned import unsigned_activations
 
 Target = Literal["openvino", "onnxruntime", "trt10", "trt11"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -114,8 +114,8 @@ def export_onnx(
         dynamic_size: leave height and width open as well; the shape arithmetic then stays in the graph.
         images: batches for the onnxruntime target, float32 [B, 3, H, W] in [0, 1]: conv results get the range they
             have there (a normal distribution is assumed without images), and the first batch measures the parity.
-        scale_type: for trt11, type of the scale tensors, "fp16" or "fp32"; see `deploy.typed_target`.
-        outputs: "decoded" (default), "raw", "onnx_nms" or "efficient_nms"; see `deploy.outputs`.
+        scale_type: for trt11, type of the scale tensors, "fp16" or "fp32"; see `deploy.targets.typed`.
+        outputs: "decoded" (default), "raw", "onnx_nms" or "efficient_nms"; see `deploy.targets.outputs`.
         nms: thresholds for the last two.
         opset: operator set version; None takes the target's own.
 

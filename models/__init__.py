@@ -1,6 +1,9 @@
 """Float detectors: networks, decode, loss, and loading of checkpoints without running anything they name."""
 
+from core.errors import CheckpointError
 from models.boxes import Decode, non_max_suppression
+from models.checkpoints.loading import find_task, load_detector, save_detector
+from models.checkpoints.reading import Checkpoint, read_checkpoint
 from models.detector import (
     ARCHITECTURES,
     SEGMENTATION_ARCHITECTURES,
@@ -8,14 +11,11 @@ from models.detector import (
     build_detector,
     placeholder_names,
 )
-from models.errors import CheckpointError
 from models.facts import count_parameters, measure_network
 from models.folding import fold_detector
-from models.loading import find_task, load_detector, save_detector
-from models.loss import DetectionLoss
-from models.mask_loss import SegmentationLoss, SegmentTargets
-from models.reading import Checkpoint, read_checkpoint
-from models.segment import assemble_masks, detection_maps, soft_masks, suppress_segments
+from models.losses.detection import DetectionLoss
+from models.losses.segmentation import SegmentationLoss, SegmentTargets
+from models.segmentation import assemble_masks, detection_maps, soft_masks, suppress_segments
 
 __all__ = [
     "ARCHITECTURES",

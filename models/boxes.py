@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
-from models.head import REG_MAX, Raw
+from models.heads import REG_MAX, Raw
 
 MAX_CANDIDATES = 30_000
 

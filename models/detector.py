@@ -6,10 +6,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from models.boxes import Decode
-from models.head import HEADS, HeadBuilder
-from models.segment import SEGMENTATION_HEADS, SegmentationDecode
-from models.yolov9 import STRIDES, YOLOv9Network, yolov9c, yolov9m, yolov9s, yolov9t
-from models.yolov9e import yolov9e
+from models.families.yolov9 import STRIDES, YOLOv9Network, yolov9c, yolov9m, yolov9s, yolov9t
+from models.families.yolov9e import yolov9e
+from models.heads import HEADS, HeadBuilder
+from models.segmentation import SEGMENTATION_HEADS, SegmentationDecode
 
 MAX_CLASSES = 10_000
 

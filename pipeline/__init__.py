@@ -9,11 +9,10 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from pipeline.custom import CustomDetector
-from pipeline.errors import EXIT_CODES
 from pipeline.exporting import run_export
 from pipeline.main import run_job
-from pipeline.run import Run
-from pipeline.terminal import report_sweep
+from pipeline.run.directory import Run
+from pipeline.run.terminal import report_sweep
+from pipeline.user_code.network import CustomDetector
 
-__all__ = ["EXIT_CODES", "CustomDetector", "Run", "report_sweep", "run_export", "run_job"]
+__all__ = ["CustomDetector", "Run", "report_sweep", "run_export", "run_job"]

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import cast
 
 from configs.compose import read
-from configs.errors import ConfigError
 from configs.schema import ExportConfig
+from core.errors import ConfigError
 from deploy import build_engine
 from deploy.export import target_opset
-from pipeline.deploying import Target, export_quantized
 from pipeline.job import Job
-from pipeline.progress import say
-from pipeline.run import CONFIG, Run
+from pipeline.run.directory import CONFIG, Run
+from pipeline.run.progress import say
+from pipeline.stages.export import Target, export_quantized
 
 SHARED = ("target", "dynamic_batch", "dynamic_size", "outputs", "nms", "scale_type", "opset", "range_images")
 

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
-from configs.errors import ConfigError
 from configs.schema import Config
+from core.errors import CheckpointError, ConfigError
+from core.files import written_atomically
 from data import (
     AugmentOptions,
     Batch,
@@ -32,7 +33,6 @@ from data import (
 from models import (
     ARCHITECTURES,
     SEGMENTATION_ARCHITECTURES,
-    CheckpointError,
     DetectionLoss,
     Detector,
     SegmentationLoss,
@@ -44,14 +44,14 @@ from models import (
     placeholder_names,
     save_detector,
 )
-from pipeline.custom import CustomModel, OwnDetector, TaskLoss
-from pipeline.measuring import Metrics, describe, measure_custom, row_figures
-from pipeline.own_data import open_own
-from pipeline.progress import say, track
-from pipeline.run import Run
-from pipeline.suppression import suppress_overlaps
-from pipeline.team import Team
+from pipeline.evaluation.measuring import Metrics, describe, measure_custom, row_figures
+from pipeline.evaluation.suppression import suppress_overlaps
+from pipeline.run.directory import Run
+from pipeline.run.progress import say, track
+from pipeline.user_code.dataset import open_own
+from pipeline.user_code.network import CustomModel, OwnDetector, TaskLoss
 from quant import Mode, insert, load_placement, set_mode
+from training.team import Team
 
 FLOAT_MODEL = "float.safetensors"
 ALONE = Team()
@@ -273,9 +273,8 @@ class Job:
     def save_quantized(self, model: fx.GraphModule, name: str) -> None:
         """Keep weights and scales of a quantized model."""
         state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        temporary = self.run.path(f".{name}.partial")
-        save_file(state, temporary, metadata={"format": "octet-quantized"})
-        temporary.replace(self.run.path(name))
+        with written_atomically(self.run.path(name)) as (part,):
+            save_file(state, part, metadata={"format": "octet-quantized"})
 
     def load_quantized(self, name: str, stage: str) -> fx.GraphModule:
         """The quantized model of a stage, quantizers on, in evaluation mode."""

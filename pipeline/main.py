@@ -9,23 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from configs.compose import dump, read
-from configs.errors import ConfigError
 from configs.schema import STAGES, Config
-from pipeline.deploying import check_export
-from pipeline.engines import check_runtimes, engine_stage
-from pipeline.errors import RunError
-from pipeline.finetuning import finetune_stage
-from pipeline.fixed_point import export_and_compare
+from core.errors import ConfigError, RunError
+from pipeline.evaluation.measuring import row_value
 from pipeline.job import Job
-from pipeline.measuring import row_value
-from pipeline.progress import mute, say, show_room_logs
-from pipeline.quantizing import calibrate_stage, float_stage, place_stage
-from pipeline.reporting import check_gates, report_stage
-from pipeline.run import CONFIG, Run
-from pipeline.sensing import sensitivity_stage
-from pipeline.team import Team, join_team
-from pipeline.terminal import print_result, quit_on_termination
-from pipeline.training import train_stage
+from pipeline.run.directory import CONFIG, Run
+from pipeline.run.progress import mute, say, show_room_logs
+from pipeline.run.terminal import print_result, quit_on_termination
+from pipeline.stages.engine import check_runtimes, engine_stage
+from pipeline.stages.export import check_export
+from pipeline.stages.finetuning import finetune_stage
+from pipeline.stages.fixed_point import export_and_compare
+from pipeline.stages.quantizing import calibrate_stage, float_stage, place_stage
+from pipeline.stages.report import check_gates, report_stage
+from pipeline.stages.sensitivity import sensitivity_stage
+from pipeline.stages.training import train_stage
+from training.team import Team, join_team
 
 RUN_STAGES: dict[str, Callable[[Job], None]] = {
     "train": train_stage,

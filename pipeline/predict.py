@@ -10,7 +10,6 @@ cannot be used.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,19 +18,27 @@ from typing import Any
 
 import torch
 
-from data import DataError
-from pipeline.engine_outputs import match_detections
-from pipeline.errors import EXIT_CODES
-from pipeline.predictors import FLOAT, RUNTIMES, Options, Predictor, Seen, open_float, open_predictor
-from pipeline.progress import say, track
-from pipeline.sources import Picture, PictureWriter, Source, open_source
-from report import ReportError, join_pictures, paint_detections, write_atomically
+from core.command import reports_errors
+from core.errors import DataError
+from core.files import write_json
+from pipeline.evaluation.engine_outputs import match_detections
+from pipeline.prediction.predictors import (
+    FLOAT,
+    RUNTIMES,
+    Options,
+    Predictor,
+    Seen,
+    open_float,
+    open_predictor,
+)
+from pipeline.prediction.sources import Picture, PictureWriter, Source, open_source
+from pipeline.run.progress import say, track
+from report import join_pictures, paint_detections
 
-EXIT_UNUSABLE = 3
-UNUSABLE: tuple[type[Exception], ...] = (*EXIT_CODES, ReportError, OSError)
 RESULT = "detections.json"
 
 
+@reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     options = _parser().parse_args(arguments)
@@ -52,9 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.compare is not None:
             opened.append(_open_other(options, wanted))
         predict(opened[0], source, options.out, opened[1] if len(opened) > 1 else None, options.confidence)
-    except UNUSABLE as error:
-        print(error, file=sys.stderr)
-        return EXIT_UNUSABLE
     finally:
         for predictor in opened:
             predictor.close()
@@ -115,7 +119,7 @@ def predict(
         "categories": [{"id": index + 1, "name": name} for index, name in enumerate(model.names)],
         "annotations": result.annotations,
     }
-    write_atomically(folder / RESULT, json.dumps(content, indent=2) + "\n")
+    write_json(folder / RESULT, content)
     say(f"written: {', '.join(map(str, writer.paths[:3]))}{' ...' if len(writer.paths) > 3 else ''}")
     print(folder / RESULT)
     return content

@@ -1,31 +1,39 @@
 """Quantization room: placement, insertion, calibration and fine-tuning of any fx-traceable network."""
 
-from quant.budget import BudgetResult, search_budget, without_units
-from quant.calibration import CalibrationError, CalibrationResult, calibrate
+from core.errors import (
+    CalibrationError,
+    DistillationError,
+    DivergenceError,
+    PlacementError,
+    PolicyError,
+    RangeError,
+    TraceError,
+)
+from quant.calibration.calibrate import CalibrationResult, calibrate
+from quant.calibration.imported import ImportedRanges, import_ranges
 from quant.codes import activation_codes, quantizer_calls
-from quant.distillation import DistillationError, feature_nodes
-from quant.equalization import EqualizationResult, equalize
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
-from quant.finetuning import DivergenceError, TrainingOptions, TrainingState, new_state, train_epochs
+from quant.finetuning.distillation import feature_nodes
+from quant.finetuning.loop import TrainingOptions, TrainingState, new_state, train_epochs
 from quant.folding import fold_batchnorms
-from quant.graph import TraceError, trace
-from quant.imported import ImportedRanges, RangeError, import_ranges
+from quant.graph import trace
 from quant.insertion import (
     ACTIVATION_QUANTIZERS,
-    InsertionError,
     activation_quantizers,
     insert,
     placement_of,
     quantized_layers,
     set_mode,
 )
-from quant.placement import PlacementOptions, place
-from quant.plan import Group, Placement, TensorSite, WeightSite
-from quant.plan_file import PlanError, dump_placement, load_placement
-from quant.policy import Policy, PolicyError, Rule, parse_rules
-from quant.reconstruction import LayerRepair, reconstruct
-from quant.sensitivity import UnitScore, measure_fisher, measure_sqnr
-from quant.sharing import ConcatDecision, SharingResult, measure_sharing
+from quant.placement.files import dump_placement, load_placement
+from quant.placement.plan import Group, Placement, TensorSite, WeightSite
+from quant.placement.planner import PlacementOptions, place
+from quant.placement.policy import Policy, Rule
+from quant.placement.sharing import ConcatDecision, SharingResult, measure_sharing
+from quant.repair.equalization import EqualizationResult, equalize
+from quant.repair.reconstruction import LayerRepair, reconstruct
+from quant.sensitivity.budget import BudgetResult, search_budget, without_units
+from quant.sensitivity.scores import UnitScore, measure_fisher, measure_sqnr
 
 __all__ = [
     "ACTIVATION_QUANTIZERS",
@@ -39,12 +47,11 @@ __all__ = [
     "FakeQuantize",
     "Group",
     "ImportedRanges",
-    "InsertionError",
     "LayerRepair",
     "Mode",
     "Placement",
+    "PlacementError",
     "PlacementOptions",
-    "PlanError",
     "Policy",
     "PolicyError",
     "RangeError",
@@ -71,7 +78,6 @@ __all__ = [
     "measure_sharing",
     "measure_sqnr",
     "new_state",
-    "parse_rules",
     "place",
     "placement_of",
     "quantized_layers",

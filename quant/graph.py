@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-
-class TraceError(ValueError):
-    """The network cannot be turned into an fx graph."""
+from core.errors import TraceError
 
 
 class Kind(enum.Enum):

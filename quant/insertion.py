@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Iterator
 
 from torch import fx, nn
 
+from core.errors import PlacementError
+from core.names import closest_hint
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
 from quant.graph import Kind, inputs_of, kind_of, trace
 from quant.layers import QuantizedLayer, quantize_layer
-from quant.plan import Group, Placement
+from quant.placement.plan import Group, Placement
 
 ACTIVATION_QUANTIZERS = "activation_quantizers"
-
-
-class InsertionError(ValueError):
-    """A placement does not fit the network."""
 
 
 def insert(network: nn.Module, placement: Placement, learn_scales: bool = True) -> fx.GraphModule:
@@ -33,13 +30,13 @@ def insert(network: nn.Module, placement: Placement, learn_scales: bool = True) 
         learn_scales: whether fine-tuning may move the scales (fixed ones never move).
 
     Raises:
-        InsertionError: the placement names a tensor, a reader or a layer that the network does not have, or one
+        PlacementError: the placement names a tensor, a reader or a layer that the network does not have, or one
             group twice.
     """
     names = [group.name for group in placement.groups]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise InsertionError(
+        raise PlacementError(
             f"the placement has two groups called {twice!r}: join their tensors, or rename one"
         )
     model = trace(copy.deepcopy(network))
@@ -51,13 +48,13 @@ def insert(network: nn.Module, placement: Placement, learn_scales: bool = True) 
         try:
             layer = model.get_submodule(site.layer)
         except AttributeError as error:
-            raise InsertionError(
+            raise PlacementError(
                 _unknown("layer", site.layer, [n for n, _ in model.named_modules()])
             ) from error
         try:
             quantize_layer(layer, site.axis, site.bits, learn_scales)
         except TypeError as error:
-            raise InsertionError(f"the placement quantizes the weights of {site.layer!r}: {error}") from error
+            raise PlacementError(f"the placement quantizes the weights of {site.layer!r}: {error}") from error
     _link_grids(model)
     model.graph.lint()
     model.recompile()
@@ -76,14 +73,14 @@ def _insert_group(
     for site in group.tensors:
         for name in (site.node, *site.users):
             if name not in nodes:
-                raise InsertionError(_unknown("node", name, list(nodes)))
+                raise PlacementError(_unknown("node", name, list(nodes)))
         producer = nodes[site.node]
         with model.graph.inserting_after(producer):
             quantized = model.graph.call_module(target, (producer,))
         for user in site.users:
             if producer not in nodes[user].all_input_nodes:
                 readers = ", ".join(reader.name for reader in producer.users if reader is not quantized)
-                raise InsertionError(
+                raise PlacementError(
                     f"the placement says that {user!r} reads {site.node!r}, which it does not; expected one of: "
                     f"{readers}"
                 )
@@ -114,8 +111,7 @@ def _grids_of(node: fx.Node, modules: dict[str, nn.Module]) -> set[str]:
 
 
 def _unknown(what: str, name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"the placement names {what} {name!r}, which the network does not have; closest: {close[0]!r}"
+    return f"the placement names {what} {name!r}, which the network does not have{closest_hint(name, known)}"
 
 
 def placement_of(model: fx.GraphModule) -> Placement:

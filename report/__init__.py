@@ -3,9 +3,9 @@
 It takes plain data (`ReportData`) and knows nothing of models, datasets or engines.
 """
 
-from report.data import DetectionPanel, ReportData, ReportError, Row
+from core.errors import ReportError
+from report.data import DetectionPanel, ReportData, Row
 from report.drawing import draw_detections, join_pictures, paint_detections
-from report.files import write_atomically
 from report.tables import format_table
 from report.write import ROW_KEYS, ReportPaths, write_report
 
@@ -20,6 +20,5 @@ __all__ = [
     "format_table",
     "join_pictures",
     "paint_detections",
-    "write_atomically",
     "write_report",
 ]

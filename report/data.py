@@ -9,13 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from core.errors import ReportError
+
 MODEL_KEYS = ("parameters", "macs", "strides", "shares", "layers")
 LAYER_KEYS = ("name", "kind", "parameters", "macs", "output", "precision")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
-
-class ReportError(ValueError):
-    """Report data that cannot be shown, or a file that cannot be written."""
 
 
 @dataclass(frozen=True)

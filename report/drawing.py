@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from report.data import ReportError
+from core.errors import ReportError
 
 MIN_SIDE = 320  # pixels
 _TINT = 0.45  # share of the class colour inside a mask

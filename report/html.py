@@ -15,8 +15,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from core.errors import ReportError
 from report.charts import Chart, all_charts
-from report.data import ReportData, ReportError, Row, find_row, reference_engine
+from report.data import ReportData, Row, find_row, reference_engine
 from report.tables import (
     LAYER_HEADINGS,
     LEGEND,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.files import write_text
 from report.data import ReportData, Row
-from report.files import write_atomically
 from report.html import cell_text, render_html
 from report.tables import (
     LAYER_HEADINGS,
@@ -55,11 +55,9 @@ def write_report(run_dir: Path, data: ReportData) -> ReportPaths:
     """
     data.check()
     paths = ReportPaths(run_dir / "report.json", run_dir / "report.md", run_dir / "report.html")
-    write_atomically(
-        paths.json, json.dumps(to_json(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    )
-    write_atomically(paths.markdown, to_markdown(data))
-    write_atomically(paths.html, render_html(data))
+    write_text(paths.json, json.dumps(to_json(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    write_text(paths.markdown, to_markdown(data))
+    write_text(paths.html, render_html(data))
     return paths
 
 

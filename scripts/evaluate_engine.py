@@ -21,8 +21,9 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # run from anywhere, like the shells beside it
 
-from data import DataError, build_loader, evaluate, open_dataset
-from deploy import DeployError, ONNXRuntime, OpenVINORuntime, Runtime, TensorRTRuntime
+from core.errors import DataError, DeployError
+from data import build_loader, evaluate, open_dataset
+from deploy import ONNXRuntime, OpenVINORuntime, Runtime, TensorRTRuntime
 from models import non_max_suppression
 
 EXIT_UNUSABLE = 3

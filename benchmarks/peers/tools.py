@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.machine import describe_machine
+from core.machine import describe_machine
 
 PEERS = ("nncf", "modelopt")
 FOLDER = Path(__file__).resolve().parent

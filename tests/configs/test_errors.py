@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from configs import Config, ConfigError, compose, compose_export, read, validate
-from configs.errors import closest
+from configs import Config, compose, compose_export, read, validate
+from core.errors import ConfigError
+from core.names import closest
 
 DEMO = "+experiment=demo"
 
@@ -18,7 +19,7 @@ DEMO = "+experiment=demo"
         ("epcohs=3", ["'epcohs'", "closest: train.epochs"]),
         ("train.epcohs=3", ["'train.epcohs'", "closest: train.epochs"]),
         ("+qat.learnin_rate=3", ["'qat.learnin_rate'", "closest: qat.learning_rate"]),
-        ("++quant.observers=mse", ["closest: quant.observer"]),
+        ("++quant.calibration.observers=mse", ["closest: quant.observer"]),
         ("image_size=320", ["closest: data.image_size"]),
         ("xyzzy=1", ["'xyzzy'", "docs/configuration.md"]),
         ("model=yolov9x", ["Unknown model 'yolov9x'", "closest: yolov9c", "yolov9t"]),

@@ -7,7 +7,8 @@ from pathlib import Path
 import cv2
 import pytest
 
-from data import AugmentOptions, DataError, build_loader, open_dataset
+from core.errors import DataError
+from data import AugmentOptions, build_loader, open_dataset
 from data.images import scan_images
 
 

@@ -11,15 +11,8 @@ from pycocotools import mask as codec
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from data import (
-    DataError,
-    Instances,
-    build_loader,
-    compute_metrics,
-    evaluate,
-    generate_synthetic,
-    open_dataset,
-)
+from core.errors import DataError
+from data import Instances, build_loader, compute_metrics, evaluate, generate_synthetic, open_dataset
 from data.masks import Rle, encode_mask
 
 SIZE = (90, 120)

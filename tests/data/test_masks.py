@@ -9,15 +9,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as reference
 
-from data import (
-    AugmentOptions,
-    DataError,
-    build_loader,
-    generate_synthetic,
-    ground_truth,
-    letterbox,
-    open_dataset,
-)
+from core.errors import DataError
+from data import AugmentOptions, build_loader, generate_synthetic, ground_truth, letterbox, open_dataset
 from data.masks import (
     Rle,
     coco_segmentation,

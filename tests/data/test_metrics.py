@@ -6,17 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from data import (
-    DataError,
-    DetectionMetrics,
-    build_loader,
-    compute_metrics,
-    evaluate,
-    ground_truth,
-    open_dataset,
-)
-from data.coco_engine import ENGINES, average, coco_precision
-from data.precision_recall import Boxes, best_f1, match
+from core.errors import DataError
+from data import DetectionMetrics, build_loader, compute_metrics, evaluate, ground_truth, open_dataset
+from data.metrics.coco import ENGINES, average, coco_precision
+from data.metrics.precision_recall import Boxes, best_f1, match
 from tests.data.test_loader import Squares
 
 
@@ -174,7 +167,7 @@ def test_what_cannot_be_measured_is_refused():
 
 
 def test_missing_hotcoco_falls_back_by_name(monkeypatch, caplog):
-    monkeypatch.setattr("data.coco_engine.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("data.metrics.coco.importlib.util.find_spec", lambda _: None)
     with caplog.at_level(logging.WARNING):
         metrics = compute_metrics(found((1, 0, 0, 9, 9, 0.9, 0)), [1], truth_of((1, 0, 0, 0, 9, 9)))
     assert metrics.engine == "pycocotools"

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import DataError, generate_synthetic, open_dataset
-from data.synthetic_scene import CLASSES, draw_scene
+from core.errors import DataError
+from data import generate_synthetic, open_dataset
+from data.formats.synthetic_scene import CLASSES, draw_scene
 
 
 def digest(root: Path) -> dict[str, str]:
@@ -48,7 +49,7 @@ def test_an_incomplete_set_is_made_again(tmp_path: Path):
 
 
 def test_a_failed_call_leaves_nothing(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("data.synthetic.draw_scene", lambda *_: 1 / 0)
+    monkeypatch.setattr("data.formats.synthetic.draw_scene", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate_synthetic(tmp_path / "set", 2, 2, 96, 0)
     assert list(tmp_path.iterdir()) == []
@@ -95,16 +96,16 @@ def overlaps(boxes: np.ndarray) -> bool:
 def test_boxes_hold_their_objects(monkeypatch):
     """Without background and noise, the pixels that were painted must fill the boxes exactly."""
     monkeypatch.setattr(
-        "data.synthetic_scene._background", lambda size, _: np.zeros((size, size, 3), np.float32)
+        "data.formats.synthetic_scene._background", lambda size, _: np.zeros((size, size, 3), np.float32)
     )
-    monkeypatch.setattr("data.synthetic_scene._camera", lambda canvas, _: canvas)
+    monkeypatch.setattr("data.formats.synthetic_scene._camera", lambda canvas, _: canvas)
 
     def paint(window, shape, solid, random):
         window[solid] = 255
 
-    monkeypatch.setattr("data.synthetic_scene._paint", paint)
+    monkeypatch.setattr("data.formats.synthetic_scene._paint", paint)
     monkeypatch.setattr(
-        "data.synthetic_scene._hides_too_much", lambda owners, areas: bool((owners >= 0).any())
+        "data.formats.synthetic_scene._hides_too_much", lambda owners, areas: bool((owners >= 0).any())
     )
     for number in range(20):
         canvas, objects = draw_scene(192, (0, 0, number))

@@ -5,8 +5,8 @@ import onnx
 from onnx import helper
 
 from deploy import export_onnx
-from deploy.findings import inspect_model
-from deploy.graph import Graph
+from deploy.check.report import inspect_model
+from deploy.graph.model import Graph
 
 SIZE = (64, 96)
 

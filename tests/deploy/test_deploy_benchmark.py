@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from deploy_networks import SmallDetector
 
-from deploy import DeployError, Runtime, export_onnx
-from deploy.benchmark_command import find_image_size, main, parse_spec
-from deploy.machine import available_processors, describe_machine, parse_list, pin_process
-from deploy.scenarios import run_scenario
+from core.errors import DeployError
+from core.machine import available_processors, describe_machine
+from deploy import Runtime, export_onnx
+from deploy.benchmark.command import find_image_size, main, parse_spec
+from deploy.benchmark.pinning import parse_list, pin_process
+from deploy.benchmark.scenarios import run_scenario
 
 SIZE = (64, 96)
 ROOT = Path(__file__).resolve().parents[2]

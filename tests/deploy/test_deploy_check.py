@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from deploy import TARGETS, check_graph, export_onnx, inspect_graph
-from deploy.check import format_report, main
-from deploy.findings import inspect_model
+from deploy.check.command import format_report, main
+from deploy.check.report import inspect_model
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -8,8 +8,8 @@ from deploy_networks import SmallDetector
 from onnx import helper
 
 from deploy import export_onnx
-from deploy.check import main
-from deploy.findings import inspect_model
+from deploy.check.command import main
+from deploy.check.report import inspect_model
 
 
 @pytest.mark.parametrize("value", [0.0, -0.1, np.nan, np.inf])

@@ -10,9 +10,10 @@ import torch
 from deploy_networks import FloatDetector, SmallDetector
 from tensorrt_double import Double
 
-from deploy import DeployError, OpenVINORuntime, export_onnx
-from deploy.build import write_half
+from core.errors import DeployError
+from deploy import OpenVINORuntime, export_onnx
 from deploy.engine import draw_engine, main
+from deploy.runtimes.build import write_half
 
 SIZE = (64, 96)
 DETAILS = {

@@ -17,17 +17,17 @@ from tensorrt_double import PLAN, BufferedMemory, Double, HostDevice
 from torch import nn
 
 from configs import compose
-from configs.errors import ConfigError
-from deploy import DeployError, OpenVINORuntime
-from deploy.tensorrt_runtime import TensorRTRuntime
+from core.errors import ConfigError, DeployError
+from deploy import OpenVINORuntime
+from deploy.runtimes.tensorrt import TensorRTRuntime
 from pipeline import CustomDetector
-from pipeline.deploying import export_stage
-from pipeline.engines import check_runtimes, engine_stage, open_engines
-from pipeline.fixed_point import compare_fixed_point
 from pipeline.job import Job
 from pipeline.main import check_input
-from pipeline.quantizing import calibrate_stage
-from pipeline.run import Run
+from pipeline.run.directory import Run
+from pipeline.stages.engine import check_runtimes, engine_stage, open_engines
+from pipeline.stages.export import export_stage
+from pipeline.stages.fixed_point import compare_fixed_point
+from pipeline.stages.quantizing import calibrate_stage
 from quant import load_placement
 
 SIZE = 64
@@ -230,7 +230,7 @@ def tensorrt(monkeypatch):
     def install(version):
         double = ComputingDouble(version, input_shape=(-1, 3, SIZE, SIZE))
         monkeypatch.setitem(sys.modules, "tensorrt", double.module)
-        monkeypatch.setattr("deploy.tensorrt_runtime.CudaDevice", HostDevice)
+        monkeypatch.setattr("deploy.runtimes.tensorrt.CudaDevice", HostDevice)
         return double
 
     return install

@@ -10,9 +10,10 @@ import torch
 from deploy_networks import FloatDetector, SmallDetector
 from onnx import numpy_helper
 
-from deploy import OPSETS, TARGETS, DeployError, export_onnx
-from deploy.graph import Graph
-from deploy.passes import PassResult, run_pass
+from core.errors import DeployError
+from deploy import OPSETS, TARGETS, export_onnx
+from deploy.graph.model import Graph
+from deploy.graph.passes import PassResult, run_pass
 
 SIZE = (64, 96)
 
@@ -224,7 +225,7 @@ def test_half_way_values_round_to_even(tmp_path):
     value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 6]) for n in "xy"]
     for lowest in (-128, -127):
         model = helper.make_model(helper.make_graph(nodes, "g", value[:1], value[1:], constants))
-        from deploy.passes import fold_weights
+        from deploy.graph.passes import fold_weights
 
         run_pass(model, fold_weights(lowest))
         stored = Graph(model).constants["q"]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from deploy_networks import FloatDetector, SmallDetector
 
-from deploy import DeployError, compare_codes, export_onnx
-from deploy.onnx_runtime import CodeRecorder
+from core.errors import DeployError
+from deploy import compare_codes, export_onnx
+from deploy.runtimes.onnxruntime import CodeRecorder
 
 SIZE = (64, 96)
 

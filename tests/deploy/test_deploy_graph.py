@@ -6,9 +6,10 @@ import pytest
 from deploy_networks import SmallDetector
 from onnx import TensorProto, helper, numpy_helper
 
-from deploy import DeployError, OpenVINORuntime, export_onnx, load_onnx, save_onnx, verify_onnx
-from deploy.check import main as check_main
-from deploy.graph import write_atomically
+from core.errors import DeployError
+from core.files import write_bytes
+from deploy import OpenVINORuntime, export_onnx, load_onnx, save_onnx, verify_onnx
+from deploy.check.command import main as check_main
 
 
 def model_with_external(location, length=None, in_attribute=False):
@@ -85,7 +86,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_place_that_cannot_be_written_is_told(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DeployError, match=r"file/out\.json cannot be written"):
-        write_atomically(tmp_path / "file" / "out.json", b"{}")
+        write_bytes(tmp_path / "file" / "out.json", b"{}")
     path = export_onnx(SmallDetector(), tmp_path / "m.onnx", (64, 96), "trt10").path
     assert check_main([str(path), "--json", str(tmp_path / "file" / "out.json")]) == 3
     assert "cannot be written" in capsys.readouterr().err

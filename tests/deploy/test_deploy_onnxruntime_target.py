@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from deploy import ONNXRuntime, export_onnx
-from deploy.onnx_runtime import optimized_graph
-from deploy.onnxruntime_target import Grid, Histogram, assumed_histogram, choose_grid, silu
+from deploy.runtimes.onnxruntime import optimized_graph
+from deploy.targets.integer import Grid, Histogram, assumed_histogram, choose_grid, silu
 
 SIZE = (64, 96)
 

@@ -8,7 +8,8 @@ import torchvision
 from deploy_networks import QuantizedConv
 from torch import nn
 
-from deploy import DeployError, NMSOptions, ONNXRuntime, OpenVINORuntime, check_graph, export_onnx
+from core.errors import DeployError
+from deploy import NMSOptions, ONNXRuntime, OpenVINORuntime, check_graph, export_onnx
 
 SIZE = (64, 96)
 CLASSES = 3

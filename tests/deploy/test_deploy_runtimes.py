@@ -7,8 +7,8 @@ import pytest
 import torch
 from deploy_networks import FloatDetector, SmallDetector, SplitConcat
 
+from core.errors import DeployError
 from deploy import (
-    DeployError,
     ONNXRuntime,
     OpenVINORuntime,
     Runtime,
@@ -20,7 +20,7 @@ from deploy import (
     engine_size,
     export_onnx,
 )
-from deploy.timing import summarize
+from deploy.benchmark.timing import summarize
 
 SIZE = (64, 96)
 

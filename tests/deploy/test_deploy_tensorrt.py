@@ -11,10 +11,11 @@ import tensorrt_surface
 from deploy_networks import FloatDetector, SmallDetector
 from tensorrt_double import PLAN, SURFACE, TIMINGS, Double, HostDevice
 
-from deploy import DeployError, export_onnx
-from deploy.tensorrt_api import RULES, VersionRules, import_tensorrt, parse_version, rules_of
-from deploy.tensorrt_builder import BuildOptions, build_tensorrt, fill_shape
-from deploy.tensorrt_runtime import TensorRTRuntime
+from core.errors import DeployError
+from deploy import export_onnx
+from deploy.runtimes.tensorrt import TensorRTRuntime
+from deploy.runtimes.tensorrt_api import RULES, VersionRules, import_tensorrt, parse_version, rules_of
+from deploy.runtimes.tensorrt_builder import BuildOptions, build_tensorrt, fill_shape
 
 SIZE = (64, 96)
 VERSIONS = list(SURFACE)

@@ -7,8 +7,9 @@ import torch
 from deploy_networks import FloatDetector, ReluResidual, SmallDetector
 from onnx.reference import ReferenceEvaluator
 
-from deploy import DeployError, ONNXRuntime, export_onnx
-from deploy.graph import Graph
+from core.errors import DeployError
+from deploy import ONNXRuntime, export_onnx
+from deploy.graph.model import Graph
 
 SIZE = (64, 96)
 FLOAT, HALF, INT8 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.INT8

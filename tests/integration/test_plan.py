@@ -92,7 +92,13 @@ def test_an_edited_plan_is_taken_and_calibrated(placed: tuple[Path, str]) -> Non
     edited.write_text(yaml.safe_dump(plan, sort_keys=False))
     repairs = ("quant.equalize=true", "quant.adaround=true", "quant.bias_correction=true")
     outcome = run_entry(
-        "train_qat.py", *TINY, "stages=[calibrate]", f"quant.plan={edited}", *repairs, cwd=folder, timeout=550
+        "train_qat.py",
+        *TINY,
+        "stages=[calibrate]",
+        f"quant.plan={edited}",
+        *repairs,
+        cwd=folder,
+        timeout=550,
     )
     assert outcome.code == 0, outcome.err
     run = folder / "runs/demo/latest"

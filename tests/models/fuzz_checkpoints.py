@@ -26,9 +26,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from models import CheckpointError, build_detector, fold_detector, load_detector
-from models.convert import official_keys
-from models.yolov9 import YOLOv9Network
+from core.errors import CheckpointError
+from models import build_detector, fold_detector, load_detector
+from models.checkpoints.convert import official_keys
+from models.families.yolov9 import YOLOv9Network
 
 WATCHED_EVENTS = ("exec", "compile", "import", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen",
                   "pickle.find_class", "ctypes.dlopen", "socket.connect", "os.remove", "os.mkdir",

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from models import Detector
-from models.convert import official_keys
-from models.yolov9 import YOLOv9Network
+from models.checkpoints.convert import official_keys
+from models.families.yolov9 import YOLOv9Network
 
 
 def fixture_state(folder: Path, name: str) -> dict[str, Tensor]:

@@ -11,9 +11,9 @@ from model_fixtures import fixture_images, fixture_state, official_state, quanti
 from safetensors.torch import save_file
 from torch import nn
 
+from core.errors import CheckpointError
 from models import (
     Checkpoint,
-    CheckpointError,
     Detector,
     build_detector,
     count_parameters,
@@ -22,8 +22,8 @@ from models import (
     read_checkpoint,
     save_detector,
 )
-from models.checkpoint import describe_checkpoint, main
-from models.loading import detector_from_checkpoint
+from models.checkpoints.command import describe_checkpoint, main
+from models.checkpoints.loading import detector_from_checkpoint
 
 
 def assert_same_weights(a: Detector, b: Detector) -> None:

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from models import CheckpointError, build_detector, load_detector, read_checkpoint, save_detector
-from models.inert_pickle import read_pickle
-from models.inert_records import Name, Record, StorageRecord, call_builder
+from core.errors import CheckpointError
+from models import build_detector, load_detector, read_checkpoint, save_detector
+from models.checkpoints.inert_pickle import read_pickle
+from models.checkpoints.inert_records import Name, Record, StorageRecord, call_builder
 
 
 class Call:

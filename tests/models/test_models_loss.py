@@ -8,9 +8,9 @@ from torch import Tensor
 from torchvision.ops import complete_box_iou
 
 from models import DetectionLoss
-from models.assigner import assign, pad_targets
 from models.boxes import make_anchor_points
-from models.loss import distribution_focal_loss
+from models.losses.assigner import assign, pad_targets
+from models.losses.detection import distribution_focal_loss
 
 STRIDES = (8, 16)
 SIZE = (64, 64)

@@ -7,8 +7,8 @@ import torch
 from model_fixtures import fixture_images, fixture_output, fixture_state
 
 from models import fold_detector, load_detector
-from models.loading import detector_from_checkpoint
-from models.reading import Checkpoint
+from models.checkpoints.loading import detector_from_checkpoint
+from models.checkpoints.reading import Checkpoint
 
 FIXTURES = [f"{form}-{size}" for form in ("gelan", "yolov9") for size in "tsmce"]
 

@@ -9,19 +9,12 @@ import torch.nn.functional as F
 from model_fixtures import recipe_state, waves
 from torch import Tensor
 
-from models import (
-    Checkpoint,
-    CheckpointError,
-    Detector,
-    build_detector,
-    fold_detector,
-    load_detector,
-    save_detector,
-)
-from models.convert import official_keys
-from models.loading import detector_from_checkpoint
-from models.segment import SEGMENTATION_HEADS, assemble_masks, suppress_segments
-from models.yolov9 import YOLOv9Network
+from core.errors import CheckpointError
+from models import Checkpoint, Detector, build_detector, fold_detector, load_detector, save_detector
+from models.checkpoints.convert import official_keys
+from models.checkpoints.loading import detector_from_checkpoint
+from models.families.yolov9 import YOLOv9Network
+from models.segmentation import SEGMENTATION_HEADS, assemble_masks, suppress_segments
 
 
 def official_state(style: str, classes: int = 3) -> dict[str, Tensor]:

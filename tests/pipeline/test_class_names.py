@@ -9,7 +9,7 @@ import numpy as np
 from configs import compose
 from models import build_detector, fold_detector
 from pipeline.job import Job
-from pipeline.run import Run
+from pipeline.run.directory import Run
 
 
 def test_placeholder_names_give_way_to_the_datas(tmp_path: Path) -> None:

@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_convert, box_iou
 
-from configs.errors import ConfigError
-from data import Batch, DataError, Sample
+from core.errors import CheckpointError, ConfigError, DataError
+from data import Batch, Sample
 from examples import retinanet, ssdlite
-from models import CheckpointError
 from pipeline import CustomDetector
-from pipeline.custom import CustomModel, load_state
-from pipeline.factories import load_factory
-from pipeline.measuring import CustomMetrics, measure_custom, row_figures, row_value
-from pipeline.own_data import open_own
+from pipeline.evaluation.measuring import CustomMetrics, measure_custom, row_figures, row_value
+from pipeline.user_code.dataset import open_own
+from pipeline.user_code.factories import load_factory
+from pipeline.user_code.network import CustomModel, load_state
 
 NAMES = ("cat", "dog")
 HERE = f"{__name__}:"

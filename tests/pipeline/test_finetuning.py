@@ -12,14 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from configs.errors import ConfigError
 from configs.schema import Config, QatConfig
 from configs.validation import validate
-from pipeline import finetuning
-from pipeline.errors import RunError
-from pipeline.finetuning import Kept, finetune_stage
-from pipeline.measuring import CustomMetrics
-from pipeline.run import Run
+from core.errors import ConfigError, RunError
+from pipeline.evaluation.measuring import CustomMetrics
+from pipeline.run.directory import Run
+from pipeline.stages import finetuning
+from pipeline.stages.finetuning import Kept, finetune_stage
 from quant import calibrate, insert, place
 
 STEPS = 3

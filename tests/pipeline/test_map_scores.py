@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.sensing import score_map
+from pipeline.stages.sensitivity import score_map
 
 AP = {
     "none": 0.60,

@@ -12,11 +12,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from core.errors import DeployError
 from data import Rle, decode_mask
-from deploy import DeployError, build_engine, export_onnx
+from deploy import build_engine, export_onnx
 from models import build_detector, fold_detector, save_detector
 from pipeline import predict
-from pipeline.predictors import Options, open_predictor, read_names
+from pipeline.prediction.predictors import Options, open_predictor, read_names
 
 NAMES = ("cat", "dog")
 SIZE = 64

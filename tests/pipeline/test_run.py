@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import RunError
-from pipeline.run import CONFIG, Run
+from core.errors import RunError
+from pipeline.run.directory import CONFIG, Run
 
 
 def test_latest_points_to_the_newest_run(tmp_path: Path) -> None:

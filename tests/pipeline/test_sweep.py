@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.sweep import Sweep
+from pipeline.run.sweep import Sweep
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ITEMS = [f"off:unit.{index}/x" for index in range(30)]

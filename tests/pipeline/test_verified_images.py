@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from configs.compose import compose
-from data import DataError, generate_synthetic
+from core.errors import DataError
+from data import generate_synthetic
 from pipeline.job import Job
-from pipeline.run import Run
+from pipeline.run.directory import Run
 
 
 def open_both(root: Path, cache: str) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from quant.budget import search_budget, without_units
-from quant.plan import Group, Placement, TensorSite, WeightSite
+from quant.placement.plan import Group, Placement, TensorSite, WeightSite
+from quant.sensitivity.budget import search_budget, without_units
 
 COSTS = {"a": 0.010, "b": 0.006, "c": 0.003, "d": 0.001, "e": 0.0005}
 

@@ -7,9 +7,9 @@ import torch
 from quant_networks import SmallNet, folded, small_images, small_net
 from torch import nn
 
+from core.errors import CalibrationError
 from models.blocks import ACTIVATIONS
 from quant import (
-    CalibrationError,
     FakeQuantize,
     Mode,
     Rule,
@@ -21,8 +21,8 @@ from quant import (
     quantized_layers,
     set_mode,
 )
-from quant.calibration import apply_histograms, calibrate_weights, collect_histograms
-from quant.observers import METHODS
+from quant.calibration.calibrate import apply_histograms, calibrate_weights, collect_histograms
+from quant.calibration.observers import METHODS
 
 BATCHES = 3
 

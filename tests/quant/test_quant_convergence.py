@@ -5,8 +5,8 @@ import torch
 from quant_networks import small_images, small_net
 
 from quant import Mode, activation_quantizers, calibrate, insert, place, set_mode
-from quant.calibration import collect_histograms
-from quant.convergence import Convergence, Milestones
+from quant.calibration.calibrate import collect_histograms
+from quant.calibration.convergence import Convergence, Milestones
 
 
 def images(count=8, size=4):

@@ -5,9 +5,9 @@ import torch
 from quant_networks import NeckNet, folded, small_images, small_net
 from torch import nn
 
+from core.errors import DistillationError
 from models import build_detector, fold_detector
 from quant import (
-    DistillationError,
     Mode,
     Rule,
     TrainingOptions,
@@ -19,7 +19,7 @@ from quant import (
     trace,
     train_epochs,
 )
-from quant.distillation import distillation_loss, with_features
+from quant.finetuning.distillation import distillation_loss, with_features
 
 
 def test_a_nearly_constant_map_counts_in_units_of_its_kind():
@@ -154,8 +154,8 @@ def test_without_weight_no_second_graph_is_made(monkeypatch):
     def refuse(*args):
         raise AssertionError("features were asked for")
 
-    monkeypatch.setattr("quant.finetuning.with_features", refuse)
-    monkeypatch.setattr("quant.finetuning.feature_nodes", refuse)
+    monkeypatch.setattr("quant.finetuning.loop.with_features", refuse)
+    monkeypatch.setattr("quant.finetuning.loop.feature_nodes", refuse)
     teacher = small_net()
     student = insert(teacher, place(teacher)).eval()
     calibrate(student, [small_images()])

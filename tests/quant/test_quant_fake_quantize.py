@@ -11,8 +11,8 @@ from torch import nn
 
 from models import build_detector, fold_detector
 from quant import FakeQuantize, Mode, WeightFakeQuantize, insert, place
+from quant.calibration.observers import choose_weight_scale
 from quant.fake_quantize import MAX_SCALE, MIN_SCALE, _round_to_grid
-from quant.observers import choose_weight_scale
 
 WIDTHS = range(2, 9)
 SCALES = st.floats(2.0**-20, 2.0**20, allow_nan=False)

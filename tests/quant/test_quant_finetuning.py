@@ -8,8 +8,8 @@ import torch
 from quant_networks import small_images, small_net, small_quantized
 from torch import nn
 
+from core.errors import DivergenceError
 from quant import (
-    DivergenceError,
     Mode,
     TrainingOptions,
     activation_quantizers,
@@ -21,8 +21,8 @@ from quant import (
     set_mode,
     train_epochs,
 )
-from quant.distillation import distillation_loss, flatten_maps
-from quant.finetuning import ModelAverage, parameter_groups, rate_factor
+from quant.finetuning.distillation import distillation_loss, flatten_maps
+from quant.finetuning.loop import ModelAverage, parameter_groups, rate_factor
 
 STEPS = 4
 

@@ -9,7 +9,8 @@ from torchvision.models import mobilenet_v3_small, resnet18
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from quant import TraceError, fold_batchnorms
+from core.errors import TraceError
+from quant import fold_batchnorms
 
 
 def shake(network: nn.Module, seed: int = 0) -> nn.Module:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from quant_networks import small_images, small_net
 
-from quant import Mode, RangeError, Rule, activation_quantizers, calibrate, insert, place, quantized_layers
+from core.errors import RangeError
+from quant import Mode, Rule, activation_quantizers, calibrate, insert, place, quantized_layers
 
 STEM_READERS = ("block.rep.conv", "side.conv")
 

@@ -8,11 +8,10 @@ import torch
 from quant_networks import NeckNet, SmallNet, folded, small_images, small_net, small_quantized
 from torch import nn
 
+from core.errors import PlacementError
 from quant import (
     FakeQuantize,
-    InsertionError,
     Mode,
-    PlanError,
     Rule,
     activation_quantizers,
     calibrate,
@@ -269,12 +268,12 @@ def test_an_edited_plan_is_obeyed(plan_path):
 )
 def test_a_plan_that_cannot_be_read(plan_path, change, message):
     plan_path.write_text(change(dump_placement(place(small_net()))))
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(PlacementError, match=message):
         load_placement(plan_path)
 
 
 def test_a_plan_that_is_not_there(tmp_path):
-    with pytest.raises(PlanError, match=r"no placement at .*missing.yaml"):
+    with pytest.raises(PlacementError, match=r"no placement at .*missing.yaml"):
         load_placement(tmp_path / "missing.yaml")
 
 
@@ -290,20 +289,20 @@ def with_first_site(placement, **changes):
 
 def test_an_unknown_tensor_names_the_closest():
     placement = with_first_site(place(small_net()), node="stemm_act")
-    with pytest.raises(InsertionError, match=r"node 'stemm_act'.*closest: 'stem_act'"):
+    with pytest.raises(PlacementError, match=r"node 'stemm_act'.*closest: 'stem_act'"):
         insert(small_net(), placement)
 
 
 def test_an_unknown_reader_names_the_closest():
     placement = with_first_site(place(small_net()), users=("sidee_conv",))
-    with pytest.raises(InsertionError, match=r"node 'sidee_conv'.*closest: 'side_conv'"):
+    with pytest.raises(PlacementError, match=r"node 'sidee_conv'.*closest: 'side_conv'"):
         insert(small_net(), placement)
 
 
 def test_a_reader_that_reads_something_else():
     placement = with_first_site(place(small_net()), users=("last_conv",))
     with pytest.raises(
-        InsertionError, match=r"'last_conv' reads 'stem_act'.*expected one of: block_rep_conv, add"
+        PlacementError, match=r"'last_conv' reads 'stem_act'.*expected one of: block_rep_conv, add"
     ):
         insert(small_net(), placement)
 
@@ -311,24 +310,24 @@ def test_a_reader_that_reads_something_else():
 def test_an_unknown_layer_names_the_closest():
     placement = place(small_net())
     site = dataclasses.replace(placement.weights[0], layer="stem.conf")
-    with pytest.raises(InsertionError, match=r"layer 'stem.conf'.*closest: 'stem.conv'"):
+    with pytest.raises(PlacementError, match=r"layer 'stem.conf'.*closest: 'stem.conv'"):
         insert(small_net(), dataclasses.replace(placement, weights=(site,)))
 
 
 def test_a_layer_without_weights_to_quantize():
     placement = place(small_net())
     site = dataclasses.replace(placement.weights[0], layer="stem.act")
-    with pytest.raises(InsertionError, match=r"'stem.act': SiLU has no quantized form; these have: Conv"):
+    with pytest.raises(PlacementError, match=r"'stem.act': SiLU has no quantized form; these have: Conv"):
         insert(small_net(), dataclasses.replace(placement, weights=(site,)))
 
 
 def test_two_groups_of_one_name():
     placement = place(small_net())
     twice = dataclasses.replace(placement, groups=(*placement.groups, placement.groups[0]))
-    with pytest.raises(InsertionError, match=r"two groups called 'input.x'"):
+    with pytest.raises(PlacementError, match=r"two groups called 'input.x'"):
         insert(small_net(), twice)
 
 
 def test_the_plan_of_another_network():
-    with pytest.raises(InsertionError, match="which the network does not have; closest"):
+    with pytest.raises(PlacementError, match="which the network does not have; closest"):
         insert(folded(SmallNet()), place(folded(NeckNet())))

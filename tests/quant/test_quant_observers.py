@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from quant.observers import BINS, METHODS, Histogram, choose_scale, choose_weight_scale
+from quant.calibration.observers import BINS, METHODS, Histogram, choose_scale, choose_weight_scale
 
 FLOATS = st.floats(width=32, allow_nan=False, min_value=-(2.0**80), max_value=2.0**80)
 BATCHES = st.lists(st.lists(FLOATS, max_size=12), min_size=1, max_size=6)

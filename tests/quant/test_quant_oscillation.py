@@ -10,8 +10,8 @@ from torch import nn
 
 from quant import Mode, TrainingOptions, insert, new_state, place, quantized_layers, set_mode, train_epochs
 from quant.fake_quantize import WeightFakeQuantize
+from quant.finetuning.oscillation import OscillationTracker, dampening_loss
 from quant.layers import quantize_layer
-from quant.oscillation import OscillationTracker, dampening_loss
 
 
 def one_layer(weights=(0.1, 0.1, 0.1, 0.1), bits=4, scale=0.1):

@@ -10,7 +10,7 @@ from torch import nn
 
 from models import blocks
 from models.blocks import ConvBlock
-from models.yolov9e import Fuse, Route
+from models.families.yolov9e import Fuse, Route
 from quant import PlacementOptions, Rule, place
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from models import build_detector, fold_detector
 from models.folding import fold_network
-from models.segment import SegmentationHead
+from models.segmentation import SegmentationHead
 from quant import insert, place, quantized_layers
 
 

@@ -7,19 +7,17 @@ import torch
 from quant_networks import NeckNet, SmallNet, folded, groups_of, small_images, small_net
 from torch import nn
 
+from core.errors import PolicyError, TraceError
 from quant import (
-    PolicyError,
     Rule,
-    TraceError,
     activation_quantizers,
     calibrate,
     insert,
-    parse_rules,
     place,
     quantized_layers,
     train_epochs,
 )
-from quant.finetuning import TrainingOptions
+from quant.finetuning.loop import TrainingOptions
 
 
 def neck_plan(*rules):
@@ -201,20 +199,11 @@ def test_a_rule_that_a_later_one_overrules_is_no_error():
         ({"match": "*", "scale": float("inf")}, r"scale inf; expected a positive finite"),
         ({"match": "*", "scale": float("nan")}, r"scale nan; expected a positive finite"),
         ({"match": "*", "observer": "kl"}, r"'kl'; expected one of minmax, percentile, mse, entropy"),
-        ({"match": "*", "keepfloat": True}, r"unknown key 'keepfloat'; closest: 'keep_float'"),
-        ({"bits": 4}, r"has no `match` pattern"),
     ],
 )
 def test_malformed_rules_are_refused(mapping, message):
     with pytest.raises(PolicyError, match=message):
-        parse_rules([mapping])
-
-
-def test_rules_are_read_from_plain_mappings():
-    assert parse_rules([{"match": "a.*", "bits": 4}, {"match": "b", "keep_float": True}]) == [
-        Rule("a.*", bits=4),
-        Rule("b", keep_float=True),
-    ]
+        Rule(**mapping)
 
 
 # -- networks that cannot be traced

@@ -18,8 +18,8 @@ from quant import (
     reconstruct,
     set_mode,
 )
-from quant.distillation import distillation_loss
-from quant.reconstruction import choose_codes, round_by_output
+from quant.finetuning.distillation import distillation_loss
+from quant.repair.reconstruction import choose_codes, round_by_output
 
 BITS = (Rule("*", bits=4),)
 

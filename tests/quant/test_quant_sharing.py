@@ -7,7 +7,7 @@ from torch import nn
 
 from models.blocks import ConvBlock
 from quant import PlacementOptions, Rule, calibrate, insert, measure_sharing, place
-from quant.distillation import distillation_loss
+from quant.finetuning.distillation import distillation_loss
 
 LOUD = "cat_0"  # joins a quiet and a loud tensor
 EVEN = "cat_1"  # joins two alike ones

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from report import ReportError, draw_detections, paint_detections
+from core.errors import ReportError
+from report import draw_detections, paint_detections
 from report.charts import curve_charts, thin
 
 NAMES = ("cell", "dot")

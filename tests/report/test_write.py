@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from report import DetectionPanel, ReportData, ReportError, Row, write_atomically, write_report
+from core.errors import ReportError
+from core.files import write_text
+from report import DetectionPanel, ReportData, Row, write_report
 from report.charts import Chart
 from report.html import chart_json, headline
 from tests.report.sample import EVIL, sample_data, sample_rows
@@ -202,14 +204,14 @@ def test_bad_data_is_named_and_nothing_is_written(tmp_path: Path, change: dict, 
 
 def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "report.json"
-    write_atomically(target, "old")
+    write_text(target, "old")
 
     def full_disk(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("report.files.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        write_atomically(target, "new")
+        write_text(target, "new")
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 

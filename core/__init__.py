@@ -1,0 +1,1 @@
+"""What several packages need and must agree on. Imports none of the others."""

@@ -1,0 +1,42 @@
+"""How every command ends: errors as one message with their exit code, and quietly where nobody reads the output."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from core.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, OctetError
+
+Main = Callable[[Sequence[str] | None], int]
+
+
+def reports_errors(main: Main) -> Callable[..., int]:
+    """Decorate the `main(arguments)` of a command: an `OctetError` is printed to stderr and its exit code returned."""
+
+    @functools.wraps(main)
+    def command(arguments: Sequence[str] | None = None) -> int:
+        try:
+            return main(arguments)
+        except OctetError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+
+    return command
+
+
+def run_command(main: Callable[[], int]) -> NoReturn:
+    """Run a command and leave with its exit code: 130 after Ctrl-C, and 141, as in a shell, for a closed pipe."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # what is left to flush at exit goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_BROKEN_PIPE
+    sys.exit(code)

@@ -1,0 +1,100 @@
+"""Every error that a user can meet, and the exit code of each.
+
+A message names the value that was found, what was expected, and what to do about it. Commands print the message and
+leave with `exit_code`; any other exception is a defect and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+EXIT_OK = 0
+EXIT_CONFIG = 2
+EXIT_INPUT = 3
+EXIT_GATE = 4
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+EXIT_BROKEN_PIPE = 141
+
+
+class OctetError(Exception):
+    """Base of all errors with a message for the user.
+
+    Attributes:
+        exit_code: 2 for configuration, 3 for data, checkpoints and engines, 4 for a gate that is not met.
+    """
+
+    exit_code: ClassVar[int] = EXIT_INPUT
+
+
+# -- configuration: exit code 2
+
+
+class ConfigError(OctetError, ValueError):
+    """A configuration that cannot run."""
+
+    exit_code = EXIT_CONFIG
+
+
+class PolicyError(ConfigError):
+    """A placement rule is malformed or matches nothing."""
+
+
+class PlacementError(ConfigError):
+    """A saved placement cannot be read, or does not fit the network."""
+
+
+class RunError(ConfigError):
+    """A run directory lacks what a stage needs, or holds another run."""
+
+
+class TraceError(ConfigError):
+    """The network cannot be turned into an fx graph."""
+
+
+class DistillationError(ConfigError):
+    """The tensors that distillation is to compare do not exist."""
+
+
+# -- data, checkpoints, engines: exit code 3
+
+
+class DataError(OctetError, ValueError):
+    """A dataset, an image or an annotation that cannot be used."""
+
+
+class CheckpointError(OctetError, ValueError):
+    """A checkpoint cannot be read, is refused, or does not fit the network."""
+
+
+class CalibrationError(OctetError, ValueError):
+    """Calibration cannot give usable scales."""
+
+
+class RangeError(OctetError, ValueError):
+    """A range that came with a checkpoint does not fit the network."""
+
+
+class DivergenceError(OctetError, RuntimeError):
+    """The loss or its gradient became NaN or infinite."""
+
+
+class DeployError(OctetError, RuntimeError):
+    """A graph, an engine or a runtime cannot be used."""
+
+
+class ReportError(OctetError, ValueError):
+    """A report cannot be made."""
+
+
+class WriteError(OctetError, OSError):
+    """A file cannot be written."""
+
+
+# -- gates: exit code 4
+
+
+class GateError(OctetError, RuntimeError):
+    """The result misses an accuracy or speed gate that the user set."""
+
+    exit_code = EXIT_GATE

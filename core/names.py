@@ -1,0 +1,50 @@
+"""Names in messages: what a misspelled one most likely means, and long lists cut short."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+LIKELY = 0.6  # similarity below which a suggestion would only confuse
+MAX_SHOWN = 200  # characters of one name
+
+
+def closest(word: str, candidates: Iterable[str]) -> str | None:
+    """Return the candidate that `word` most likely means, or None where nothing comes near.
+
+    A dotted candidate also competes with its last part, so the bare `epcohs` finds `train.epochs`.
+    Among equals the earliest candidate wins.
+
+    Example: `closest("epcohs", ["seed", "train.epochs", "qat.epochs"]) == "train.epochs"`
+    """
+    word = word.lower()
+    best_score, best = 0.0, None
+    for candidate in candidates:
+        names = (
+            {candidate.lower()} if "." in word else {candidate.lower(), candidate.lower().rsplit(".", 1)[-1]}
+        )
+        score = max(difflib.SequenceMatcher(a=word, b=name).ratio() for name in names)
+        if score > best_score:
+            best_score, best = score, candidate
+    return best if best_score >= LIKELY else None
+
+
+def closest_hint(word: str, candidates: Sequence[str], label: str = "closest") -> str:
+    """`"; closest: 'backbone.stem1.conv'"` for the end of a message, or "" where there is no candidate at all.
+
+    Unlike `closest` it names the nearest candidate however far away it is: for patterns over a network's names, where
+    an example of a real name helps in any case.
+    """
+    found = difflib.get_close_matches(word, candidates, n=1, cutoff=0.0)
+    return f"; {label}: {found[0]!r}" if found else ""
+
+
+def listing(values: Iterable[str], limit: int = 10) -> str:
+    """Join the first `limit` values for a message and count the rest; long values are cut.
+
+    Example: `listing(["a", "b", "c"], limit=2)` is `"a, b, and 1 more"`.
+    """
+    listed = [value[:MAX_SHOWN] for value in values]
+    hidden = len(listed) - limit
+    shown = ", ".join(listed[:limit])
+    return f"{shown}, and {hidden} more" if hidden > 0 else shown

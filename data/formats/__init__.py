@@ -1,0 +1,1 @@
+"""Dataset formats: YOLO trees, COCO JSON, and the synthetic set."""

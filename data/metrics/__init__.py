@@ -1,0 +1,1 @@
+"""COCO metrics and the precision and recall beside them."""

@@ -1,0 +1,244 @@
+"""One evaluate function for torch models and for every engine.
+
+It takes a function from images to detections, so that a row of the result table differs from another only in what
+that function runs.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from core.errors import DataError
+from data.dataset import ground_truth
+from data.letterbox import LetterboxInfo, to_input, unletterbox
+from data.masks import Rle, restore_masks
+from data.metrics.coco import average, choose_engine, coco_precision
+from data.metrics.precision_recall import Boxes, best_f1
+from data.samples import Batch, Dataset, Instances
+
+Found = Tensor | Instances
+Predict = Callable[[Tensor], Sequence[Found]]
+
+
+def to_picture(
+    found: Found, info: LetterboxInfo, input_size: tuple[int, int]
+) -> tuple[NDArray[np.float64], list[Rle] | None]:
+    """What was found in a network's input, in the pixels of the original image.
+
+    Args:
+        found: of one image.
+        info: how it was letterboxed.
+        input_size: (height, width) of the input, pixels.
+
+    Returns:
+        Detections [N, 6] (x1, y1, x2, y2, score, class), and their masks where the network gives any.
+    """
+    boxes = found.detections if isinstance(found, Instances) else found
+    moved = unletterbox(boxes.detach().double().cpu(), info).numpy()
+    if not isinstance(found, Instances):
+        return moved, None
+    return moved, restore_masks(found.masks.float().cpu().numpy(), moved[:, :4], info, input_size)
+
+
+@dataclass(frozen=True)
+class DetectionMetrics:
+    """Accuracy of a detector on one split. All figures are shares from 0 to 1.
+
+    Attributes:
+        ap: COCO AP, mean over IoU 0.50 to 0.95 and classes, at most 100 detections per image.
+        ap50: at IoU 0.50.
+        ap75: at IoU 0.75.
+        ap_small: AP of objects below 32 x 32 pixels of the original image; None where the split has none.
+        ap_medium: of objects between.
+        ap_large: of objects above 96 x 96 pixels.
+        precision: at `confidence` and IoU 0.5, mean over classes.
+        recall: likewise.
+        confidence: score threshold with the best F1.
+        per_class_ap: AP by class name; classes without an object in the split are absent.
+        images: number of images evaluated.
+        engine: library that computed the APs.
+        ap_mask: COCO AP of the masks (`segm`), mean over IoU 0.50 to 0.95 and classes; None for a detector without
+            masks, as the three below.
+        ap50_mask: at IoU 0.50.
+        ap75_mask: at IoU 0.75.
+        per_class_ap_mask: mask AP by class name; None without masks.
+    """
+
+    ap: float
+    ap50: float
+    ap75: float
+    ap_small: float | None
+    ap_medium: float | None
+    ap_large: float | None
+    precision: float
+    recall: float
+    confidence: float
+    per_class_ap: dict[str, float]
+    images: int
+    engine: str = "pycocotools"
+    ap_mask: float | None = None
+    ap50_mask: float | None = None
+    ap75_mask: float | None = None
+    per_class_ap_mask: dict[str, float] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; figures of masks only where there are masks."""
+        values = asdict(self)
+        if self.ap_mask is None:
+            values = {name: value for name, value in values.items() if not name.endswith("_mask")}
+        return values
+
+
+def evaluate(
+    predict: Predict,
+    batches: Iterable[Batch],
+    dataset: Dataset | Mapping[str, Any],
+    engine: str = "hotcoco",
+    device: torch.device | str = "cpu",
+) -> DetectionMetrics:
+    """Measure a detector on all images of `batches`.
+
+    Args:
+        predict: takes images float32 [B, 3, S, S], RGB, 0 to 1, on `device`; returns for each image detections [N, 6]:
+            x1 y1 x2 y2 in input pixels, score, class; or `Instances`, for all images alike, whose masks are measured
+            too.
+        batches: letterboxed batches of the dataset, as from `build_loader` without augmentation.
+        dataset: the dataset, or the dictionary that `ground_truth` made of it.
+        engine: `hotcoco`, or `pycocotools` for the reference implementation.
+        device: where images are put.
+
+    Returns:
+        Metrics over the images that were seen; with a limited loader that is a part of the dataset.
+
+    Raises:
+        DataError: no batch, no object in the images seen, or an image that is not in the dataset.
+    """
+    parts: list[NDArray[np.float64]] = []
+    seen: list[int] = []
+    masks: list[Rle] = []
+    segmented = False
+    for batch in batches:
+        with torch.inference_mode():
+            detections = predict(to_input(batch.images, device))
+        if len(detections) != len(batch.image_ids):
+            raise DataError(
+                f"predict returned {len(detections)} results for a batch of {len(batch.image_ids)} images."
+            )
+        for found, image_id, info in zip(detections, batch.image_ids, batch.infos, strict=True):
+            size = (int(batch.images.shape[2]), int(batch.images.shape[3]))
+            moved, codes = to_picture(found, info, size)
+            if codes is not None:
+                segmented = True
+                masks += codes
+            parts.append(np.concatenate([np.full((len(moved), 1), image_id, np.float64), moved], axis=1))
+            seen.append(image_id)
+    if not seen:
+        raise DataError("There was no batch to evaluate; the loader needs at least one image.")
+    return compute_metrics(np.concatenate(parts), seen, dataset, engine, masks if segmented else None)
+
+
+def compute_metrics(
+    detections: NDArray[np.float64],
+    image_ids: list[int],
+    dataset: Dataset | Mapping[str, Any],
+    engine: str = "hotcoco",
+    masks: Sequence[Rle] | None = None,
+) -> DetectionMetrics:
+    """Metrics of detections that are already there.
+
+    Args:
+        detections: [M, 7]: image id, x1 y1 x2 y2 in pixels of the original image, score, class index.
+        image_ids: images that were looked at, also those without detections.
+        dataset: the dataset, or the dictionary that `ground_truth` made of it.
+        engine: as in `evaluate`.
+        masks: one per detection, in pixels of the original image; None for boxes only.
+
+    Raises:
+        DataError: see `evaluate`; or masks are to be measured and the dataset was opened without them.
+    """
+    engine = choose_engine(engine)
+    if not np.isfinite(detections).all():
+        raise DataError("Some detections are NaN or infinite: the network diverged, or its engine is broken.")
+    truth = dict(dataset) if isinstance(dataset, Mapping) else ground_truth(dataset)
+    evaluated = set(image_ids)
+    unknown = evaluated - {image["id"] for image in truth["images"]}
+    if unknown:
+        raise DataError(
+            f"Image ids {sorted(unknown)[:10]} were evaluated but are not in the dataset: wrong split?"
+        )
+    annotations = [entry for entry in truth["annotations"] if entry["image_id"] in evaluated]
+    if all(entry["iscrowd"] for entry in annotations):
+        raise DataError(
+            f"No object in the {len(evaluated)} images evaluated: nothing to measure. Raise the limit."
+        )
+    rows = np.concatenate(
+        [
+            detections[:, :3],
+            detections[:, 3:5] - detections[:, 1:3],
+            detections[:, 5:6],
+            detections[:, 6:7] + 1,
+        ],
+        axis=1,
+    )
+    if masks is not None and any("segmentation" not in entry for entry in annotations):
+        raise DataError(
+            "Masks were predicted, and the dataset has none to compare with: open it with segments=True, or give "
+            "its samples `segments`."
+        )
+    precision = coco_precision(truth, rows, sorted(evaluated), engine)
+    point = best_f1(_found(detections), _truth(annotations))
+    names = [category["name"] for category in truth["categories"]]
+    per_class = {name: average(precision[:, :, index, 0]) for index, name in enumerate(names)}
+    mask_figures: dict[str, Any] = {}
+    if masks is not None:
+        mask_figures = _mask_figures(coco_precision(truth, rows, sorted(evaluated), engine, masks), names)
+    return DetectionMetrics(
+        ap=average(precision[..., 0]) or 0.0,
+        ap50=average(precision[0, ..., 0]) or 0.0,
+        ap75=average(precision[5, ..., 0]) or 0.0,
+        ap_small=average(precision[..., 1]),
+        ap_medium=average(precision[..., 2]),
+        ap_large=average(precision[..., 3]),
+        precision=point.precision,
+        recall=point.recall,
+        confidence=point.confidence,
+        per_class_ap={name: value for name, value in per_class.items() if value is not None},
+        images=len(evaluated),
+        engine=engine,
+        **mask_figures,
+    )
+
+
+def _mask_figures(precision: NDArray[np.float64], names: list[str]) -> dict[str, Any]:
+    per_class = {name: average(precision[:, :, index, 0]) for index, name in enumerate(names)}
+    return {
+        "ap_mask": average(precision[..., 0]) or 0.0,
+        "ap50_mask": average(precision[0, ..., 0]) or 0.0,
+        "ap75_mask": average(precision[5, ..., 0]) or 0.0,
+        "per_class_ap_mask": {name: value for name, value in per_class.items() if value is not None},
+    }
+
+
+def _found(detections: NDArray[np.float64]) -> Boxes:
+    return Boxes(
+        boxes=detections[:, 1:5],
+        images=detections[:, 0].astype(np.int64),
+        labels=detections[:, 6].astype(np.int64),
+        values=detections[:, 5],
+    )
+
+
+def _truth(annotations: list[dict[str, Any]]) -> Boxes:
+    boxes = np.array([entry["bbox"] for entry in annotations], np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return Boxes(
+        boxes=boxes,
+        images=np.array([entry["image_id"] for entry in annotations], np.int64),
+        labels=np.array([entry["category_id"] - 1 for entry in annotations], np.int64),
+        values=np.array([entry["iscrowd"] for entry in annotations], np.float64),
+    )

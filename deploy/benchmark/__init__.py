@@ -1,0 +1,1 @@
+"""Latency of engines: timing, scenarios, layer times."""

@@ -1,0 +1,1 @@
+"""The graph check: findings for any Q/DQ ONNX file."""

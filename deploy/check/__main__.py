@@ -1,0 +1,7 @@
+"""`python -m deploy.check`; see `deploy.check.command`."""
+
+from core.command import run_command
+from deploy.check.command import main
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,80 @@
+"""`python -m deploy.check MODEL.onnx [--strict] [--json FILE] [--svg FILE] [--target TARGET]`: findings of a graph.
+
+Exit code 0; 4 with --strict when there are findings; 3 when the file cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.command import reports_errors
+from core.errors import EXIT_GATE
+from core.files import write_json, write_text
+from deploy.check.report import CheckReport, inspect_graph
+from deploy.check.svg import draw_graph
+from deploy.check.view import View
+from deploy.export import TARGETS
+from deploy.graph.model import load_onnx
+
+
+@reports_errors
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the check; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    report = inspect_graph(options.model, options.size, options.target)
+    if options.svg is not None:
+        view = View(load_onnx(options.model), options.size, options.target)
+        write_text(options.svg, draw_graph(view))
+    if options.json is not None:
+        write_json(options.json, report.as_dict())
+    print(format_report(report))
+    return EXIT_GATE if options.strict and report.findings else 0
+
+
+def format_report(report: CheckReport) -> str:
+    """The report as text: findings by rule, then the summary."""
+    lines = [f"{report.path}  (target: {report.target or 'not stated, TensorRT assumed'})"]
+    for finding in report.findings:
+        cost = f"  [+{finding.reformats} kernels]" if finding.reformats else ""
+        lines += [
+            f"  {finding.rule}: {finding.name}{cost}",
+            f"      {finding.hazard}",
+            f"      -> {finding.remedy}",
+        ]
+    summary = report.summary
+    counts = Counter(finding.rule for finding in report.findings)
+    listed = ", ".join(f"{rule} {count}" for rule, count in counts.most_common())
+    lines.append(f"{len(report.findings)} findings" + (f": {listed}" if listed else ""))
+    lines.append(
+        f"{summary.num_int8_convs} of {summary.num_convs} convs in INT8 ({summary.num_output_convs} at the outputs); "
+        f"{summary.int8_share:.2%} of {summary.macs / 1e9:.2f} G multiply-accumulates, "
+        f"{summary.inner_int8_share:.2%} without the output convs"
+    )
+    lines.append(
+        f"{summary.num_quantize} Q, {summary.num_dequantize} DQ, "
+        f"{summary.precision_changes} precision changes predicted"
+    )
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m deploy.check", description="Check a Q/DQ ONNX graph.")
+    parser.add_argument("model", type=Path, help="ONNX file")
+    parser.add_argument("--strict", action="store_true", help="exit with 4 when there are findings")
+    parser.add_argument("--json", type=Path, help="write findings and summary to this file")
+    parser.add_argument("--svg", type=Path, help="draw the graph, coloured by precision, to this file")
+    parser.add_argument("--size", type=_size, help="image size HEIGHTxWIDTH, for graphs that leave it open")
+    parser.add_argument(
+        "--target", choices=TARGETS, help="engine the graph is for, where the file does not tell"
+    )
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"'{text}' is no size; expected HEIGHTxWIDTH, such as 640x640")
+    return int(height), int(width)

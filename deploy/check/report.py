@@ -1,0 +1,136 @@
+"""The graph check: findings and a summary for any Q/DQ ONNX file, without a GPU and without building an engine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from onnx import ModelProto
+
+from deploy.check.finding import Finding
+from deploy.check.rules import rules_for, unequal_scales
+from deploy.check.view import AVERAGE_POOLS, WEIGHTED, View
+from deploy.graph.model import load_onnx
+from deploy.graph.passes import count_qdq
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A graph in numbers.
+
+    Attributes:
+        num_nodes, num_quantize, num_dequantize: nodes in the file.
+        num_convs, num_int8_convs: weighted nodes, and those that run in INT8.
+        num_output_convs: weighted nodes at the outputs, float by design.
+        macs, int8_macs: multiply-accumulates at batch 1 of all of them; 0 where shapes are unknown.
+        int8_share: int8_macs / macs.
+        inner_int8_share: the same without the output convs, that is, of backbone, neck and head towers.
+        precision_changes: places where a kernel has to change type or scale on its own.
+    """
+
+    num_nodes: int
+    num_quantize: int
+    num_dequantize: int
+    num_convs: int
+    num_int8_convs: int
+    num_output_convs: int
+    macs: int
+    int8_macs: int
+    int8_share: float
+    inner_int8_share: float
+    precision_changes: int
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Everything `python -m deploy.check` prints."""
+
+    path: str
+    target: str
+    findings: tuple[Finding, ...]
+    summary: Summary
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain dict, ready for JSON."""
+        return asdict(self)
+
+
+def check_graph(path: Path, image_size: tuple[int, int] | None = None) -> list[Finding]:
+    """Findings for an ONNX file; see `inspect_graph` for the summary as well."""
+    return list(inspect_graph(path, image_size).findings)
+
+
+def inspect_graph(
+    path: Path, image_size: tuple[int, int] | None = None, target: str | None = None
+) -> CheckReport:
+    """Check an ONNX file, of this project or of any other tool.
+
+    Args:
+        path: the file; it is treated as untrusted data.
+        image_size: (height, width) where neither shapes nor metadata of the file tell; needed for the MAC shares
+            only.
+        target: engine the graph is for, one of `TARGETS`; None takes what the file says, TensorRT where it says
+            nothing.
+
+    Raises:
+        DeployError: the file cannot be read.
+    """
+    return inspect_model(load_onnx(path), str(path), image_size, target)
+
+
+def inspect_model(
+    model: ModelProto,
+    path: str = "",
+    image_size: tuple[int, int] | None = None,
+    target: str | None = None,
+) -> CheckReport:
+    """Check a model in memory; it is not changed."""
+    view = View(model, image_size, target)
+    findings = [finding for rule in rules_for(view) for finding in rule(view)]
+    return CheckReport(path, view.target, tuple(findings), summarize_view(view, model))
+
+
+def summarize_view(view: View, model: ModelProto) -> Summary:
+    """Count convs, multiply-accumulates and precision changes."""
+    num_quantize, num_dequantize = count_qdq(model)
+    total = inner = int8 = inner_int8 = num_int8 = 0
+    weighted = view.weighted()
+    for node in weighted:
+        macs = view.multiply_accumulates(node) or 0
+        quantized, at_output = view.is_quantized(node), id(node) in view.output_convs
+        total += macs
+        num_int8 += quantized
+        int8 += macs if quantized else 0
+        if not at_output:
+            inner += macs
+            inner_int8 += macs if quantized else 0
+    return Summary(
+        num_nodes=len(model.graph.node),
+        num_quantize=num_quantize,
+        num_dequantize=num_dequantize,
+        num_convs=len(weighted),
+        num_int8_convs=num_int8,
+        num_output_convs=sum(id(node) in view.output_convs for node in weighted),
+        macs=total,
+        int8_macs=int8,
+        int8_share=int8 / total if total else 0.0,
+        inner_int8_share=inner_int8 / inner if inner else 0.0,
+        precision_changes=count_precision_changes(view),
+    )
+
+
+def count_precision_changes(view: View) -> int:
+    """Kernels that only change type or scale: Q or DQ that no neighbour takes in, and scales beyond the first."""
+    takers = {*WEIGHTED, "Add", *AVERAGE_POOLS, "QuantizeLinear"}
+    if view.target == "onnxruntime":
+        takers |= {"Sigmoid", "Mul"}  # it has integer kernels for these
+    changes = (
+        0 if view.target == "onnxruntime" else sum(finding.reformats for finding in unequal_scales(view))
+    )
+    for quantize in view.quantizers("QuantizeLinear"):
+        source = view.producer(quantize.input[0])
+        changes += source is None or source.op_type in ("Cast", "Softmax")  # nobody computes it: the image
+    for dequantize in view.quantizers("DequantizeLinear"):
+        readers = view.readers(dequantize.output[0])
+        changes += any(reader.op_type not in takers and not view.is_moving(reader) for reader in readers)
+    return changes

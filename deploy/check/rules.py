@@ -1,0 +1,215 @@
+"""The rules of Q/DQ placement, one function for each: a View in, findings out.
+
+Sources of the rules: NVIDIA's Q/DQ placement recommendations (TensorRT developer guide; tensorflow-quantization's
+custom cases), modelopt's ONNX quantization, and yolo_deepstream's QAT guidance. "Reformats" are kernels that do
+nothing but change scale or type.
+"""
+
+from __future__ import annotations
+
+from onnx import NodeProto
+
+from deploy.check.activations import quantizer_inside_conv
+from deploy.check.finding import Finding, Findings, Rule
+from deploy.check.parameters import bad_parameters, weight_parameters
+from deploy.check.placement import float_islands, float_pools, needless_quantizers
+from deploy.check.view import WEIGHTED, View, format_scale, reached
+from deploy.graph.model import attributes
+
+
+def float_convs(view: View) -> Findings:
+    """Rule 1: every conv but those at the outputs has DQ on data and on weight."""
+    for node in view.weighted():
+        at_output = id(node) in view.output_convs
+        if at_output and (view.weight_dequantizer(node) is None or view.lacks_result_quantizer(node)):
+            continue
+        if view.is_quantized(node):
+            continue
+        yield Finding(node.name, *_why_float(view, node), rule="conv-float")
+
+
+def _why_float(view: View, node: NodeProto) -> tuple[str, str]:
+    roots = view.roots(node.input[0])
+    found = {root: view.dequantizer(root) for root in roots}
+    missing = [root for root, dq in found.items() if dq is None]
+    kind = node.op_type
+    if view.weight_dequantizer(node) is None and len(missing) == len(roots):
+        return (
+            f"{kind} has neither data nor weight quantized and runs in float",
+            "quantize its input and its weight",
+        )
+    if view.weight_dequantizer(node) is None:
+        return (
+            f"{kind} reads INT8 data but its weight is float, so it runs in float",
+            "quantize its weight per channel",
+        )
+    if not missing and view.lacks_result_quantizer(node):
+        return (
+            f"{kind}'s result is read without Q/DQ; ONNX Runtime then runs it in float",
+            "give the export images (images=...), from which it takes a grid for the result",
+        )
+    if missing and len(missing) < len(roots):
+        return (
+            f"{kind}'s input joins {len(roots)} tensors, {', '.join(missing[:3])} without Q/DQ; it runs in float",
+            "quantize every tensor that enters the concat, with one scale",
+        )
+    if missing:
+        source = view.producer(missing[0])
+        origin = f"{source.op_type} '{source.name}'" if source is not None else "a graph input"
+        return (
+            f"{kind}'s input comes from {origin} without Q/DQ; it runs in float",
+            f"put Q/DQ on '{missing[0]}'",
+        )
+    scales = {view.quantization(dq).key for dq in found.values() if dq is not None}
+    values = ", ".join(sorted(format_scale(key[0]) if key else "per channel" for key in scales))
+    return (
+        f"{kind}'s input joins tensors of {len(scales)} scales ({values}); it runs in float or each is quantized again",
+        "let the tensors that meet here share one scale",
+    )
+
+
+def residual_adds(view: View) -> Findings:
+    """Rule 3: of a residual sum the skip is quantized and the conv branch is not."""
+    for node in view.graph.nodes:
+        if node.op_type != "Add" or any(name in view.fixed for name in node.input) or len(node.input) != 2:
+            continue
+        if not any(reader.op_type in WEIGHTED for reader in reached(view, node.output[0])):
+            continue  # not inside the network: the decode's sums
+        quantized = [
+            all(view.dequantizer(root) is not None for root in view.roots(name)) for name in node.input
+        ]
+        branches = [_is_branch(view, node.input[i], node.input[1 - i]) for i in (0, 1)]
+        if all(quantized) and any(branches):
+            tensor = node.input[branches.index(True)]
+            yield Finding(
+                node.name, f"both summands are quantized; Q/DQ on the branch '{tensor}' keeps the sum out of its conv",
+                "remove the Q/DQ on the branch, keep the one on the skip", "residual", 1,
+            )  # fmt: skip
+        elif not any(quantized):
+            yield Finding(
+                node.name, "neither summand is quantized: the skip is kept and read in float",
+                "put Q/DQ on the skip, with the scale of the block's first conv", "residual", 1,
+            )  # fmt: skip
+
+
+def _is_branch(view: View, tensor: str, other: str) -> bool:
+    """Whether a summand comes from a conv that works on the other summand: the longer way to the common ancestor."""
+    sources = {_source_tensor(view, root) for root in view.roots(other)}
+    pending: list[str] = [tensor]
+    seen: set[str] = set()
+    while pending:
+        name = pending.pop()
+        node = view.producer(name)
+        if node is None or name in seen or len(seen) > 400:
+            continue
+        seen.add(name)
+        for before in node.input:
+            if before in view.fixed:
+                continue
+            if before in sources and (len(seen) > 1 or node.op_type in WEIGHTED):
+                return any(made.op_type in WEIGHTED for n in seen if (made := view.producer(n)) is not None)
+            pending.append(before)
+    return False
+
+
+def _source_tensor(view: View, tensor: str) -> str:
+    """The tensor in front of the Q/DQ pair that makes `tensor`."""
+    node = view.producer(tensor)
+    while node is not None and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        tensor = node.input[0]
+        node = view.producer(tensor)
+    return tensor
+
+
+def unequal_scales(view: View) -> Findings:
+    """Rule 4, the master check: all scales that reach one computed tensor through moving operators are equal."""
+    for tensor in _computed_tensors(view):
+        scales = scales_reaching(view, tensor)
+        if len(scales) > 1:
+            values = ", ".join(sorted(format_scale(scale) for scale, _ in scales))
+            yield Finding(
+                tensor, f"wanted on {len(scales)} scales ({values}): each further one is a kernel of its own",
+                "give its readers, and the tensors it is joined with, one scale", "unequal-scales", len(scales) - 1,
+            )  # fmt: skip
+
+
+def scales_reaching(view: View, tensor: str) -> set[tuple[float, int]]:
+    """(scale, zero point) of every Q that a tensor flows into through moving operators and Q/DQ pairs."""
+    scales: set[tuple[float, int]] = set()
+    pending, seen = [tensor], set()
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for node in view.readers(name):
+            if node.op_type == "QuantizeLinear":
+                key = view.quantization(node).key
+                if key is not None:
+                    scales.add(key)
+                pending.extend(node.output)
+            elif node.op_type == "DequantizeLinear" or (
+                view.is_moving(node) and name in view.moved_inputs(node)
+            ):
+                pending.extend(node.output)
+    return scales
+
+
+def _computed_tensors(view: View) -> list[str]:
+    names = list(view.graph.inputs)
+    for node in view.graph.nodes:
+        if not view.is_moving(node) and node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            names.extend(name for name in node.output if name not in view.fixed)
+    return names
+
+
+def narrow_convs(view: View) -> Findings:
+    """Rule 6: convs too narrow for an INT8 kernel (modelopt's conditions), and the DFL's fixed 1x1 conv."""
+    for node in view.weighted():
+        weight = view.shapes.get(node.input[1])
+        if node.op_type != "Conv" or not view.is_quantized(node) or weight is None or None in weight:
+            continue
+        outputs, inputs, *kernel = (size or 0 for size in weight)
+        groups = int(str(attributes(node).get("group", 1)))
+        if outputs == 1 and set(kernel) == {1}:
+            reason = "the DFL's projection"
+        elif groups > 1:
+            reason = (
+                ""
+                if outputs % 8 == 0 and min(kernel) >= 3
+                else f"{groups} groups, {outputs} outputs, kernel {kernel}"
+            )
+        else:
+            from_image = any(
+                _source_tensor(view, root) in view.graph.inputs for root in view.roots(node.input[0])
+            )
+            aligned = (outputs % 8 == 0 or inputs % 8 == 0) and len(set(kernel)) == 1
+            wide = from_image or max(inputs, outputs) >= 16
+            reason = "" if aligned and wide else f"{inputs} inputs, {outputs} outputs, kernel {kernel}"
+        if reason:
+            yield Finding(
+                node.name, f"quantized conv is too narrow for a good INT8 kernel ({reason})",
+                "leave it in float", "narrow-conv",
+            )  # fmt: skip
+
+
+RULES: tuple[Rule, ...] = (
+    float_convs,
+    quantizer_inside_conv,
+    residual_adds,
+    unequal_scales,
+    float_pools,
+    narrow_convs,
+    needless_quantizers,
+    bad_parameters,
+    weight_parameters,
+    float_islands,
+)
+"""All rules. ONNX Runtime's own graph has a Q on every operator's output on purpose, see `rules_for`."""
+
+INTEGER_OPERATOR_RULES: tuple[Rule, ...] = (float_convs, bad_parameters, weight_parameters, narrow_convs)
+
+
+def rules_for(view: View) -> tuple[Rule, ...]:
+    """The rules that hold for the target named in the file's metadata; TensorRT's for files of other tools."""
+    return INTEGER_OPERATOR_RULES if view.target == "onnxruntime" else RULES

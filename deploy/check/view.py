@@ -1,0 +1,317 @@
+"""A Q/DQ graph as the check sees it: what is constant, which scales reach what, what runs in which precision.
+
+Legend: Q QuantizeLinear, DQ DequantizeLinear. A *root* is a tensor that some kernel really computes (or a graph
+input); *moving* operators (concat, split, max-pool, nearest resize, reshape, transpose) only pass values on, and
+Q/DQ commute with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto
+
+from core.errors import DeployError
+from deploy.graph.model import Array, Graph, attributes, stored_metadata
+from deploy.graph.passes import drop_identities
+
+MOVING = frozenset(
+    {
+        "Concat",
+        "Split",
+        "Slice",
+        "MaxPool",
+        "Reshape",
+        "Transpose",
+        "Squeeze",
+        "Unsqueeze",
+        "Flatten",
+        "Resize",
+    }
+)
+AVERAGE_POOLS = ("AveragePool", "GlobalAveragePool")
+WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+ACTIVATIONS = frozenset(
+    {
+        "Relu",
+        "LeakyRelu",
+        "Sigmoid",
+        "HardSigmoid",
+        "HardSwish",
+        "Clip",
+        "Mish",
+        "Gelu",
+        "Tanh",
+        "Elu",
+        "PRelu",
+    }
+)
+FLOAT_TYPES: Mapping[int, str] = {
+    onnx.TensorProto.FLOAT: "fp32",
+    onnx.TensorProto.FLOAT16: "fp16",
+    onnx.TensorProto.BFLOAT16: "bf16",
+}
+CPU_TARGETS = frozenset({"openvino", "onnxruntime"})
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Scale and zero point of a Q or DQ node; None where they are computed at run time."""
+
+    scale: Array | None
+    zero_point: Array | None
+    axis: int
+
+    @property
+    def is_per_tensor(self) -> bool:
+        """Whether one scale serves the whole tensor."""
+        return self.scale is not None and self.scale.size == 1
+
+    @property
+    def key(self) -> tuple[float, int] | None:
+        """(scale, zero point) for comparison; None for run-time or per-channel scales."""
+        if self.scale is None or self.scale.size != 1:
+            return None
+        zero_point = (
+            0 if self.zero_point is None or not self.zero_point.size else int(self.zero_point.reshape(-1)[0])
+        )
+        return float(self.scale.reshape(-1)[0]), zero_point
+
+
+class View:
+    """Look-ups over one model; the model is not changed.
+
+    Args:
+        model: any ONNX model.
+        image_size: (height, width) for inputs whose size the file leaves open; otherwise its metadata is asked.
+        target: engine the graph is for; None asks the metadata.
+
+    Attributes:
+        graph: the graph without Identity nodes.
+        target: the engine; "" for files of other tools, also where they quantized a float file of ours.
+        shapes: shapes with batch 1; types: element types; both by tensor name, where inference could tell.
+        fixed: tensors computed from constants only.
+    """
+
+    def __init__(
+        self, model: ModelProto, image_size: tuple[int, int] | None = None, target: str | None = None
+    ) -> None:
+        copy = ModelProto()
+        copy.CopyFrom(model)
+        metadata = stored_metadata(copy)
+        stated = "" if metadata.get("octet.quantized") == "false" else metadata.get("octet.target", "")
+        self.target = stated if target is None else target
+        fix_input_shapes(copy, image_size or _stored_size(metadata))
+        self.graph = Graph(copy)
+        drop_identities(self.graph)
+        self.shapes, self.types = _infer(self.graph.commit())
+        self.fixed = self._fixed_tensors()
+        self.output_convs = self._output_convs()
+
+    def _fixed_tensors(self) -> set[str]:
+        fixed = set(self.graph.constants)
+        for node in self.graph.nodes:
+            if node.input and all(name in fixed for name in node.input if name):
+                fixed.update(node.output)
+        return fixed
+
+    def _output_convs(self) -> set[int]:
+        """Ids of weighted nodes behind which no other weighted node comes."""
+        before_weighted: set[str] = set()
+        last = set()
+        for node in reversed(self.graph.nodes):
+            leads = any(name in before_weighted for name in node.output)
+            if node.op_type in WEIGHTED and not leads:
+                last.add(id(node))
+            if node.op_type in WEIGHTED or leads:
+                before_weighted.update(name for name in node.input if name not in self.fixed)
+        return last
+
+    # ------------------------------------------------------------------------------------------------------- nodes
+    def quantizers(self, op_type: str) -> list[NodeProto]:
+        """Q or DQ nodes of activations (their data is not constant)."""
+        return [
+            node for node in self.graph.nodes if node.op_type == op_type and node.input[0] not in self.fixed
+        ]
+
+    def weighted(self) -> list[NodeProto]:
+        """Convs, and matrix products with a constant operand."""
+        return [
+            node
+            for node in self.graph.nodes
+            if node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in self.fixed
+        ]
+
+    def quantization(self, node: NodeProto) -> Quantization:
+        """Parameters of a Q or DQ node."""
+        axis = attributes(node).get("axis", 1)
+        values = [self.graph.constants.get(name) for name in node.input[1:3]]
+        return Quantization(
+            values[0] if values else None, values[1] if len(values) > 1 else None, int(str(axis))
+        )
+
+    def producer(self, tensor: str) -> NodeProto | None:
+        """Node that computes a tensor."""
+        return self.graph.producers.get(tensor)
+
+    def readers(self, tensor: str) -> list[NodeProto]:
+        """Nodes that read a tensor."""
+        return self.graph.consumers.get(tensor, [])
+
+    def is_moving(self, node: NodeProto) -> bool:
+        """Whether a node only moves or selects values."""
+        if node.op_type == "Resize":
+            return attributes(node).get("mode", b"nearest") == b"nearest"
+        return node.op_type in MOVING
+
+    def moved_inputs(self, node: NodeProto) -> list[str]:
+        """Data inputs of a moving node."""
+        return list(node.input) if node.op_type == "Concat" else [node.input[0]]
+
+    def roots(self, tensor: str) -> list[str]:
+        """The tensors a value really comes from, backward through moving operators; DQ outputs count as roots."""
+        found: dict[str, None] = {}
+        pending, seen = [tensor], set()
+        while pending:
+            name = pending.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            node = self.producer(name)
+            if node is not None and self.is_moving(node):
+                pending.extend(self.moved_inputs(node))
+            else:
+                found[name] = None
+        return list(found)
+
+    def dequantizer(self, tensor: str) -> NodeProto | None:
+        """The DQ that produces a tensor, if one does."""
+        node = self.producer(tensor)
+        return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+    def weight_dequantizer(self, node: NodeProto) -> NodeProto | None:
+        """The DQ of a weighted node's weight, also behind a reshape or transpose of it."""
+        name = node.input[1]
+        while (producer := self.producer(name)) is not None and producer.op_type in (
+            "Reshape",
+            "Transpose",
+            "Cast",
+        ):
+            name = producer.input[0]
+        return self.dequantizer(name)
+
+    def is_quantized(self, node: NodeProto) -> bool:
+        """Whether a weighted node runs in INT8: its weights are, one scale is on all of its data, and see below.
+
+        ONNX Runtime's convs also ask for a Q on their result.
+        """
+        if self.weight_dequantizer(node) is None or self.lacks_result_quantizer(node):
+            return False
+        found = [self.dequantizer(root) for root in self.roots(node.input[0])]
+        keys = {self.quantization(dq).key if dq is not None else None for dq in found}
+        return len(keys) == 1 and None not in keys
+
+    def lacks_result_quantizer(self, node: NodeProto) -> bool:
+        """Whether ONNX Runtime runs a conv in float because somebody reads its result without Q."""
+        if self.target != "onnxruntime" or node.op_type != "Conv":
+            return False
+        readers = self.readers(node.output[0])
+        if len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
+            readers = self.readers(readers[0].output[0])
+        return any(reader.op_type != "QuantizeLinear" for reader in readers) or not readers
+
+    # ------------------------------------------------------------------------------------------------------ numbers
+    def multiply_accumulates(self, node: NodeProto) -> int | None:
+        """Products of one weighted node at batch 1; None where a shape is unknown."""
+        weight, result = self.shapes.get(node.input[1]), self.shapes.get(node.output[0])
+        if not weight or not result or None in weight or None in result:
+            return None
+        known = [size or 1 for size in weight]
+        outputs = math.prod(size or 1 for size in result)
+        if node.op_type == "Conv":
+            return outputs * math.prod(known[1:])
+        if node.op_type == "ConvTranspose":
+            inputs = self.shapes.get(node.input[0]) or ()
+            return (
+                math.prod(size or 1 for size in inputs) * math.prod(known[1:]) if None not in inputs else None
+            )
+        shared = known[-1] if node.op_type == "Gemm" and attributes(node).get("transB") else known[-2]
+        return outputs * shared
+
+    def float_type(self, tensor: str) -> str:
+        """Float type of a tensor, such as "fp32"; empty for integers and unknown types."""
+        return FLOAT_TYPES.get(self.types.get(tensor, 0), "")
+
+    def node_precision(self, node: NodeProto) -> str:
+        """Precision an engine will run a node in: int8, fp16, bf16, fp32 or other."""
+        if node.op_type in WEIGHTED and node.input[1] in self.fixed:
+            return "int8" if self.is_quantized(node) else self.float_type(node.output[0]) or "fp32"
+        if self.is_moving(node) or node.op_type in AVERAGE_POOLS:
+            roots = [self.dequantizer(root) for name in self.moved_inputs(node) for root in self.roots(name)]
+            if roots and all(root is not None for root in roots):
+                return "int8"
+        return self.float_type(node.output[0]) or "other"
+
+
+def fix_input_shapes(model: ModelProto, image_size: tuple[int, int] | None) -> None:
+    """Set open dimensions of image inputs: batch 1, and the image size where it is known."""
+    for value in model.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        for index, dim in enumerate(dims):
+            if dim.HasField("dim_value") and dim.dim_value > 0:
+                continue
+            if index == 0:
+                dim.dim_value = 1
+            elif index >= 2 and len(dims) == 4 and image_size is not None:
+                dim.dim_value = image_size[index - 2]
+    for value in model.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    del model.graph.value_info[:]
+
+
+def _stored_size(metadata: Mapping[str, str]) -> tuple[int, int] | None:
+    height, _, width = metadata.get("octet.image_size", "").partition("x")
+    return (int(height), int(width)) if height.isdecimal() and width.isdecimal() else None
+
+
+def _infer(model: ModelProto) -> tuple[dict[str, tuple[int | None, ...]], dict[str, int]]:
+    try:
+        graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    except onnx.shape_inference.InferenceError as error:
+        raise DeployError(f"The graph's shapes contradict each other: {error}") from error
+    shapes: dict[str, tuple[int | None, ...]] = {}
+    types: dict[str, int] = {}
+    for value in [*graph.input, *graph.value_info, *graph.output]:
+        types[value.name] = value.type.tensor_type.elem_type
+        if value.type.tensor_type.HasField("shape"):
+            dims = value.type.tensor_type.shape.dim
+            shapes[value.name] = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in dims)
+    for tensor in graph.initializer:
+        shapes[tensor.name], types[tensor.name] = tuple(tensor.dims), tensor.data_type
+    return shapes, types
+
+
+def format_scale(value: Array | float) -> str:
+    """A scale for a message."""
+    return f"{float(np.asarray(value).reshape(-1)[0]):.6g}"
+
+
+def behind(view: View, quantize: NodeProto) -> list[NodeProto]:
+    """Readers of the dequantized values of a Q."""
+    return [reader for dq in view.readers(quantize.output[0]) for reader in view.readers(dq.output[0])]
+
+
+def reached(view: View, tensor: str) -> list[NodeProto]:
+    """All nodes behind a tensor."""
+    found: dict[int, NodeProto] = {}
+    pending = [tensor]
+    while pending:
+        for node in view.readers(pending.pop()):
+            if id(node) not in found:
+                found[id(node)] = node
+                pending.extend(node.output)
+    return list(found.values())

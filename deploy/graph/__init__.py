@@ -1,0 +1,1 @@
+"""ONNX files and graphs: reading, passes, shapes, drawing."""

@@ -1,0 +1,319 @@
+"""Reading, indexing and writing ONNX graphs: the ground every export pass and the graph check stand on.
+
+An ONNX file is untrusted data. Its tensors may point to other files ("external data"), and the readers inside
+the runtimes follow such pointers. `load_onnx` and `verify_onnx` therefore look at every pointer first: it has
+to stay inside the folder of the model, exist, and be long enough. `save_onnx` writes beside the target and
+renames, so that a reader never sees half a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx.external_data_helper import load_external_data_for_model
+
+from core.errors import DeployError
+from core.files import write_bytes
+
+MAX_ONNX_BYTES = 2**31 - 1  # protobuf's own limit for one message
+MAX_EXTERNAL_BYTES = 16 * 2**30
+
+Array = NDArray[np.generic]
+
+
+# ---------------------------------------------------------------------------------------- reading and writing
+def stored_metadata(model: ModelProto) -> dict[str, str]:
+    """What the file says about itself, by key."""
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def load_onnx(path: Path, max_bytes: int = MAX_ONNX_BYTES) -> ModelProto:
+    """Read an ONNX file with its external data, after checking both.
+
+    Raises:
+        DeployError: no such file, larger than `max_bytes`, not ONNX, or external data that leaves the model's
+            folder.
+    """
+    model = _read_checked(path, max_bytes)
+    load_external_data_for_model(model, str(path.parent))
+    return model
+
+
+def verify_onnx(path: Path, max_bytes: int = MAX_ONNX_BYTES) -> None:
+    """Check a file as `load_onnx` does, for runtimes that then read the path themselves."""
+    _read_checked(path, max_bytes)
+
+
+def save_onnx(model: ModelProto, path: Path) -> None:
+    """Write a model atomically; raises DeployError where it does not fit in one protobuf message (2 GiB)."""
+    size = model.ByteSize()
+    if size > MAX_ONNX_BYTES:
+        raise DeployError(
+            f"The graph for {path} is {size} bytes; one ONNX file holds at most {MAX_ONNX_BYTES}. Export a "
+            "smaller model."
+        )
+    write_bytes(path, model.SerializeToString())
+
+
+def _read_checked(path: Path, max_bytes: int) -> ModelProto:
+    if not path.is_file():
+        raise DeployError(f"No ONNX file at {path}; export one first (python export.py run=... target=...).")
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise DeployError(
+            f"{path} has {size} bytes; at most {max_bytes} are read. Raise max_bytes if you trust it."
+        )
+    model = ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise DeployError(f"{path} is not an ONNX file ({error}); export it again.") from error
+    if not model.graph.node and not model.graph.initializer:
+        raise DeployError(f"{path} holds an empty ONNX graph; export it again.")
+    for tensor in iterate_tensors(model.graph):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            _check_external(tensor, path)
+    return model
+
+
+def _check_external(tensor: TensorProto, model_path: Path) -> None:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    folder = model_path.parent.resolve()
+    target = (folder / location).resolve()
+    if not location or Path(location).is_absolute() or not target.is_relative_to(folder) or target == folder:
+        raise DeployError(
+            f"{model_path}: tensor '{tensor.name}' points to external data '{location}', outside the "
+            "model's folder. "
+            "Refused: external data has to lie beside the model."
+        )
+    if not target.is_file():
+        raise DeployError(
+            f"{model_path}: tensor '{tensor.name}' needs {target}, which does not exist; copy it too."
+        )
+    try:
+        offset, length = int(entries.get("offset", "0")), int(entries.get("length", "0"))
+    except ValueError as error:
+        raise DeployError(
+            f"{model_path}: tensor '{tensor.name}' has a malformed offset or length: {error}"
+        ) from error
+    size = target.stat().st_size
+    if offset < 0 or length < 0 or offset + length > size or size > MAX_EXTERNAL_BYTES:
+        raise DeployError(
+            f"{model_path}: tensor '{tensor.name}' wants bytes {offset}..{offset + length} of {target}, "
+            f"which has {size} "
+            f"(limit {MAX_EXTERNAL_BYTES}); the file is truncated or not this model's."
+        )
+
+
+def iterate_tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    """Every tensor stored in a graph: initializers and node attributes, subgraphs included."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield sparse.values
+        yield sparse.indices
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from _attribute_tensors(attribute)
+
+
+def _attribute_tensors(attribute: AttributeProto) -> Iterator[TensorProto]:
+    if attribute.HasField("t"):
+        yield attribute.t
+    yield from attribute.tensors
+    if attribute.HasField("sparse_tensor"):
+        yield attribute.sparse_tensor.values
+        yield attribute.sparse_tensor.indices
+    if attribute.HasField("g"):
+        yield from iterate_tensors(attribute.g)
+    for graph in attribute.graphs:
+        yield from iterate_tensors(graph)
+
+
+# --------------------------------------------------------------------------------------------------- indexing
+class Graph:
+    """The main graph of a model with look-ups by tensor name; edits keep the look-ups in step.
+
+    Attributes:
+        model: the ModelProto that is edited in place by `commit`.
+        nodes: the nodes in topological order.
+        constants: initializers and the values of Constant nodes, as arrays, by tensor name.
+        inputs, outputs: names of the graph's inputs and outputs (initializers that are also inputs left out).
+    """
+
+    def __init__(self, model: ModelProto) -> None:
+        self.model = model
+        self.nodes: list[NodeProto] = []
+        self.constants: dict[str, Array] = {}
+        for initializer in model.graph.initializer:
+            self.constants[initializer.name] = numpy_helper.to_array(initializer)
+        for node in model.graph.node:
+            value = constant_value(node)
+            if value is None:
+                self.nodes.append(node)
+            else:
+                self.constants[node.output[0]] = value
+        self.inputs = [value.name for value in model.graph.input if value.name not in self.constants]
+        self.outputs = [value.name for value in model.graph.output]
+        self.reindex()
+
+    def reindex(self) -> None:
+        """Build the look-ups anew after inputs of nodes were edited directly."""
+        self.producers: dict[str, NodeProto] = {}
+        self.consumers: dict[str, list[NodeProto]] = {}
+        for node in self.nodes:
+            for name in node.output:
+                if name:
+                    self.producers[name] = node
+            for name in dict.fromkeys(tensor_inputs(node)):
+                self.consumers.setdefault(name, []).append(node)
+
+    def rewire(self, old: str, new: str) -> None:
+        """Let every consumer of tensor `old` read `new`; a graph output named `old` is not touched."""
+        for node in self.consumers.pop(old, []):
+            for index, name in enumerate(node.input):
+                if name == old:
+                    node.input[index] = new
+            readers = self.consumers.setdefault(new, [])
+            if not any(reader is node for reader in readers):
+                readers.append(node)
+
+    def remove(self, nodes: Iterable[NodeProto]) -> None:
+        """Take nodes out of the graph."""
+        gone = {id(node) for node in nodes}
+        if gone:
+            self.nodes = [node for node in self.nodes if id(node) not in gone]
+            self.reindex()
+
+    def insert(self, nodes: Iterable[NodeProto]) -> None:
+        """Add nodes anywhere; `commit` sorts them."""
+        self.nodes.extend(nodes)
+        self.reindex()
+
+    def unique(self, wanted: str) -> str:
+        """A tensor or node name that is not in use yet, as close to `wanted` as possible."""
+        taken = (
+            set(self.constants) | set(self.producers) | set(self.inputs) | {node.name for node in self.nodes}
+        )
+        name, number = wanted, 1
+        while name in taken:
+            name, number = f"{wanted}_{number}", number + 1
+        return name
+
+    def prune(self) -> int:
+        """Drop nodes whose results nobody reads; returns how many."""
+        needed, keep = set(self.outputs), []
+        for node in reversed(sort_nodes(self.nodes)):
+            if any(name in needed for name in node.output):
+                needed.update(tensor_inputs(node))
+                keep.append(node)
+        dropped = len(self.nodes) - len(keep)
+        self.nodes = keep[::-1]
+        self.reindex()
+        return dropped
+
+    def commit(self) -> ModelProto:
+        """Write the edits back: sorted nodes, the constants in use as initializers; returns the model."""
+        self.nodes = sort_nodes(self.nodes)
+        used = {name for node in self.nodes for name in tensor_inputs(node)} | set(self.outputs)
+        graph = self.model.graph
+        nodes = [NodeProto.FromString(node.SerializeToString()) for node in self.nodes]
+        del graph.node[:]
+        graph.node.extend(nodes)
+        del graph.initializer[:]
+        graph.initializer.extend(
+            numpy_helper.from_array(np.asarray(value), name)
+            for name, value in self.constants.items()
+            if name in used
+        )
+        # inferred types of tensors go stale with edits: shape inference writes them again where they are
+        # needed
+        del graph.value_info[:]
+        self.constants = {name: value for name, value in self.constants.items() if name in used}
+        self.nodes = list(graph.node)
+        self.reindex()
+        return self.model
+
+
+def constant_value(node: NodeProto) -> Array | None:
+    """Value of a Constant node, None for any other node and for the string and sparse forms."""
+    if node.op_type != "Constant":
+        return None
+    for attribute in node.attribute:
+        match attribute.name:
+            case "value":
+                return numpy_helper.to_array(attribute.t)
+            case "value_float":
+                return np.asarray(attribute.f, np.float32)
+            case "value_floats":
+                return np.asarray(attribute.floats, np.float32)
+            case "value_int":
+                return np.asarray(attribute.i, np.int64)
+            case "value_ints":
+                return np.asarray(attribute.ints, np.int64)
+    return None
+
+
+def tensor_inputs(node: NodeProto) -> list[str]:
+    """Names a node reads, also inside its subgraphs, without the empty names of left-out inputs."""
+    names = [name for name in node.input if name]
+    for attribute in node.attribute:
+        for graph in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+            for inner in graph.node:
+                names.extend(tensor_inputs(inner))
+    return names
+
+
+def sort_nodes(nodes: Iterable[NodeProto]) -> list[NodeProto]:
+    """Nodes in topological order, otherwise in the given order; raises DeployError on a cycle."""
+    pending = list(nodes)
+    produced_here = {name for node in pending for name in node.output if name}
+    ready: set[str] = set()
+    ordered: list[NodeProto] = []
+    while pending:
+        later = []
+        for node in pending:
+            if all(name in ready or name not in produced_here for name in tensor_inputs(node)):
+                ordered.append(node)
+                ready.update(node.output)
+            else:
+                later.append(node)
+        if len(later) == len(pending):
+            raise DeployError(f"The graph has a cycle through node '{later[0].name}' ({later[0].op_type}).")
+        pending = later
+    return ordered
+
+
+def attributes(node: NodeProto) -> dict[str, object]:
+    """A node's attributes as plain Python values."""
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def tensor_shapes(model: ModelProto) -> Mapping[str, tuple[int | None, ...]]:
+    """Shape of every tensor that shape inference can tell; None for a dimension known only at run time."""
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    shapes: dict[str, tuple[int | None, ...]] = {}
+    graph = inferred.graph
+    for value in [*graph.input, *graph.value_info, *graph.output]:
+        if value.type.tensor_type.HasField("shape"):
+            shapes[value.name] = tuple(
+                dim.dim_value if dim.HasField("dim_value") else None
+                for dim in value.type.tensor_type.shape.dim
+            )
+    for initializer in graph.initializer:
+        shapes[initializer.name] = tuple(initializer.dims)
+    return shapes
+
+
+def opset_of(model: ModelProto) -> int:
+    """Version of the standard ONNX operator set the model asks for."""
+    for entry in model.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            return entry.version
+    raise DeployError("The model names no standard operator set; it is not a usable ONNX file.")

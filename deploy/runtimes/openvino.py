@@ -1,0 +1,261 @@
+"""OpenVINO: the CPU default. The only file that imports `openvino`.
+
+OpenVINO runs symmetric Q/DQ graphs as real INT8. Left alone it picks BF16 for the float part on machines with
+AMX, so every figure has to name its precision hint; the default here is "f32".
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.errors import DeployError
+from core.files import written_atomically
+from deploy.graph.model import verify_onnx
+from deploy.runtimes.base import FloatArray, LayerTime, Runtime, Worker, check_images
+from deploy.targets.outputs import plugin_hint
+
+PRECISIONS: Mapping[str, str] = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
+AUTO = "auto"
+
+
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise DeployError("The openvino runtime needs the package openvino: pip install openvino") from error
+    return openvino
+
+
+@functools.cache
+def _core() -> Any:
+    """The process's one Core.
+
+    It is never let go: when the last Core is destroyed OpenVINO unloads its CPU plugin, and the next parallel torch
+    operation of the same process then dies of a segmentation fault (seen with 2026.4.1 and torch 2.15).
+    """
+    return _openvino().Core()
+
+
+def _read_model(path: Path) -> Any:
+    """Read an .onnx or an .xml file, after the checks that untrusted files get."""
+    if path.suffix == ".onnx":
+        verify_onnx(path)
+    elif path.suffix == ".xml":
+        missing = [part for part in (path, path.with_suffix(".bin")) if not part.is_file()]
+        if missing:
+            raise DeployError(
+                f"No {missing[0]}: an OpenVINO engine is an .xml with its .bin beside it; build it again."
+            )
+    else:
+        raise DeployError(f"OpenVINO reads .onnx and .xml files, got '{path.name}'.")
+    try:
+        return _core().read_model(str(path))
+    except RuntimeError as error:
+        raise DeployError(f"OpenVINO cannot read {path}: {error}.{plugin_hint(error)}") from error
+
+
+def input_size(path: Path) -> tuple[int, int] | None:
+    """(height, width) of a model's images, None where the file leaves them open."""
+    shape = _read_model(path).inputs[0].partial_shape
+    if len(shape) != 4 or shape[2].is_dynamic or shape[3].is_dynamic:
+        return None
+    return shape[2].get_length(), shape[3].get_length()
+
+
+def build_openvino(onnx_path: Path, out_dir: Path) -> Path:
+    """Convert an ONNX file to OpenVINO IR, OUT_DIR/NAME.xml and .bin, without rounding float weights."""
+    model = _read_model(onnx_path)
+    path = out_dir / f"{onnx_path.stem}.xml"
+    with written_atomically(path.with_suffix(".bin"), path) as (weights, graph):
+        _openvino().save_model(model, str(graph), compress_to_fp16=False)
+        graph.with_suffix(".bin").replace(weights)
+    return path
+
+
+class OpenVINORuntime(Runtime):
+    """An .onnx or .xml file compiled for the CPU.
+
+    Args:
+        path: the model file.
+        precision_hint: "f32" (default), "bf16" or "f16" for the float part; "auto" leaves it to OpenVINO, which takes
+            "bf16" where the processor has it. The attribute `precision_hint` says what it became.
+        threads: CPU threads; None leaves the choice to OpenVINO.
+        batch: fix the batch; None keeps it as the file has it (dynamic in Octet's exports). A fixed batch is
+            faster.
+        image_size: (height, width) to fix where the file leaves them open.
+        streams: requests that run at the same time; 1 serves latency, more of them throughput.
+        pinning: bind threads to cores; None leaves it to OpenVINO.
+        profile: let OpenVINO count the time of every layer, for `layer_times`.
+    """
+
+    name = "openvino"
+
+    def __init__(
+        self,
+        path: Path,
+        precision_hint: str | None = None,
+        threads: int | None = None,
+        batch: int | None = None,
+        image_size: tuple[int, int] | None = None,
+        streams: int = 1,
+        pinning: bool | None = None,
+        profile: bool = False,
+    ) -> None:
+        hint = precision_hint or "f32"
+        if hint not in (*PRECISIONS, AUTO):
+            raise DeployError(
+                f"Unknown precision hint '{hint}'; expected one of {', '.join((*PRECISIONS, AUTO))}."
+            )
+        start = time.perf_counter()
+        self.path = path
+        model = _read_model(path)
+        self.input_shape = _fix_shape(model, batch, image_size)
+        self._metadata = _metadata(model)
+        config: dict[str, object] = {
+            "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
+            "NUM_STREAMS": str(streams),
+            "PERF_COUNT": profile,
+        }
+        if hint != AUTO:
+            config["INFERENCE_PRECISION_HINT"] = hint
+        if threads is not None:
+            config["INFERENCE_NUM_THREADS"] = threads
+        if pinning is not None:
+            config["ENABLE_CPU_PINNING"] = pinning
+        try:
+            self._compiled = _core().compile_model(model, "CPU", config)
+        except RuntimeError as error:
+            raise DeployError(f"OpenVINO cannot compile {path} with {config}: {error}") from error
+        self.precision_hint = str(self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
+        self.precision = "int8" if _is_quantized(model) else PRECISIONS[self.precision_hint]
+        self._request: Any = self._compiled.create_infer_request()
+        self._profiled: dict[str, list[Any]] | None = {} if profile else None
+        self.output_names = tuple(
+            sorted(output.get_names())[0] if output.get_names() else f"output{index}"
+            for index, output in enumerate(self._compiled.outputs)
+        )
+        self.load_seconds = time.perf_counter() - start
+
+    @classmethod
+    def require(cls) -> None:
+        """See `Runtime.require`."""
+        _openvino()
+
+    def infer_outputs(self, images: FloatArray) -> dict[str, FloatArray]:
+        """See `Runtime.infer_outputs`."""
+        if self._request is None:
+            raise DeployError(f"The OpenVINO engine of {self.path} is closed; load it again.")
+        outputs = self._infer(self._request, images)
+        if self._profiled is not None:
+            for info in self._request.profiling_info:
+                self._profiled.setdefault(info.node_name, []).append(info)
+        return outputs
+
+    def worker(self) -> Worker:
+        """A function with an infer request of its own."""
+        request = self._compiled.create_infer_request()
+        return lambda images: self._infer(request, images)
+
+    def _infer(self, request: Any, images: FloatArray) -> dict[str, FloatArray]:
+        images = check_images(images, "OpenVINO")
+        try:
+            results = request.infer({0: images}, share_inputs=True)
+        except RuntimeError as error:
+            shape = list(images.shape)
+            if not self._compiled.input(0).partial_shape.compatible(_openvino().PartialShape(shape)):
+                raise DeployError(
+                    f"OpenVINO engine {self.path.name} takes images {self.input_shape}, got {shape}; export with "
+                    "deploy.dynamic_batch or deploy.dynamic_size to leave dimensions open."
+                ) from None
+            raise DeployError(
+                f"OpenVINO engine {self.path.name} failed on images {shape}: {error}"
+            ) from error
+        return {name: np.array(results[index]) for index, name in enumerate(self.output_names)}
+
+    def layer_times(self) -> list[LayerTime]:
+        """See `Runtime.layer_times`; layers that were fused into others are left out."""
+        if not self._profiled:
+            return super().layer_times()
+        return [
+            LayerTime(
+                name,
+                str(infos[0].node_type),
+                str(infos[0].exec_type).rsplit("_", 1)[-1],
+                float(np.mean([info.real_time.total_seconds() for info in infos])) * 1000,
+            )
+            for name, infos in self._profiled.items()
+            if str(infos[0].status) == "Status.EXECUTED"
+        ]
+
+    def close(self) -> None:
+        """Release the compiled model."""
+        self._request = None
+        self._compiled = None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """See `Runtime.metadata`; OpenVINO keeps an ONNX file's in the IR."""
+        return dict(self._metadata)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """OpenVINO's version."""
+        return {"openvino": str(_openvino().__version__)}
+
+    def layer_precisions(self) -> list[dict[str, str]]:
+        """What OpenVINO really runs, from its runtime model: name, type, precision of each layer."""
+        layers = []
+        for node in self._compiled.get_runtime_model().get_ordered_ops():
+            info = node.get_rt_info()
+            layers.append(
+                {
+                    "name": str(node.get_friendly_name()),
+                    "type": _text(info, "layerType"),
+                    "precision": _text(info, "runtimePrecision"),
+                    "primitive": _text(info, "primitiveType"),
+                    "original": _text(info, "originalLayersNames"),
+                }
+            )
+        return layers
+
+
+def _metadata(model: Any) -> dict[str, str]:
+    """What the ONNX file said about itself; OpenVINO files it under "framework"."""
+    if not model.has_rt_info("framework"):
+        return {}
+    stored = model.get_rt_info("framework").value
+    return {str(key): str(value) for key, value in stored.items()} if isinstance(stored, dict) else {}
+
+
+def _text(info: Any, key: str) -> str:
+    return str(info[key].astype(str)) if key in info else ""
+
+
+def _fix_shape(model: Any, batch: int | None, image_size: tuple[int, int] | None) -> str:
+    shape = model.inputs[0].partial_shape
+    if batch is not None or image_size is not None:
+        wanted = list(shape)
+        if batch is not None:
+            wanted[0] = batch
+        if image_size is not None:
+            wanted[2], wanted[3] = image_size
+        try:
+            model.reshape({0: wanted})
+        except RuntimeError as error:
+            raise DeployError(
+                f"The graph takes images {shape}; it cannot be fixed to batch {batch}, size {image_size}. "
+                "Export it with a "
+                f"dynamic batch. ({error})"
+            ) from error
+    return str(model.inputs[0].partial_shape)
+
+
+def _is_quantized(model: Any) -> bool:
+    """Whether the graph has fake quantization: OpenVINO turns Q/DQ pairs of activations into FakeQuantize."""
+    return any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())

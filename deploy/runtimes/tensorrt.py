@@ -1,0 +1,308 @@
+"""TensorRT engines on torch CUDA tensors: named tensors, no pycuda, CUDA graphs on demand; 8.6, 10 and 11.
+
+Load only engines you built: a plan file is code for the GPU. The sidecar's hash is compared first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from core.errors import DeployError
+from core.files import write_json
+from deploy.runtimes.base import FloatArray, LayerTime, Runtime, check_images
+from deploy.runtimes.tensorrt_api import import_tensorrt, make_logger, rules_of
+from deploy.runtimes.tensorrt_builder import gpu_name, sidecar_path
+
+MAX_GRAPHS = 8
+
+
+class Device(Protocol):
+    """Where tensors live and work is queued; the tests have one without a GPU."""
+
+    name: str
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """New tensor on the device."""
+
+    def stream(self) -> int:
+        """Handle of the stream that work is queued on."""
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+
+    def capture(self, context: Any) -> Any:
+        """Record one run of a context; the result has `replay()`."""
+
+
+class CudaDevice:
+    """A CUDA device with a stream of its own: TensorRT warns about extra synchronization on the default one."""
+
+    def __init__(self, index: int = 0) -> None:
+        if not torch.cuda.is_available():
+            raise DeployError("torch sees no CUDA device; a TensorRT engine needs the GPU it was built on.")
+        self.name = f"cuda:{index}"
+        self._stream = torch.cuda.Stream(self.name)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """See `Device`."""
+        return torch.empty(tuple(shape), dtype=dtype, device=self.name)
+
+    def stream(self) -> int:
+        """See `Device`."""
+        return int(self._stream.cuda_stream)
+
+    def synchronize(self) -> None:
+        """See `Device`."""
+        self._stream.synchronize()
+
+    def capture(self, context: Any) -> Any:
+        """See `Device`."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
+        return graph
+
+
+@dataclass
+class Binding:
+    """A context with its buffers for one input shape, and its CUDA graph."""
+
+    context: Any
+    images: Tensor
+    outputs: dict[str, Tensor]
+    graph: Any = None
+
+
+class TensorRTRuntime(Runtime):
+    """An engine built by `build_tensorrt`.
+
+    Args:
+        path: NAME.engine with NAME.engine.json beside it.
+        use_cuda_graph: record each input shape once and replay it; saves launch time on small networks.
+        profile: keep times of layers, for `layer_times`; not together with CUDA graphs.
+        device: where to run; None is the first CUDA device.
+        trt: the tensorrt module, given by tests.
+
+    Raises:
+        DeployError: TensorRT or a GPU is missing, or the engine belongs to another version or GPU.
+    """
+
+    name = "tensorrt"
+
+    def __init__(
+        self,
+        path: Path,
+        use_cuda_graph: bool = False,
+        profile: bool = False,
+        device: Device | None = None,
+        trt: Any = None,
+    ) -> None:
+        if use_cuda_graph and profile:
+            raise DeployError(
+                "Layers cannot be timed inside a CUDA graph; choose one of use_cuda_graph and profile."
+            )
+        start = time.perf_counter()
+        self._trt = import_tensorrt() if trt is None else trt
+        rules_of(self._trt.__version__)
+        self.path = path
+        self.sidecar, plan = read_engine(path, self._trt.__version__)
+        self.precision = str(self.sidecar["precision"])
+        self.device: Device = CudaDevice() if device is None else device
+        self._use_cuda_graph = use_cuda_graph
+        self._logger = make_logger(self._trt)
+        self._trt.init_libnvinfer_plugins(self._logger, "")
+        self._runtime: Any = self._trt.Runtime(self._logger)
+        self._engine: Any = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise DeployError(
+                f"TensorRT cannot load {path}: {'; '.join(self._logger.errors)}. Build it again."
+            )
+        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        is_input = {n: self._engine.get_tensor_mode(n) == self._trt.TensorIOMode.INPUT for n in names}
+        self._input = next(name for name in names if is_input[name])
+        self.output_names = tuple(name for name in names if not is_input[name])
+        self._profiler = make_profiler(self._trt) if profile else None
+        self._bindings: dict[tuple[int, ...], Binding] = {}
+        self.load_seconds = time.perf_counter() - start
+
+    @classmethod
+    def require(cls) -> None:
+        """See `Runtime.require`."""
+        rules_of(str(import_tensorrt().__version__))
+        CudaDevice()
+
+    # ----------------------------------------------------------------------------------------------------- inference
+    def infer_outputs(self, images: FloatArray) -> dict[str, FloatArray]:
+        """See `Runtime.infer_outputs`; copies to the GPU and back."""
+        results = self.infer_tensors(torch.from_numpy(check_images(images, "TensorRT")))
+        return {name: result.to("cpu", torch.float32, copy=True).numpy() for name, result in results.items()}
+
+    def infer_tensors(self, images: Tensor) -> dict[str, Tensor]:
+        """Run images [B, 3, H, W] and return the outputs on the device, valid until the next call of this shape."""
+        if self._engine is None:
+            raise DeployError(f"The TensorRT engine {self.path} is closed; load it again.")
+        shape = tuple(images.shape)
+        binding = self._bindings.get(shape)
+        if binding is None:
+            binding = self._bind(shape)
+        binding.images.copy_(images)
+        torch_is_done(binding.images)
+        if binding.graph is not None:
+            binding.graph.replay()
+            torch_is_done(binding.images)
+        else:
+            if not binding.context.execute_async_v3(self.device.stream()):
+                raise DeployError(f"TensorRT failed on {self.path.name}: {'; '.join(self._logger.errors)}")
+            self.device.synchronize()
+        return binding.outputs
+
+    def _bind(self, shape: tuple[int, ...]) -> Binding:
+        """A context for this shape: one for all shapes without CUDA graphs, one each with them."""
+        if self._use_cuda_graph:
+            while len(self._bindings) >= MAX_GRAPHS:
+                self._bindings.pop(next(iter(self._bindings)))
+            context = self._engine.create_execution_context()
+        else:
+            known = next(iter(self._bindings.values()), None)
+            context = known.context if known is not None else self._engine.create_execution_context()
+            self._bindings.clear()
+        if self._profiler is not None:
+            context.profiler = self._profiler
+        if not context.set_input_shape(self._input, shape):
+            raise DeployError(
+                f"{self.path.name} does not take images {list(shape)}; its profile is {self.profile_shapes()}."
+            )
+        binding = Binding(context, self._buffer(self._input, shape), {})
+        context.set_tensor_address(self._input, binding.images.data_ptr())
+        for name in self.output_names:
+            result = tuple(context.get_tensor_shape(name))
+            if any(size < 0 for size in result):
+                raise DeployError(
+                    f"Output '{name}' has the shape {result}, which only the run tells; export with "
+                    "outputs=efficient_nms or outputs=decoded."
+                )
+            binding.outputs[name] = self._buffer(name, result)
+            context.set_tensor_address(name, binding.outputs[name].data_ptr())
+        if self._use_cuda_graph:
+            context.execute_async_v3(self.device.stream())  # TensorRT prepares itself on the first run
+            self.device.synchronize()
+            binding.graph = self.device.capture(context)
+        self._bindings[shape] = binding
+        return binding
+
+    def _buffer(self, name: str, shape: Sequence[int]) -> Tensor:
+        return self.device.empty(shape, torch_type(self._trt, self._engine.get_tensor_dtype(name)))
+
+    # ---------------------------------------------------------------------------------------------------- inspection
+    def profile_shapes(self) -> list[list[int]]:
+        """Smallest, best and largest input shape the engine takes."""
+        return [list(shape) for shape in self._engine.get_tensor_profile_shape(self._input, 0)]
+
+    def layer_information(self) -> dict[str, Any]:
+        """Layers as TensorRT built them, with their types; TensorRT 11's names are brought to those of 10."""
+        inspector = self._engine.create_engine_inspector()
+        if self._bindings:
+            inspector.execution_context = next(iter(self._bindings.values())).context
+        information = json.loads(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+        if "I/O Tensors" in information:
+            information["Bindings"] = information.pop("I/O Tensors")
+        return dict(information)
+
+    def write_layers(self, path: Path) -> None:
+        """Write layer information, and layer times where they were kept, as JSON."""
+        times = [] if self._profiler is None else self.layer_times()
+        content = {"information": self.layer_information(), "times": [vars(layer) for layer in times]}
+        write_json(path, content)
+
+    def layer_times(self) -> list[LayerTime]:
+        """See `Runtime.layer_times`."""
+        if self._profiler is None or not self._profiler.milliseconds:
+            return super().layer_times()
+        return [
+            LayerTime(name, "", "", sum(times) / len(times))
+            for name, times in self._profiler.milliseconds.items()
+        ]
+
+    def close(self) -> None:
+        """Release contexts, engine and runtime, in this order."""
+        self._bindings.clear()
+        self._engine = None
+        self._runtime = None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """See `Runtime.metadata`."""
+        return {str(key): str(value) for key, value in self.sidecar.get("metadata", {}).items()}
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """TensorRT's version and the GPU."""
+        return {"tensorrt": str(self._trt.__version__), "gpu": str(self.sidecar["gpu"])}
+
+
+def torch_is_done(tensor: Tensor) -> None:
+    """Wait for copies and replays that torch queued on its own stream."""
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()
+
+
+def read_engine(path: Path, version: str) -> tuple[dict[str, Any], bytes]:
+    """Sidecar and plan of an engine, after comparing TensorRT version, GPU and hash."""
+    sidecar_file = sidecar_path(path)
+    if not path.is_file() or not sidecar_file.is_file():
+        raise DeployError(f"No engine {path} with {sidecar_file.name} beside it; build one.")
+    try:
+        sidecar = json.loads(sidecar_file.read_text())
+        built = (sidecar["tensorrt"], sidecar["gpu"], sidecar["engine_sha256"])
+        str(sidecar["precision"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DeployError(
+            f"{sidecar_file} is not an engine's description ({error!r}); build the engine again."
+        ) from error
+    plan = path.read_bytes()
+    here = (version, gpu_name(), hashlib.sha256(plan).hexdigest())
+    for what, was, now in zip(("TensorRT", "GPU", "content"), built, here, strict=True):
+        if was != now:
+            raise DeployError(
+                f"{path} was built with {what} {was}, here is {now}; build it again on this machine."
+            )
+    return sidecar, plan
+
+
+def torch_type(trt: Any, dtype: Any) -> torch.dtype:
+    """Torch's type for a TensorRT tensor."""
+    known = {
+        trt.DataType.FLOAT: torch.float32,
+        trt.DataType.HALF: torch.float16,
+        trt.DataType.INT32: torch.int32,
+        trt.DataType.INT8: torch.int8,
+        trt.DataType.BOOL: torch.bool,
+    }
+    if dtype not in known:
+        raise DeployError(
+            f"An engine tensor has the type {dtype}; expected one of {', '.join(map(str, known))}."
+        )
+    return known[dtype]
+
+
+def make_profiler(trt: Any) -> Any:
+    """A profiler that keeps the time of every layer in every run."""
+
+    class Profiler(trt.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.milliseconds: dict[str, list[float]] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.milliseconds.setdefault(layer_name, []).append(ms)
+
+    return Profiler()

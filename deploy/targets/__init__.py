@@ -1,0 +1,1 @@
+"""What each target changes in the exported graph."""

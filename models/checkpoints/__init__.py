@@ -1,0 +1,1 @@
+"""Checkpoint files: reading them without executing anything, recognising, converting, saving."""

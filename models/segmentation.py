@@ -1,0 +1,249 @@
+"""Instance segmentation: heads with mask coefficients and prototypes, their decode, and masks from both.
+
+A mask is a combination of P prototype maps, one set for the whole image, with P coefficients per box
+(arXiv:1904.02689, eq. 1): sigmoid(prototypes * coefficients), cut to the box.
+
+Shapes: B batch, A anchor points, K classes, P prototypes, N detections, h and w cells of a level.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.blocks import ConvBlock, CSPElan
+from models.boxes import Decode, suppress
+from models.heads import (
+    HeadBranch,
+    HeadBranches,
+    HeadBuilder,
+    Raw,
+    UltralyticsBranches,
+    UltralyticsLegacyBranches,
+    UngroupedBoxBranches,
+)
+
+RawSegmentation = tuple[tuple[tuple[Tensor, Tensor, Tensor], ...], Tensor]
+
+NUM_PROTOTYPES = 32
+PROTOTYPE_CHANNELS = 256
+
+
+class Prototypes(nn.Module):
+    """Prototype maps from the finest level: [B, C, h, w] -> [B, P, 2h, 2w].
+
+    Its two inner convolutions have 256 channels, or C where the finest level has fewer (all official networks have
+    256 there).
+
+    Args:
+        in_channels: Channels of the finest level.
+        learned_upsampling: A transposed convolution in place of nearest-neighbour enlargement.
+        activation: `silu` or `relu`.
+    """
+
+    OFFICIAL_NAMES: ClassVar[dict[str, str]] = {"cv1": "conv1", "cv2": "conv2", "cv3": "output"}
+
+    def __init__(self, in_channels: int, learned_upsampling: bool, activation: str) -> None:
+        super().__init__()
+        width = min(PROTOTYPE_CHANNELS, in_channels)
+        self.conv1 = ConvBlock(in_channels, width, 3, activation=activation)
+        self.upsample: nn.Module = (
+            nn.ConvTranspose2d(width, width, 2, 2)
+            if learned_upsampling
+            else nn.Upsample(scale_factor=2.0, mode="nearest")
+        )
+        self.conv2 = ConvBlock(width, width, 3, activation=activation)
+        self.output = ConvBlock(width, NUM_PROTOTYPES, 1, activation=activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, P, 2h, 2w]."""
+        return self.output(self.conv2(self.upsample(self.conv1(x))))
+
+
+class MaskBranches(HeadBranches):
+    """What every segmentation head adds to a detection head: a coefficient branch per level, and prototypes."""
+
+    OFFICIAL_NAMES: ClassVar[dict[str, str]] = {
+        "cv2": "box",
+        "cv3": "cls",
+        "cv4": "mask",
+        "proto": "prototypes",
+    }
+    learned_upsampling: ClassVar[bool] = False
+
+    def __init__(
+        self, in_channels: Sequence[int], num_classes: int, strides: Sequence[int], activation: str
+    ) -> None:
+        super().__init__(in_channels, num_classes, strides, activation)
+        hidden = max(in_channels[0] // 4, NUM_PROTOTYPES)
+        self.mask = nn.ModuleList(
+            HeadBranch(channels, hidden, NUM_PROTOTYPES, 1, activation) for channels in in_channels
+        )
+        self.prototypes = self.make_prototypes(in_channels[0], activation)
+
+    def make_prototypes(self, in_channels: int, activation: str) -> nn.Module:
+        """The module that gives the prototypes."""
+        return Prototypes(in_channels, self.learned_upsampling, activation)
+
+    def prototype_maps(self, finest: Tensor) -> Tensor:
+        """[B, C, h, w] of the finest level -> [B, P, 2h, 2w]."""
+        return self.prototypes(finest)
+
+    def forward(self, features: Sequence[Tensor]) -> RawSegmentation:
+        """Feature maps, fine to coarse, to (box, cls, coefficient) maps for each, and the prototypes."""
+        levels = tuple(
+            (self.box[i](features[i]), self.cls[i](features[i]), self.mask[i](features[i]))
+            for i in range(len(self.box))
+        )
+        return levels, self.prototype_maps(features[0])
+
+
+class SegmentationHead(MaskBranches, UngroupedBoxBranches):
+    """The head of `gelan-c-seg` and `yolov9-c-seg`: an ungrouped box branch and prototypes from the finest level."""
+
+
+class BranchedSegmentationHead(MaskBranches):
+    """The head of `gelan-c-dseg`: prototypes from a branch of its own on the finest level."""
+
+    repeats: ClassVar[int] = 1
+
+    def __init__(
+        self, in_channels: Sequence[int], num_classes: int, strides: Sequence[int], activation: str
+    ) -> None:
+        super().__init__(in_channels, num_classes, strides, activation)
+        finest = in_channels[0]
+        self.prototype_elan = CSPElan(finest, finest, finest, self.repeats, activation)
+        self.upsample = nn.Upsample(scale_factor=2.0, mode="nearest")
+        self.prototype_conv = ConvBlock(finest, finest, 3, activation=activation)
+
+    def make_prototypes(self, in_channels: int, activation: str) -> nn.Module:
+        """A 1x1 convolution, behind the branch."""
+        return ConvBlock(in_channels, NUM_PROTOTYPES, 1, activation=activation)
+
+    def prototype_maps(self, finest: Tensor) -> Tensor:
+        """[B, C, h, w] of the finest level -> [B, P, 2h, 2w]."""
+        return self.prototypes(self.prototype_conv(self.upsample(self.prototype_elan(finest))))
+
+    def official_layers(self, first: int) -> dict[str, int]:
+        """The branch is two layers of its own before the head, with an enlargement between them."""
+        return {"head.prototype_elan": first, "head.prototype_conv": first + 2, "head": first + 3}
+
+
+class DeeplyBranchedSegmentationHead(BranchedSegmentationHead):
+    """The main head of `yolov9-c-dseg`: its branch has two residual blocks in a row."""
+
+    repeats: ClassVar[int] = 2
+
+
+class UltralyticsSegmentationHead(MaskBranches, UltralyticsBranches):
+    """The segmentation head of later Ultralytics releases."""
+
+    learned_upsampling: ClassVar[bool] = True
+
+
+class UltralyticsLegacySegmentationHead(MaskBranches, UltralyticsLegacyBranches):
+    """The segmentation head of early Ultralytics releases."""
+
+    learned_upsampling: ClassVar[bool] = True
+
+
+SEGMENTATION_HEADS: dict[str, HeadBuilder] = {
+    "official": SegmentationHead,
+    "branched": BranchedSegmentationHead,
+    "deeply-branched": DeeplyBranchedSegmentationHead,
+    "ultralytics": UltralyticsSegmentationHead,
+    "ultralytics-legacy": UltralyticsLegacySegmentationHead,
+}
+
+
+class SegmentationDecode(Decode):
+    """Raw maps to ([B, 4 + K + P, A], prototypes [B, P, H / 4, W / 4]): boxes, scores and coefficients, as deployed."""
+
+    def forward(self, raw: RawSegmentation) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Coefficients and prototypes pass as they are; half precision is raised to float32."""
+        levels, prototypes = raw
+        detections = super().forward(detection_maps(raw))
+        coefficients = torch.cat([level[2].flatten(2) for level in levels], dim=2).to(detections.dtype)
+        return torch.cat((detections, coefficients), dim=1), prototypes.to(detections.dtype)
+
+
+def detection_maps(raw: RawSegmentation) -> Raw:
+    """The part of the raw maps that the detection loss takes."""
+    return tuple((box, cls) for box, cls, _ in raw[0])
+
+
+def suppress_segments(
+    decoded: Tensor,
+    confidence: float,
+    iou: float,
+    max_detections: int = 300,
+    num_prototypes: int = NUM_PROTOTYPES,
+) -> list[tuple[Tensor, Tensor]]:
+    """Non-maximum suppression as `non_max_suppression` does it, with the coefficients of what is kept.
+
+    Args:
+        decoded: [B, 4 + K + P, A].
+        confidence: Scores must be greater than this.
+        iou: Overlap above which the lower score of a class is dropped.
+        max_detections: Kept per image.
+        num_prototypes: P.
+
+    Returns:
+        For each image detections [N, 6] (x1, y1, x2, y2 in input pixels, score, class) and coefficients [N, P].
+    """
+    results = []
+    for rows, (detections, anchors) in zip(
+        decoded, suppress(decoded[:, :-num_prototypes], confidence, iou, max_detections), strict=True
+    ):
+        results.append((detections, rows[-num_prototypes:, anchors].t()))
+    return results
+
+
+def soft_masks(prototypes: Tensor, coefficients: Tensor) -> Tensor:
+    """sigmoid(coefficients @ prototypes), arXiv:1904.02689 eq. 1, on the prototypes' grid and not cut to the boxes.
+
+    Args:
+        prototypes: [P, h, w], for the whole network input.
+        coefficients: [N, P].
+
+    Returns:
+        [N, h, w] in 0..1.
+    """
+    return (coefficients @ prototypes.flatten(1)).sigmoid().unflatten(1, prototypes.shape[1:])
+
+
+def assemble_masks(
+    prototypes: Tensor,
+    coefficients: Tensor,
+    boxes: Tensor,
+    image_size: tuple[int, int],
+    threshold: float = 0.5,
+) -> Tensor:
+    """Masks of one image's detections, at input resolution.
+
+    1. `soft_masks`.
+    2. Enlarge bilinearly to the input size.
+    3. Keep what is above the threshold and inside the box (pixel centres).
+
+    Args:
+        prototypes: [P, h, w].
+        coefficients: [N, P].
+        boxes: [N, 4], xyxy, input pixels.
+        image_size: (H, W) of the network's input.
+        threshold: In (0, 1).
+
+    Returns:
+        [N, H, W] bool.
+    """
+    height, width = image_size
+    if coefficients.shape[0] == 0:
+        return torch.zeros((0, height, width), dtype=torch.bool, device=prototypes.device)
+    soft = soft_masks(prototypes, coefficients)
+    large = F.interpolate(soft[:, None], size=image_size, mode="bilinear", align_corners=False)[:, 0]
+    x = torch.arange(width, device=boxes.device) + 0.5
+    y = torch.arange(height, device=boxes.device) + 0.5
+    inside_x = (x >= boxes[:, 0:1]) & (x < boxes[:, 2:3])
+    inside_y = (y >= boxes[:, 1:2]) & (y < boxes[:, 3:4])
+    return (large > threshold) & inside_y[:, :, None] & inside_x[:, None, :]

@@ -1,0 +1,1 @@
+"""Evaluation: from network or engine outputs to figures."""

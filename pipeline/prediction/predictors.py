@@ -1,0 +1,267 @@
+"""Anything that detects, behind one function: a run, an engine, an ONNX file, a float checkpoint.
+
+Preprocessing, decode and NMS are those of every row of a report, so what is drawn is what was measured.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from configs.compose import read
+from core.errors import DeployError
+from data import Found, Rle, decode_mask, letterbox, to_input, to_picture
+from deploy import ONNXRuntime, OpenVINORuntime, Runtime, TensorRTRuntime
+from deploy.benchmark.command import find_image_size, runtime_of
+from models import fold_detector, load_detector
+from pipeline.evaluation.engine_outputs import OutputReader
+from pipeline.evaluation.suppression import suppress_overlaps
+from pipeline.job import Job, choose_device
+from pipeline.run.directory import CONFIG, Run
+from pipeline.stages.export import model_name, target_of
+
+TORCH = "torch"
+RUNTIMES = (TORCH, "openvino", "onnxruntime", "tensorrt")
+ENGINE_SUFFIXES = (".onnx", ".xml", ".engine")
+FLOAT = "float"
+DEFAULT_SIZE = 640
+
+Detect = Callable[[Tensor], Sequence[Found]]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was found in a picture, in its pixels.
+
+    Attributes:
+        boxes: float64 [N, 6]: x1, y1, x2, y2, score, class.
+        masks: of each, where the network gives masks.
+    """
+
+    boxes: Tensor
+    masks: list[Rle] | None
+
+    @cached_property
+    def pixels(self) -> list[NDArray[np.bool_]]:
+        """The masks [H, W] of the codes; none for a network without."""
+        return [decode_mask(code) for code in self.masks or ()]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How detections are made.
+
+    Attributes:
+        confidence: scores must be greater, 0..1.
+        iou: class-wise NMS threshold.
+        max_detections: boxes kept in an image.
+        runtime: one of RUNTIMES; None takes the run's or the file's own.
+        size: side of the square input in pixels; None takes what the model says.
+        threads: CPU threads; None takes all.
+        device: where torch runs: cpu, cuda, auto.
+    """
+
+    confidence: float = 0.25
+    iou: float = 0.7
+    max_detections: int = 300
+    runtime: str | None = None
+    size: int | None = None
+    threads: int | None = None
+    device: str = "auto"
+
+    def reader(self, form: str, masks: bool) -> OutputReader:
+        """Reader of an engine's outputs with these thresholds."""
+        return OutputReader(form, self.confidence, self.iou, self.max_detections, masks)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A loaded model.
+
+    Attributes:
+        label: what it is, for titles.
+        names: class names by index.
+        size: (height, width) of the input, pixels.
+        function: float32 images [1, 3, height, width] in 0..1 to detections in input pixels.
+        close: releases the model.
+    """
+
+    label: str
+    names: tuple[str, ...]
+    size: tuple[int, int]
+    function: Detect
+    close: Callable[[], None] = lambda: None
+
+    def detect(self, image: NDArray[np.uint8]) -> Seen:
+        """Detections in a picture uint8 [H, W, 3], RGB."""
+        boxed, info = letterbox(image, self.size)
+        images = torch.from_numpy(boxed.transpose(2, 0, 1).copy())[None]
+        with torch.inference_mode():
+            (found,) = self.function(to_input(images, "cpu"))
+        boxes, masks = to_picture(found, info, self.size)
+        return Seen(torch.from_numpy(boxes), masks)
+
+
+def open_predictor(path: Path, options: Options) -> Predictor:
+    """Load a run directory, an .onnx, .xml or .engine file, or a float checkpoint.
+
+    Raises:
+        DeployError, RunError, CheckpointError: it cannot be used; the message says why.
+    """
+    if not path.exists():
+        raise DeployError(f"No model at {path}: expected a run directory, an engine or a checkpoint.")
+    if path.is_dir():
+        return open_run(path, options)
+    if path.suffix in ENGINE_SUFFIXES:
+        return open_engine(path, options)
+    if options.runtime not in (None, TORCH):
+        raise DeployError(
+            f"--runtime {options.runtime} takes runs and {', '.join(ENGINE_SUFFIXES)} files; {path.name} is a "
+            "checkpoint for torch: export it first."
+        )
+    detector = fold_detector(load_detector(path))
+    size = (options.size or DEFAULT_SIZE,) * 2
+    return _of_torch(f"{path.name} (torch)", detector.network, detector.decode, detector.names, size, options)
+
+
+def open_run(directory: Path, options: Options) -> Predictor:
+    """The INT8 model of a run: its engine where it has one, else in torch."""
+    job = _job(directory, options)
+    config = job.config.deploy
+    runtime = options.runtime or (config.runtimes[0] if job.run.is_done("engine") else TORCH)
+    if runtime == TORCH:
+        network, row = job.best_quantized()
+        return _of_job(job, network, f"{row} (torch)", options)
+    if runtime == "tensorrt":
+        engine = job.run.need("engines/tensorrt-int8/model.engine", "engine")
+    else:
+        name = model_name(job, target_of(job, runtime))
+        built = job.run.path("engines") / Path(name).with_suffix(".xml")
+        engine = built if runtime == "openvino" and built.is_file() else job.run.need(name, "export")
+    return open_engine(engine, options, runtime)
+
+
+def open_float(path: Path, options: Options) -> Predictor:
+    """The float model of a run, or of the run that a file lies in.
+
+    Raises:
+        DeployError: the file lies in no run directory.
+    """
+    folders = [path, *path.resolve().parents][:4]
+    directory = next((folder for folder in folders if (folder / CONFIG).is_file()), None)
+    if directory is None:
+        raise DeployError(
+            f"--compare float: {path} lies in no run directory; give --compare the float model's path."
+        )
+    job = _job(directory, options)
+    return _of_job(job, job.detector.network, "float (torch)", options)
+
+
+def _job(directory: Path, options: Options) -> Job:
+    run = Run.open(directory)
+    run.need("float.safetensors", "calibrate")
+    config = read(run.path(CONFIG))
+    config.device = options.device
+    config.threads = options.threads or 0
+    return Job(config, run)
+
+
+def _of_job(job: Job, network: nn.Module, label: str, options: Options) -> Predictor:
+    size = (options.size or job.config.data.image_size,) * 2
+    return _of_torch(label, network, job.detector.decode, job.detector.names, size, options)
+
+
+def _of_torch(
+    label: str,
+    network: nn.Module,
+    decode: nn.Module,
+    names: tuple[str, ...],
+    size: tuple[int, int],
+    options: Options,
+) -> Predictor:
+    device = choose_device(options.device)
+    network, decode = network.to(device).eval(), decode.to(device).eval()
+
+    def detect(images: Tensor) -> Sequence[Found]:
+        decoded = decode(network(images.to(device)))
+        return suppress_overlaps(decoded, options.confidence, options.iou, options.max_detections)
+
+    return Predictor(label, tuple(names), size, detect)
+
+
+# --------------------------------------------------------------------------------------------------------- engines
+def open_engine(path: Path, options: Options, runtime: str | None = None) -> Predictor:
+    """Load an engine; class names, image size and form of the outputs come from its metadata.
+
+    Raises:
+        DeployError: a runtime that does not take the file, or a file that says too little.
+    """
+    size = (options.size, options.size) if options.size else _stored_size(path)
+    engine = _load(path, runtime or options.runtime, size, options.threads)
+    masks = engine.metadata.get("task") == "segment"
+    reader = options.reader(engine.metadata.get("octet.outputs", "decoded"), masks)
+    names = read_names(engine.metadata.get("names", ""))
+    if not names:
+        outputs = engine.infer_outputs(np.zeros((1, 3, *size), np.float32))
+        names = tuple(str(index) for index in range(reader.num_classes(outputs)))
+
+    def detect(images: Tensor) -> Sequence[Found]:
+        return reader.detections(engine.infer_outputs(images.numpy()), len(images))
+
+    return Predictor(f"{path.name} ({engine.name}, {engine.precision})", names, size, detect, engine.close)
+
+
+def _stored_size(path: Path) -> tuple[int, int]:
+    try:
+        return find_image_size(path)
+    except DeployError as error:
+        if "does not tell its image size" in str(error):
+            raise DeployError(f"{path} does not tell its image size; pass --size PIXELS.") from error
+        raise
+
+
+def _load(path: Path, runtime: str | None, size: tuple[int, int], threads: int | None) -> Runtime:
+    if runtime is None or path.suffix != ".onnx":
+        natural = runtime_of(path, otherwise="onnxruntime")
+        if runtime not in (None, natural):
+            raise DeployError(f"--runtime {runtime} does not take {path.name}; {natural} does.")
+        runtime = natural
+    match runtime:
+        case "openvino":
+            return OpenVINORuntime(path, threads=threads, batch=1, image_size=size)
+        case "onnxruntime":
+            return ONNXRuntime(path, threads)
+        case "tensorrt" if path.suffix == ".engine":
+            return TensorRTRuntime(path)
+        case "tensorrt":
+            raise DeployError(
+                f"TensorRT runs engines, {path.name} is ONNX: build one with deploy.engine build."
+            )
+    raise DeployError(f"--runtime {runtime} does not take {path.name}; torch runs checkpoints and runs.")
+
+
+def read_names(text: str) -> tuple[str, ...]:
+    """Class names from a file's metadata: a JSON object or a Python dictionary, number to name; () without any.
+
+    Raises:
+        DeployError: the text is neither.
+    """
+    if not text:
+        return ()
+    try:
+        stored = json.loads(text) if text.lstrip().startswith('{"') else ast.literal_eval(text)
+        numbered = {int(index): str(name) for index, name in dict(stored).items()}
+        return tuple(numbered[index] for index in range(len(numbered)))
+    except (ValueError, TypeError, SyntaxError, KeyError, RecursionError, MemoryError) as error:
+        raise DeployError(
+            f"The file's class names are {text[:60]!r}; expected number to name, such as {{0: 'cat'}}."
+        ) from error

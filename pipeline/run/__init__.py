@@ -1,0 +1,1 @@
+"""The run directory, progress and terminal output."""

@@ -1,0 +1,59 @@
+"""The end of a run, or of a sweep, as a terminal sees it: tables on standard output, exit codes for signals."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from core.files import write_json
+from pipeline.run.directory import Run
+from report import Row, format_table
+
+EXIT_TERMINATED = 143
+
+
+def print_result(run: Run) -> None:
+    """Print the result table and where the report lies."""
+    rows = [Row(**row) for row in run.rows()]
+    if rows:
+        print(format_table(rows))
+    if run.path("report.html").exists():
+        print(f"report: {run.path('report.html')}")
+
+
+def report_sweep(jobs: Sequence[tuple[str, Path]]) -> None:
+    """Print one line per job of a sweep: what differed, and the AP of every row; keep it as sweep.json beside them.
+
+    Args:
+        jobs: (overrides, run directory) of each job.
+    """
+    parts = [set(overrides.split(",")) for overrides, _ in jobs]
+    common = set.intersection(*parts)
+    found = [{row["name"]: row["ap"] for row in Run(directory).rows()} for _, directory in jobs]
+    columns = list(dict.fromkeys(name for row in found for name in row))
+    table = Table("job", *columns, box=SIMPLE_HEAD)
+    records = []
+    for (overrides, directory), row in zip(jobs, found, strict=True):
+        differing = ",".join(part for part in overrides.split(",") if part not in common)
+        figures = [row.get(name) for name in columns]
+        shown = ["-" if figure is None else f"{figure:.4f}" for figure in figures]
+        table.add_row(differing, *shown)
+        records.append({"job": differing, "directory": directory.name, "ap": row})
+    Console(width=140).print(table)
+    write_json(jobs[0][1].parent / "sweep.json", records)
+
+
+def quit_on_termination() -> None:
+    """Turn SIGTERM into an ordinary exit with code 143, so that files being written are cleaned up."""
+
+    def leave(_signal: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(EXIT_TERMINATED)
+
+    signal.signal(signal.SIGTERM, leave)

@@ -1,0 +1,268 @@
+"""The stage `export`: ONNX files for every target of the run, checked and compared with torch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+from torch import Tensor, nn
+
+from configs.deploy_schema import NMSConfig
+from core.errors import ConfigError, DataError
+from data import to_input
+from deploy import (
+    ExportReport,
+    NMSOptions,
+    ONNXRuntime,
+    export_onnx,
+    inspect_graph,
+)
+from deploy.export import target_opset
+from deploy.runtimes.base import FloatArray
+from models import Detector
+from pipeline.evaluation.parity import check_parity, describe
+from pipeline.job import Job
+from pipeline.run.progress import say
+from quant import Placement, placement_of
+
+Target = Literal["openvino", "onnxruntime", "trt10", "trt11"]
+INT8_MODEL = "model.onnx"
+FLOAT_ONNX = "float.onnx"
+MASK_TEXTS = {
+    "task": "segment",
+    "output0": "[B, 4 + classes + prototypes, anchors]: cx, cy, w, h in input pixels, class scores, mask coefficients",
+    "output1": "[B, prototypes, H / 4, W / 4]: a box's mask is sigmoid(coefficients @ prototypes), cut to the box",
+}
+OUTPUT_TEXTS = {
+    "decoded": {"output0": "[B, 4 + classes, anchors]: cx, cy, w, h in input pixels, then class scores"},
+    "raw": {"box_S": "[B, 4 * bins, h, w] of stride S: logits", "class_S": "[B, classes, h, w]: logits"},
+    "onnx_nms": {"detections": "[N, 7]: image, x1, y1, x2, y2 in input pixels, score, class"},
+    "efficient_nms": {
+        "num_dets": "[B, 1]",
+        "det_boxes": "[B, M, 4]: x1, y1, x2, y2 in input pixels",
+        "det_scores": "[B, M]",
+        "det_classes": "[B, M]",
+    },
+}
+
+
+class Deployed(nn.Module):
+    """What is shipped: images [B, 3, H, W] -> output0 [B, 4 + K, A], network and float decode in one.
+
+    A segmentation network has P coefficients below the scores, and output1: prototypes [B, P, H / 4, W / 4].
+    """
+
+    def __init__(self, network: nn.Module, decode: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.decode = decode
+
+    def forward(self, images: Tensor) -> Any:
+        """Decoded boxes (cx, cy, w, h in input pixels) and class scores; with masks a tuple of both outputs."""
+        return self.decode(self.network(images))
+
+
+def export_stage(job: Job) -> None:
+    """Write the INT8 ONNX for the target of every runtime, and the float ONNX; check the graphs, compare with torch.
+
+    ONNX Runtime executes the files as the reference: their arithmetic is checked before any engine is built.
+    """
+    reports = {
+        target: export_quantized(job, target, job.run.path(model_name(job, target)))
+        for target in targets(job)
+    }
+    export_float(job, job.run.path(FLOAT_ONNX))
+    parity = {}
+    # ONNX Runtime has neither FP16 kernels for the typed graph nor TensorRT's plugin
+    readable = [] if job.config.deploy.outputs == "efficient_nms" else [FLOAT_ONNX]
+    readable += [model_name(job, target) for target in reports if readable and target != "trt11"]
+    for name in readable:
+        with ONNXRuntime(job.run.path(name), optimize=False) as reference:
+            parity[name] = check_parity(job, reference)
+    checks = {report.path.name: inspect_graph(report.path) for report in reports.values()}
+    for name, check in checks.items():
+        say(f"check {name}: {len(check.findings)} findings")
+        for finding in check.findings:
+            say(f"  {finding.name}: {finding.hazard} {finding.remedy}")
+    job.run.write_json(
+        "export.json",
+        {
+            "exports": [describe_export(report) for report in reports.values()],
+            "parity": parity,
+            "checks": {name: check.as_dict() for name, check in checks.items()},
+        },
+    )
+
+
+def targets(job: Job) -> list[Target]:
+    """Targets that the run exports for: the configured one, and that of every runtime."""
+    config = job.config.deploy
+    wanted = [config.target, *(target_of(job, runtime) for runtime in config.runtimes)]
+    return [cast(Target, target) for target in dict.fromkeys(wanted)]
+
+
+def target_of(job: Job, runtime: str) -> Target:
+    """Target whose graph a runtime runs fast; TensorRT's is the configured one."""
+    return cast(Target, job.config.deploy.target if runtime == "tensorrt" else runtime)
+
+
+def model_name(job: Job, target: str) -> str:
+    """File name of the INT8 ONNX for a target: the configured one is `model.onnx`."""
+    return INT8_MODEL if target == job.config.deploy.target else f"model-{target}.onnx"
+
+
+def check_export(job: Job) -> None:
+    """Find settings of the export that cannot work before any long work.
+
+    Raises:
+        DeployError: an operator set that a target's graph cannot be written in.
+        ConfigError: a plan with unsigned codes for a target that takes signed ones only.
+    """
+    for target in targets(job):
+        if job.config.quant.activations.unsigned:
+            check_signs(target, "quant.activations.unsigned=true")
+        target_opset(target, job.config.deploy.scale_type, job.config.deploy.opset)
+
+
+def export_quantized(job: Job, target: Target, path: Path) -> ExportReport:
+    """Export the run's best quantized model for a target."""
+    network, row = job.best_quantized()
+    check_widths(placement_of(network), target)
+    network.cpu()
+    images = range_images(job) if target == "onnxruntime" else []
+    report = write_onnx(job, network, target, row, path, images)
+    say(
+        f"{path.name}: target {target}, opset {report.opset}, {report.num_quantize} Q, {report.num_dequantize} DQ, "
+        f"{report.num_int8_weights} INT8 weights, {report.size_bytes / 1e6:.2f} MB"
+    )
+    if report.parity is not None:
+        say(f"{path.name} against the graph with float activations: {describe(report.parity)}")
+    return report
+
+
+def export_float(job: Job, path: Path) -> ExportReport:
+    """Export the run's float model in FP32: what every float engine is built from."""
+    target = cast(Target, job.config.deploy.target)
+    # trt11 would write the types of a strongly typed FP16 graph; the builder does that where FP16 is wanted
+    return write_onnx(
+        job, job.detector.network.cpu(), "trt10" if target == "trt11" else target, "float", path
+    )
+
+
+def write_onnx(
+    job: Job,
+    network: nn.Module,
+    target: Target,
+    source: str,
+    path: Path,
+    images: list[FloatArray] | None = None,
+) -> ExportReport:
+    """Export one network of the run with the settings of `deploy`; `source` is its row."""
+    config = job.config.deploy
+    try:
+        return export_onnx(
+            Deployed(network, job.detector.decode.cpu()).eval(),
+            path,
+            (job.config.data.image_size,) * 2,
+            target,
+            onnx_metadata(job, job.detector, source),
+            ("output0", "output1") if job.task == "segment" else ("output0",),
+            dynamic_batch=config.dynamic_batch,
+            quantized=source != "float",
+            dynamic_size=config.dynamic_size,
+            images=images or [],
+            scale_type=config.scale_type,
+            outputs=config.outputs,
+            nms=nms_options(config.nms),
+            opset=config.opset,
+        )
+    finally:
+        job.detector.to(job.device)
+
+
+def nms_options(config: NMSConfig) -> NMSOptions:
+    """The settings as the room deploy takes them."""
+    return NMSOptions(config.confidence, config.iou, config.max_detections)
+
+
+def range_images(job: Job) -> list[FloatArray]:
+    """Letterboxed training images, one to a batch, on which the onnxruntime graph's own ranges are measured.
+
+    Raises:
+        DataError: the training split cannot be read.
+    """
+    number = job.config.deploy.range_images
+    if not number:
+        return []
+    try:
+        loader = job.letterboxed(job.train_set, 1, number)
+    except DataError as error:
+        raise DataError(
+            f"{error} The onnxruntime graph measures ranges on training images; range_images=0 assumes a "
+            "normal distribution instead."
+        ) from error
+    batches = itertools.islice(loader, number)
+    return [np.asarray(to_input(batch.images, "cpu").numpy(), np.float32) for batch in batches]
+
+
+def check_signs(target: str, what: str) -> None:
+    """Refuse unsigned codes where the target takes signed ones only.
+
+    Raises:
+        ConfigError: the target is one of TensorRT's.
+    """
+    if target.startswith("trt"):
+        raise ConfigError(
+            f"{what}, but TensorRT (target {target}) takes signed codes only: make the run with "
+            "quant.activations.unsigned=false, or export for openvino or onnxruntime"
+        )
+
+
+def check_widths(placement: Placement, target: str) -> None:
+    """Refuse a plan whose widths or signs no engine of the target runs.
+
+    Raises:
+        ConfigError: some tensor or weight is narrower than 8 bits, or unsigned where the target takes signed codes.
+    """
+    unsigned = [group.name for group in placement.groups if not group.signed]
+    if unsigned:
+        check_signs(target, f"the plan has {len(unsigned)} unsigned groups ({unsigned[0]}, ...)")
+    widths = {group.name: group.bits for group in placement.groups}
+    widths |= {site.layer: site.bits for site in placement.weights}
+    narrow = {name: bits for name, bits in widths.items() if bits != 8}
+    if narrow:
+        name, bits = next(iter(narrow.items()))
+        raise ConfigError(
+            f"target {target} runs 8-bit grids only, and {len(narrow)} tensors are narrower ({name}: {bits} bits): "
+            "below 8 bits is simulation; use stages=[float,calibrate,finetune,report] for it"
+        )
+
+
+def onnx_metadata(job: Job, detector: Detector, source: str) -> dict[str, str]:
+    """What a deployer must know to use the file."""
+    stride = {"stride": str(max(detector.strides))} if detector.strides else {}
+    return {
+        "names": json.dumps(dict(enumerate(detector.names))),
+        **stride,
+        "imgsz": json.dumps([job.config.data.image_size] * 2),
+        "preprocessing": "letterbox (pad 114, centred, bilinear), RGB, divided by 255, NCHW float32",
+        **(MASK_TEXTS if job.task == "segment" else OUTPUT_TEXTS[job.config.deploy.outputs]),
+        "architecture": detector.architecture,
+        "source": source,
+    }
+
+
+def describe_export(report: ExportReport) -> dict[str, Any]:
+    """The export report as plain data."""
+    return {
+        "path": report.path.name,
+        "target": report.target,
+        "opset": report.opset,
+        "num_quantize": report.num_quantize,
+        "num_dequantize": report.num_dequantize,
+        "num_int8_weights": report.num_int8_weights,
+        "size_bytes": report.size_bytes,
+    }

@@ -1,0 +1,186 @@
+"""The stage `finetune`: quantization-aware fine-tuning of the calibrated model, its gate, and the choice of weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.files import written_atomically
+from pipeline.evaluation.measuring import describe, measure_name, row_value, value_of
+from pipeline.job import Job
+from pipeline.run.progress import say
+from pipeline.stages.training import LIGHT, augmentation, losses_of
+from quant import TrainingOptions, TrainingState, new_state, train_epochs
+
+STATE = "qat-state.pt"
+OUTCOME = "qat.json"
+
+
+def finetune_stage(job: Job) -> None:
+    """Fine-tune the calibrated model with the detection loss and its float copy as teacher; record the row `qat`.
+
+    Where calibration alone is good enough for `qat.skip_if_drop_below`, nothing is trained and later stages take the
+    calibrated model. Which epoch's weights are kept says `qat.select`. A stopped stage goes on after its last whole
+    epoch.
+    """
+    if _calibration_suffices(job):
+        return
+    config = job.config.qat
+    model = job.load_quantized("ptq.safetensors", "calibrate")
+    options = training_options(job)
+    augments = {"none": None, "light": LIGHT, "heavy": augmentation(job.config.augment)}
+    loader = job.train_loader(config.batch_size, augments[config.augment])
+    state = new_state(model, options)
+    kept = Kept(job)
+    earlier: list[dict[str, Any]] = []
+    if job.run.path(STATE).exists():
+        kept.restore(_load_state(job, model, state))
+        earlier = [record for record in job.run.read_lines("qat.jsonl") if record["epoch"] < state.epoch]
+    else:
+        kept.offer(model, "before fine-tuning")
+    batches = job.epoch_batches(loader, "finetune", config.epochs)
+    teacher = copy.deepcopy(job.detector.network)
+    if not kept.exhausted:
+        for _ in train_epochs(model, batches, len(loader), job.loss(), options, teacher, state):
+            averaged = state.average.model if state.average is not None else model
+            say(losses_of(state))
+            state.records[-1].figures |= kept.offer(averaged, f"epoch {state.epoch}")
+            job.run.write_lines("qat.jsonl", [*earlier, *(record.as_dict() for record in state.records)])
+            _save_state(job, model, state, kept)
+            if kept.exhausted:
+                say(f"no better epoch in {config.patience}: fine-tuning stops")
+                break
+    model.load_state_dict(kept.weights)
+    job.save_quantized(model, "qat.safetensors")
+    job.run.path(STATE).unlink(missing_ok=True)
+    job.run.write_json(
+        OUTCOME, {"skipped": False, "epochs": state.epoch, "select": config.select, "kept": kept.label}
+    )
+    metrics = job.measure(job.predictor(model.eval()), "qat")
+    job.record_row("qat", metrics, kept=kept.label)
+
+
+def training_options(job: Job) -> TrainingOptions:
+    """The section `qat` as the training loop wants it."""
+    config = job.config.qat
+    return TrainingOptions(
+        epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        scale_learning_rate=config.scale_learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_fraction=config.warmup_fraction,
+        ema_decay=config.ema_decay,
+        clip_norm=config.clip_norm,
+        task_weight=config.task_weight,
+        distill_weight=config.distill_output,
+        feature_weight=config.distill_features,
+        feature_patterns=tuple(config.distill_feature_names),
+        dampen_weight=config.dampen_weight if config.oscillation == "dampen" else 0.0,
+        freeze_threshold=config.freeze_threshold if config.oscillation == "freeze" else None,
+        amp=config.amp,
+    )
+
+
+class Kept:
+    """The weights that the stage will keep, chosen among those offered after each epoch.
+
+    With `qat.select=best` they are the best by AP (or the user's metric) on the validation images, the calibrated
+    model included, so that fine-tuning never ends below its start; with `last` they are the latest.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.best = -math.inf
+        self.stale = 0  # epochs since the best one
+        self.label = ""
+        self.weights: dict[str, torch.Tensor] = {}
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether `qat.patience` epochs have brought nothing better."""
+        patience = self.job.config.qat.patience
+        return patience is not None and self.stale >= patience
+
+    def offer(self, model: nn.Module, label: str) -> dict[str, float]:
+        """Measure a model, keep its weights where they are the choice, and return the figure for the log."""
+        config = self.job.config.qat
+        figures = {}
+        better = config.select == "last"
+        if config.validate_images != 0:
+            predict = self.job.predictor(model)
+            metrics = self.job.measure(predict, label, limit=config.validate_images)
+            say(f"{label}: {describe(metrics)}")
+            value = value_of(metrics)
+            figures = {"validation": value}
+            self.stale = 0 if value > self.best else self.stale + 1
+            better = better or value > self.best
+            self.best = max(self.best, value)
+        if better:
+            self.label = label
+            self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        return figures
+
+    def as_dict(self) -> dict[str, Any]:
+        """Tensors and plain data, for a file."""
+        return {"best": self.best, "stale": self.stale, "label": self.label, "weights": self.weights}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from what `as_dict` gave."""
+        self.best, self.stale = saved["best"], saved["stale"]
+        self.label, self.weights = saved["label"], saved["weights"]
+
+
+def _calibration_suffices(job: Job) -> bool:
+    """Whether the row `ptq` is as close to `float` as the user asked; says so, and leaves a record."""
+    limit = job.config.qat.skip_if_drop_below
+    if limit is None:
+        return False
+    for stage, row in (("float", "float"), ("calibrate", "ptq")):
+        job.run.need(f"rows/{row}.json", stage)
+    values = {row["name"]: row_value(row) for row in job.run.rows()}
+    reference, calibrated = values["float"], values["ptq"]
+    assert reference is not None
+    assert calibrated is not None
+    drop = reference - calibrated
+    measure = measure_name(job.config.metric.factory, job.task)
+    if not drop < limit:
+        say(f"ptq loses {drop:.4f} {measure}, {limit:g} or more (qat.skip_if_drop_below): fine-tuning")
+        return False
+    say(f"ptq loses {drop:.4f} {measure}, less than qat.skip_if_drop_below={limit:g}: not fine-tuned")
+    job.run.write_json(OUTCOME, {"skipped": True, "drop": drop, "limit": limit})
+    return True
+
+
+def _save_state(job: Job, model: nn.Module, state: TrainingState, kept: Kept) -> None:
+    """Keep all that the next epoch depends on; tensors and plain data only."""
+    content = {
+        "model": model.state_dict(),
+        "average": state.average.model.state_dict() if state.average is not None else None,
+        "updates": state.average.updates if state.average is not None else 0,
+        "optimizer": state.optimizer.state_dict(),
+        "oscillation": state.oscillation.state_dict(),
+        "step": state.step,
+        "epoch": state.epoch,
+        "kept": kept.as_dict(),
+    }
+    with written_atomically(job.run.path(STATE)) as (part,):
+        torch.save(content, part)
+
+
+def _load_state(job: Job, model: nn.Module, state: TrainingState) -> dict[str, Any]:
+    """Fill model and state from the file; returns what was kept."""
+    saved: dict[str, Any] = torch.load(job.run.path(STATE), map_location=job.device, weights_only=True)
+    model.load_state_dict(saved["model"])
+    state.optimizer.load_state_dict(saved["optimizer"])
+    state.oscillation.load_state_dict(saved["oscillation"])
+    if state.average is not None:
+        state.average.model.load_state_dict(saved["average"])
+        state.average.updates = saved["updates"]
+    state.step, state.epoch = saved["step"], saved["epoch"]
+    say(f"fine-tuning goes on after epoch {state.epoch}")
+    kept: dict[str, Any] = saved["kept"]
+    return kept

@@ -1,0 +1,79 @@
+"""The fixed-point report of a run: the codes of the exported graph beside those of torch, image by image."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.errors import DeployError
+from data import to_input
+from deploy import compare_codes
+from deploy.parity.codes import Codes
+from deploy.runtimes.onnxruntime import CodeRecorder
+from pipeline.job import Job
+from pipeline.run.progress import say, track
+from pipeline.stages.export import export_quantized, export_stage, model_name, targets
+from quant import activation_codes, quantizer_calls
+
+FIXED_POINT = "fixed_point.json"
+SCOPE = "/network/"  # of the network inside what is exported
+REFERENCES = ("trt10", "openvino")  # targets whose graphs quantize what torch quantizes, and nothing else
+
+
+def export_and_compare(job: Job) -> None:
+    """The stage `export`: files for every target, then their codes beside those of torch."""
+    export_stage(job)
+    compare_fixed_point(job)
+
+
+def compare_fixed_point(job: Job) -> None:
+    """Write fixed_point.json: how many codes of the INT8 graph differ from torch's, and by how many steps."""
+    if not job.config.deploy.fixed_point_images:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        target = next((name for name in REFERENCES if name in targets(job)), None)
+        if target is None:
+            path = Path(folder) / "signed.onnx"
+            export_quantized(job, "trt10", path)
+        else:
+            path = job.run.path(model_name(job, target))
+        pairs = list(_codes(job, path))
+    report = compare_codes((graph, free) for graph, free, _ in pairs)
+    local = compare_codes((graph, forced) for graph, _, forced in pairs)
+    tensors = quantizer_calls(job.best_quantized()[0])
+    content = report.as_dict()
+    content["tensors"] = [
+        {**tensor, "name": tensors[tensor["name"]], "differing_locally": alone.differing}
+        for tensor, alone in zip(content["tensors"], local.tensors, strict=True)
+    ]
+    sentence = f"from the same codes on, {local.describe()}; from the image on, {report.describe()}"
+    local_figures = {key: value for key, value in local.as_dict().items() if key in ("share", "steps")}
+    job.run.write_json(FIXED_POINT, {"sentence": sentence, **content, "local": local_figures})
+    say(f"fixed point: {sentence}")
+
+
+def _codes(job: Job, path: Path) -> Iterator[tuple[dict[str, Codes], dict[str, Codes], dict[str, Codes]]]:
+    """For every image codes of the graph, of torch, and of torch where each layer reads the graph's codes."""
+    model = job.best_quantized()[0]
+    recorder = CodeRecorder(path)
+    loader = job.letterboxed(job.val_set, 1, job.config.deploy.fixed_point_images)
+    for batch in track(loader, "fixed point", len(loader)):
+        images = to_input(batch.images, job.device)
+        in_graph = {}
+        for name, codes in recorder.codes(np.asarray(images.cpu().numpy(), np.float32)).items():
+            if not name.startswith(SCOPE):
+                raise DeployError(f"Quantizer '{name}' of {path.name} lies outside {SCOPE}; export it again.")
+            in_graph[name.removeprefix(SCOPE).rsplit("/", 1)[0]] = codes
+        forced = {name: torch.from_numpy(codes) for name, codes in in_graph.items()}
+        free, locally = activation_codes(model, images), activation_codes(model, images, forced)
+        yield in_graph, to_arrays(free), to_arrays(locally)
+
+
+def to_arrays(codes: dict[str, Tensor]) -> dict[str, Codes]:
+    """Tensors as NumPy arrays."""
+    return {name: np.asarray(tensor.numpy(), np.int16) for name, tensor in codes.items()}

@@ -1,0 +1,84 @@
+"""The stage `train`: float training, with the loop that fine-tuning uses, too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from configs.schema import AugmentConfig
+from data import AugmentOptions
+from pipeline.job import Job
+from pipeline.run.progress import say
+from quant import TrainingOptions, TrainingState, train_epochs
+
+LIGHT = AugmentOptions(
+    mosaic=0.0,
+    degrees=0.0,
+    translate=0.05,
+    scale=0.1,
+    shear=0.0,
+    flip_lr=0.5,
+    hsv_h=0.015,
+    hsv_s=0.3,
+    hsv_v=0.2,
+)
+
+
+def train_stage(job: Job) -> None:
+    """Train the float detector, from scratch or from weights, and keep its average as the run's float model."""
+    config = job.config.train
+    detector = job.initial_detector().to(job.device)
+    if detector.amax:
+        say(f"imported ranges: {len(detector.amax)} dropped, since training moves the weights away from them")
+        detector.amax = {}
+    options = TrainingOptions(
+        epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_fraction=config.warmup_fraction,
+        ema_decay=config.ema_decay,
+        clip_norm=config.clip_norm,
+        distill_weight=0.0,
+        amp=config.amp,
+    )
+    loader = job.train_loader(config.batch_size, augmentation(job.config.augment))
+    plain = job.train_loader(config.batch_size, LIGHT)
+    heavy_batches = job.epoch_batches(loader, "train", config.epochs)
+    light_batches = job.epoch_batches(plain, "train", config.epochs)
+    last_heavy = config.epochs - config.close_mosaic
+
+    def batches(epoch: int) -> Any:
+        return heavy_batches(epoch) if epoch < last_heavy else light_batches(epoch)
+
+    loss = job.loss(detector)
+    network = detector.network
+    state: TrainingState | None = None
+    for state in train_epochs(network, batches, len(loader), loss, options):
+        say(losses_of(state))
+        job.run.write_lines("train.jsonl", (record.as_dict() for record in state.records))
+    assert state is not None
+    if state.average is not None:
+        network.load_state_dict(state.average.model.state_dict())
+    job.keep_detector(detector.eval())
+
+
+def augmentation(config: AugmentConfig) -> AugmentOptions:
+    """The data room's options from the `augment` section."""
+    return AugmentOptions(
+        mosaic=config.mosaic,
+        degrees=config.degrees,
+        translate=config.translate,
+        scale=config.scale,
+        shear=config.shear,
+        flip_lr=config.flip,
+        hsv_h=config.hsv_h,
+        hsv_s=config.hsv_s,
+        hsv_v=config.hsv_v,
+    )
+
+
+def losses_of(state: TrainingState) -> str:
+    """Means of the loss terms over the last epoch, as one line."""
+    records = [record for record in state.records if record.epoch == state.epoch - 1]
+    names = records[-1].losses
+    means = {name: sum(record.losses[name] for record in records) / len(records) for name in names}
+    return f"epoch {state.epoch}: " + "  ".join(f"{name} {value:.4f}" for name, value in means.items())

@@ -1,0 +1,1 @@
+"""Calibration: histograms of activations, and how a scale is chosen from them."""

@@ -1,0 +1,255 @@
+"""Calibration: one pass of float inference shows every group its values; then each scale is chosen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from core.errors import CalibrationError
+from quant.calibration.convergence import (
+    Convergence,
+    Histograms,
+    Milestones,
+    follow_scales,
+    merge_histograms,
+    merge_milestones,
+)
+from quant.calibration.imported import ImportedRanges, import_ranges
+from quant.calibration.observers import METHODS, Histogram, choose_scale, choose_weight_scale, squared_errors
+from quant.fake_quantize import Mode
+from quant.insertion import activation_quantizers, placement_of, quantized_layers, quantizers, set_mode
+
+log = logging.getLogger(__name__)
+FIXED = "fixed"  # in place of a method, for scales that the plan gives
+IMPORTED = "imported"  # ... of a group whose range came with the checkpoint
+
+
+Gather = Callable[
+    [Any], list[Any]
+]  # this process's item -> every process's items, in the same order everywhere
+
+
+@dataclass(frozen=True)
+class GroupCalibration:
+    """What calibration found for one group: all in the tensor's own units; `clipped` is a share of the values.
+
+    `maximum` and `clipped` are None where no value was looked at, because the range was imported.
+    """
+
+    name: str
+    method: str
+    maximum: float | None
+    amax: float
+    scale: float
+    clipped: float | None
+    num_values: int
+    num_ignored: int
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """Result of `calibrate`: one entry per group, the number of images, how the scales settled, what was imported."""
+
+    groups: tuple[GroupCalibration, ...]
+    num_images: int
+    convergence: Convergence | None = None
+    imported: ImportedRanges | None = None
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain data for a JSON file."""
+        content: dict[str, object] = {
+            "num_images": self.num_images,
+            "groups": [asdict(group) for group in self.groups],
+        }
+        if self.convergence is not None:
+            content["convergence"] = self.convergence.as_dict()
+        if self.imported is not None:
+            content["imported"] = self.imported.as_dict()
+        return content
+
+
+def calibrate(
+    model: fx.GraphModule,
+    batches: Iterable[Tensor],
+    method: str = "mse",
+    weight_method: str = "mse",
+    percentile: float = 99.99,
+    gather: Gather | None = None,
+    ranges: Mapping[str, Tensor] | None = None,
+) -> CalibrationResult:
+    """Set every scale of an inserted model and leave all quantizers switched on.
+
+    Weight scales depend on the weights alone. Activation scales come from one pass of float inference over the
+    batches; a group with a fixed scale keeps it, one with an observer of its own uses that. What has an imported
+    range is not calibrated; where every group has one, no batch is drawn.
+
+    Args:
+        model: result of `insert`.
+        batches: float images [B, C, H, W], prepared as for inference (letterboxed, never mosaics).
+        method: default method for activations: `minmax`, `percentile`, `mse` or `entropy`.
+        weight_method: `minmax` or `mse`.
+        percentile: for the percentile method, in percent.
+        gather: where several processes calibrate one model, each on its own share of the images: collects an item from
+            all of them. Counts add up exactly, so the scales do not depend on the number of processes.
+        ranges: of a quantized checkpoint, as `import_ranges` takes them; None or empty calibrates everything.
+
+    Raises:
+        CalibrationError: no batch, an unknown method, or a group that saw NaN or infinite values only, or such
+            a weight.
+        RangeError: an imported range does not fit.
+    """
+    for name in (method, weight_method):
+        if name not in METHODS:
+            raise CalibrationError(f"unknown calibration method {name!r}: choose one of {', '.join(METHODS)}")
+    imported = import_ranges(model, ranges) if ranges else ImportedRanges()
+    calibrate_weights(model, weight_method, imported.weights)
+    milestones = Milestones(1 if gather is None else len(gather(None)))
+    histograms, num_images = collect_histograms(model, batches, milestones.see, imported.groups)
+    if gather is not None:
+        parts = gather((histograms, num_images, milestones))
+        histograms = merge_histograms([part[0] for part in parts])
+        num_images = sum(part[1] for part in parts)
+        milestones = merge_milestones([part[2] for part in parts])
+    result = apply_histograms(model, histograms, method, percentile, num_images, imported.groups)
+    set_mode(model, Mode.QUANTIZE)
+    convergence = _convergence(model, result, milestones, histograms, percentile) if num_images else None
+    return replace(result, convergence=convergence, imported=imported if ranges else None)
+
+
+def _convergence(
+    model: fx.GraphModule,
+    result: CalibrationResult,
+    milestones: Milestones,
+    histograms: Mapping[str, Histogram],
+    percentile: float,
+) -> Convergence:
+    """The scales that fewer images would have given, chosen by the method that chose the final ones."""
+    quantizer_of = activation_quantizers(model)
+    chosen = {group.name: group for group in result.groups if group.method not in (FIXED, IMPORTED)}
+
+    def scale_of(name: str, histogram: Histogram) -> float:
+        quantizer = quantizer_of[name]
+        return choose_scale(
+            histogram, chosen[name].method, quantizer.bits, percentile, quantizer.signed
+        ).scale
+
+    def errors_of(name: str, scales: Sequence[float]) -> list[float]:
+        candidates = torch.tensor(scales, dtype=torch.float64)
+        errors: list[float] = squared_errors(histograms[name], candidates, quantizer_of[name].high).tolist()
+        return errors
+
+    final = {name: group.scale for name, group in chosen.items()}
+    return follow_scales(milestones, result.num_images, final, scale_of, errors_of)
+
+
+def calibrate_weights(model: fx.GraphModule, method: str = "mse", skip: Collection[str] = ()) -> None:
+    """Choose one scale per output channel of every quantized layer, those to skip aside.
+
+    Raises:
+        CalibrationError: a layer has NaN or infinite weights.
+    """
+    for name, layer in quantized_layers(model).items():
+        if not bool(torch.isfinite(layer.weight).all()):
+            raise CalibrationError(
+                f"layer {name!r} has NaN or infinite weights: use a checkpoint from before the training diverged"
+            )
+        if name in skip:
+            continue
+        quantizer = layer.weight_quantizer
+        scale = choose_weight_scale(layer.weight, quantizer.axis, method, quantizer.bits)
+        quantizer.set_scale(scale.to(layer.weight.device), layer.weight)
+
+
+def collect_histograms(
+    model: fx.GraphModule,
+    batches: Iterable[Tensor],
+    after_batch: Callable[[Histograms, int], None] | None = None,
+    skip: Collection[str] = (),
+) -> tuple[Histograms, int]:
+    """Run float inference and count the magnitudes in every group, those to skip aside.
+
+    `after_batch` is called with the histograms and the image count after each batch. The network's training flag and
+    the quantizers' modes are restored afterwards.
+
+    Returns:
+        The histograms, and the number of images; none is looked at where all groups are skipped.
+    """
+    groups = {name: found for name, found in activation_quantizers(model).items() if name not in skip}
+    if skip and not groups:
+        return {}, 0
+    histograms = {name: Histogram() for name in groups}
+    modes = [(quantizer, quantizer.mode) for quantizer in quantizers(model)]
+    training = model.training
+    num_images = 0
+    model.eval()
+    set_mode(model, Mode.OFF)
+    for name, observed in groups.items():
+        observed.observer, observed.mode = histograms[name], Mode.OBSERVE
+    try:
+        with torch.no_grad():
+            for images in batches:
+                model(images)
+                num_images += len(images)
+                if after_batch is not None:
+                    after_batch(histograms, num_images)
+    finally:
+        for observed in groups.values():
+            observed.observer = None
+        for quantizer, mode in modes:
+            quantizer.mode = mode
+        model.train(training)
+    if num_images == 0:
+        raise CalibrationError("calibration got no image: raise the number of calibration images above 0")
+    return histograms, num_images
+
+
+def apply_histograms(
+    model: fx.GraphModule,
+    histograms: dict[str, Histogram],
+    method: str,
+    percentile: float,
+    num_images: int,
+    imported: Mapping[str, float] | None = None,
+) -> CalibrationResult:
+    """Set each group's scale from its histogram; a group with an imported range has its scale already."""
+    quantizer_of = activation_quantizers(model)
+    found = []
+    for group in placement_of(model).groups:
+        if imported and group.name in imported:
+            amax = imported[group.name]
+            scale = amax / quantizer_of[group.name].high
+            found.append(GroupCalibration(group.name, IMPORTED, None, amax, scale, None, 0, 0))
+            continue
+        histogram, quantizer = histograms[group.name], quantizer_of[group.name]
+        if histogram.num_values == 0:
+            raise CalibrationError(
+                f"group {group.name!r} saw {histogram.num_ignored} values, none of them finite: the float network "
+                "overflows on these images; check the weights and the preprocessing"
+            )
+        if histogram.num_ignored:
+            log.warning("group %s: %d NaN or infinite values left out", group.name, histogram.num_ignored)
+        chosen_by = group.observer or method
+        choice = choose_scale(histogram, chosen_by, quantizer.bits, percentile, quantizer.signed)
+        scale = choice.scale
+        if group.scale is None:
+            quantizer.set_scale(scale)
+        else:
+            chosen_by, scale = FIXED, group.scale
+        found.append(
+            GroupCalibration(
+                name=group.name,
+                method=chosen_by,
+                maximum=histogram.maximum,
+                amax=scale * quantizer.high,
+                scale=scale,
+                clipped=choice.clipped,
+                num_values=histogram.num_values,
+                num_ignored=histogram.num_ignored,
+            )
+        )
+    return CalibrationResult(tuple(found), num_images)

@@ -1,0 +1,1 @@
+"""What quantization-aware fine-tuning adds to training: distillation, oscillation, scales."""

@@ -1,0 +1,1 @@
+"""Placement: which tensors are quantized, which share one scale, and the policy that edits it."""

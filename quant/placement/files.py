@@ -1,0 +1,76 @@
+"""Saving a placement as YAML, loading it back after a person has edited it, and the state of a quantized model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from core.errors import PlacementError
+from quant.placement.plan import Group, Placement, TensorSite, WeightSite
+from quant.placement.policy import Rule
+
+
+def dump_placement(placement: Placement) -> str:
+    """The plan as YAML text that a person can edit."""
+    return yaml.safe_dump(_plain(asdict(placement)), sort_keys=False, width=110)
+
+
+def load_placement(path: Path) -> Placement:
+    """Read a plan written by `dump_placement`.
+
+    Raises:
+        PlacementError: no such file, not YAML, keys that a placement does not have, or values out of range.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise PlacementError(
+            f"no placement at {path}: run the stage `calibrate` first, or check quant.plan"
+        ) from error
+    except yaml.YAMLError as error:
+        raise PlacementError(f"{path} is not YAML: {error}") from error
+    try:
+        groups = tuple(_group(entry) for entry in content["groups"])
+        weights = tuple(_weight(entry) for entry in content["weights"])
+        return Placement(groups, weights, dict(content["kept_float"]), dict(content["concats"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise PlacementError(
+            f"{path} is not a placement ({error}): start from the placement.yaml of a run"
+        ) from error
+
+
+def _group(entry: dict[str, Any]) -> Group:
+    scale = entry.get("scale")
+    group = Group(
+        **{
+            **entry,
+            "tensors": _sites(entry["tensors"]),
+            "layers": tuple(entry["layers"]),
+            "scale": None if scale is None else float(scale),  # YAML takes 1e-3 for a string
+        }
+    )
+    Rule(
+        group.name, bits=group.bits, observer=group.observer, scale=group.scale
+    )  # the same limits as in a policy
+    return group
+
+
+def _weight(entry: dict[str, Any]) -> WeightSite:
+    site = WeightSite(**entry)
+    Rule(site.layer, bits=site.bits)
+    return site
+
+
+def _sites(sites: list[dict[str, Any]]) -> tuple[TensorSite, ...]:
+    return tuple(TensorSite(site["name"], site["node"], tuple(site["users"])) for site in sites)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,1 @@
+"""Post-training repair: rounding, bias correction, cross-layer equalization."""

@@ -1,0 +1,1 @@
+"""Sensitivity: what quantizing each unit costs, and the accuracy budget over it."""

@@ -1,0 +1,186 @@
+"""Sensitivity: what quantizing each unit costs, before anything is trained.
+
+A unit is a placement group: its activations and the weights of the layers that read them. Two methods:
+
+`fisher` needs one backward pass per batch of the float network. For a unit with values x, quantized values Q(x)
+and loss gradient g, the expected rise of the loss is, to second order and with the diagonal of the Fisher
+information in place of the Hessian (FIT, arXiv:2210.08502),
+
+    score = mean over images of  sum g^2 (Q(x) - x)^2,     weights and activations added.
+
+The same sum is the expected square of the loss's first-order change g (Q(x) - x) where rounding errors are independent:
+it says how far the loss moves, up or down.
+
+`sqnr` quantizes one unit at a time and compares the outputs with the float network's:
+
+    score = mean over output maps of  |y_unit - y_float|^2 / var(y_float)      (`distillation_loss`).
+
+Both are ratios to be ranked within one network, not accuracies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
+from quant.finetuning.distillation import distillation_loss
+from quant.finetuning.loop import TaskLoss, TrainingBatch
+from quant.insertion import activation_quantizers, placement_of, quantized_layers, quantizers, set_mode
+
+METHODS = ("fisher", "sqnr")
+
+
+@dataclass(frozen=True)
+class UnitScore:
+    """Cost of one unit: its group's name, the score, and by name the figures that it was made of, if any."""
+
+    unit: str
+    score: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for a JSON file: the parts stand beside unit and score."""
+        return {"unit": self.unit, "score": self.score, **self.parts}
+
+
+def measure_fisher(
+    model: fx.GraphModule, batches: Iterable[TrainingBatch], task_loss: TaskLoss
+) -> list[UnitScore]:
+    """Score every unit with one backward pass per batch; the most sensitive unit comes first.
+
+    Args:
+        model: inserted and calibrated; its weights, modes and gradients are left as they were.
+        batches: images [B, C, H, W] and targets; small batches give the better estimate for weights, whose gradient
+            is squared after the sum over a batch.
+        task_loss: the loss whose rise counts.
+    """
+    groups = activation_quantizers(model)
+    layers = quantized_layers(model)
+    errors: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            rounded = _rounded_weight(layer)
+            errors[name] = (rounded - layer.weight).square()
+    activation_sums = dict.fromkeys(groups, 0.0)
+    weight_sums = dict.fromkeys(layers, 0.0)
+    num_images = 0
+    with _probing(model, groups) as probes:
+        for images, targets in batches:
+            size = (int(images.shape[-2]), int(images.shape[-1]))
+            loss = torch.stack(list(task_loss(model(images), targets, size).values())).sum()
+            weights = [layer.weight for layer in layers.values()]
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+            count = len(images)
+            num_images += count
+            for (name, _), gradient in zip(layers.items(), gradients, strict=True):
+                if gradient is not None:
+                    weight_sums[name] += float((gradient.square() * errors[name]).sum()) * count
+            for name, probe in probes.items():
+                activation_sums[name] += probe.take() * count * count
+    if num_images == 0:
+        raise ValueError("sensitivity got no image: raise sensitivity.images above 0")
+    scores = []
+    for group in placement_of(model).groups:
+        parts = {
+            "activations": activation_sums[group.name] / num_images,
+            "weights": sum(weight_sums[layer] for layer in group.layers) / num_images,
+        }
+        scores.append(UnitScore(group.name, sum(parts.values()), parts))
+    return sorted(scores, key=lambda score: -score.score)
+
+
+def measure_sqnr(model: fx.GraphModule, batches: Sequence[Tensor]) -> Iterator[UnitScore]:
+    """Yield one score per unit, in graph order: output error with that unit alone quantized.
+
+    Args:
+        model: inserted and calibrated; modes are restored at the end.
+        batches: images [B, C, H, W], used once for the reference and once per unit.
+    """
+    groups = activation_quantizers(model)
+    layers = quantized_layers(model)
+    modes = [(quantizer, quantizer.mode) for quantizer in quantizers(model)]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            set_mode(model, Mode.OFF)
+            references = [model(images) for images in batches]
+            for group in placement_of(model).groups:
+                parts: list[FakeQuantize | WeightFakeQuantize] = [groups[group.name]]
+                parts += [layers[name].weight_quantizer for name in group.layers]
+                for part in parts:
+                    part.mode = Mode.QUANTIZE
+                pairs = zip(batches, references, strict=True)
+                found = [float(distillation_loss(model(images), reference)) for images, reference in pairs]
+                for part in parts:
+                    part.mode = Mode.OFF
+                yield UnitScore(group.name, sum(found) / len(found))
+    finally:
+        for quantizer, mode in modes:
+            quantizer.mode = mode
+
+
+class _Probe:
+    """Stands in for a quantizer's observer: hands the tensor on and, on the way back, adds up g^2 (Q(x) - x)^2."""
+
+    def __init__(self, quantizer: FakeQuantize) -> None:
+        self.quantizer = quantizer
+        self.total: Tensor | None = None
+
+    def watch(self, x: Tensor) -> Tensor:
+        """Return x with a gradient hook."""
+        q = self.quantizer
+        with torch.no_grad():
+            error = torch.fake_quantize_per_tensor_affine(x.float(), float(q.scale), 0, q.low, q.high)
+            error.sub_(x).square_()
+
+        def add(gradient: Tensor) -> None:
+            found = torch.dot(gradient.float().square().reshape(-1), error.reshape(-1))
+            self.total = found if self.total is None else self.total + found
+
+        if x.requires_grad:
+            x.register_hook(add)
+        return x
+
+    def take(self) -> float:
+        """The sum since the last call."""
+        total, self.total = self.total, None
+        return 0.0 if total is None else float(total)
+
+
+@contextmanager
+def _probing(model: fx.GraphModule, groups: dict[str, FakeQuantize]) -> Iterator[dict[str, _Probe]]:
+    """Run the float network with a probe at every activation quantizer."""
+    modes = [(quantizer, quantizer.mode) for quantizer in quantizers(model)]
+    training = model.training
+    model.eval()
+    set_mode(model, Mode.OFF)
+    probes = {name: _Probe(quantizer) for name, quantizer in groups.items()}
+    handles = []
+    for name, observed in groups.items():
+        handles.append(observed.register_forward_hook(_hook(probes[name].watch)))
+    try:
+        yield probes
+    finally:
+        for handle in handles:
+            handle.remove()
+        for quantizer, mode in modes:
+            quantizer.mode = mode
+        model.train(training)
+
+
+def _hook(watch: Callable[[Tensor], Tensor]) -> Callable[[Any, Any, Tensor], Tensor]:
+    return lambda _module, _inputs, output: watch(output)
+
+
+def _rounded_weight(layer: Any) -> Tensor:
+    quantizer = layer.weight_quantizer
+    mode, quantizer.mode = quantizer.mode, Mode.QUANTIZE
+    rounded: Tensor = quantizer(layer.weight)
+    quantizer.mode = mode
+    return rounded
