@@ -273,7 +273,11 @@ class QatConfig:
         choices=("best", "last"),
     )
     amp: bool = setting(True, "Autocast on a GPU; without effect on a CPU")
-    learn_scales: bool = setting(True, "Learn the activation scales (LSQ, arXiv:1902.08153)")
+    learn_scales: bool = setting(
+        True,
+        "Learn the scales of activations and weights (LSQ, arXiv:1902.08153); false keeps activation scales and lets "
+        "weight scales follow the weights",
+    )
     augment: str = setting(
         "light",
         "light: flip and small affine; heavy: the augment section; none: letterbox",

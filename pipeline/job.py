@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from configs.schema import Config
 from core.errors import CheckpointError, ConfigError
 from core.files import written_atomically
+from core.types import TaskLoss
 from data import (
     AugmentOptions,
     Batch,
@@ -49,7 +50,7 @@ from pipeline.evaluation.suppression import suppress_overlaps
 from pipeline.run.directory import Run
 from pipeline.run.progress import say, track
 from pipeline.user_code.dataset import open_own
-from pipeline.user_code.network import CustomModel, OwnDetector, TaskLoss
+from pipeline.user_code.network import CustomModel, OwnDetector
 from quant import Mode, insert, load_placement, set_mode
 from training.team import Team
 

@@ -1,4 +1,4 @@
-"""Quantization room: placement, insertion, calibration and fine-tuning of any fx-traceable network."""
+"""Quantization: placement, insertion, calibration and fine-tuning of any fx-traceable network."""
 
 from core.errors import (
     CalibrationError,
@@ -14,7 +14,7 @@ from quant.calibration.imported import ImportedRanges, import_ranges
 from quant.codes import activation_codes, quantizer_calls
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
 from quant.finetuning.distillation import feature_nodes
-from quant.finetuning.loop import TrainingOptions, TrainingState, new_state, train_epochs
+from quant.finetuning.quantization_aware import FineTuningOptions, QuantizationAware
 from quant.folding import fold_batchnorms
 from quant.graph import trace
 from quant.insertion import (
@@ -45,6 +45,7 @@ __all__ = [
     "DivergenceError",
     "EqualizationResult",
     "FakeQuantize",
+    "FineTuningOptions",
     "Group",
     "ImportedRanges",
     "LayerRepair",
@@ -54,13 +55,12 @@ __all__ = [
     "PlacementOptions",
     "Policy",
     "PolicyError",
+    "QuantizationAware",
     "RangeError",
     "Rule",
     "SharingResult",
     "TensorSite",
     "TraceError",
-    "TrainingOptions",
-    "TrainingState",
     "UnitScore",
     "WeightFakeQuantize",
     "WeightSite",
@@ -77,7 +77,6 @@ __all__ = [
     "measure_fisher",
     "measure_sharing",
     "measure_sqnr",
-    "new_state",
     "place",
     "placement_of",
     "quantized_layers",
@@ -86,6 +85,5 @@ __all__ = [
     "search_budget",
     "set_mode",
     "trace",
-    "train_epochs",
     "without_units",
 ]

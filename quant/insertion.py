@@ -27,7 +27,8 @@ def insert(network: nn.Module, placement: Placement, learn_scales: bool = True) 
     Args:
         network: the module that `place` read.
         placement: its plan.
-        learn_scales: whether fine-tuning may move the scales (fixed ones never move).
+        learn_scales: whether fine-tuning learns the scales of activations and weights (fixed ones never move).
+            Otherwise activation scales stay, and weight scales follow the largest weight of their channel.
 
     Raises:
         PlacementError: the placement names a tensor, a reader or a layer that the network does not have, or one

@@ -1,1 +1,6 @@
-"""Training: the loop, its schedule and weight average, and processes that share the work."""
+"""Training: the loop that float training and fine-tuning share, and processes that share the work."""
+
+from training.extension import Extension
+from training.loop import StepRecord, TrainingOptions, TrainingState, train_epochs
+
+__all__ = ["Extension", "StepRecord", "TrainingOptions", "TrainingState", "train_epochs"]

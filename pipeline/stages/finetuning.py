@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from configs.schema import QatConfig
 from core.files import written_atomically
 from pipeline.evaluation.measuring import describe, measure_name, row_value, value_of
 from pipeline.job import Job
 from pipeline.run.progress import say
 from pipeline.stages.training import LIGHT, augmentation, losses_of
-from quant import TrainingOptions, TrainingState, new_state, train_epochs
+from quant import FineTuningOptions, QuantizationAware
+from training import TrainingOptions, TrainingState, train_epochs
 
 STATE = "qat-state.pt"
 OUTCOME = "qat.json"
@@ -31,26 +33,25 @@ def finetune_stage(job: Job) -> None:
         return
     config = job.config.qat
     model = job.load_quantized("ptq.safetensors", "calibrate")
-    options = training_options(job)
     augments = {"none": None, "light": LIGHT, "heavy": augmentation(job.config.augment)}
     loader = job.train_loader(config.batch_size, augments[config.augment])
-    state = new_state(model, options)
+    teacher = copy.deepcopy(job.detector.network)
+    extension = QuantizationAware(model, fine_tuning_options(config), teacher)
+    state = TrainingState(model, training_options(config), extension)
     kept = Kept(job)
     earlier: list[dict[str, Any]] = []
     if job.run.path(STATE).exists():
-        kept.restore(_load_state(job, model, state))
+        _load_state(job, state, kept)
         earlier = [record for record in job.run.read_lines("qat.jsonl") if record["epoch"] < state.epoch]
     else:
         kept.offer(model, "before fine-tuning")
     batches = job.epoch_batches(loader, "finetune", config.epochs)
-    teacher = copy.deepcopy(job.detector.network)
     if not kept.exhausted:
-        for _ in train_epochs(model, batches, len(loader), job.loss(), options, teacher, state):
-            averaged = state.average.model if state.average is not None else model
+        for _ in train_epochs(state, batches, len(loader), job.loss()):
             say(losses_of(state))
-            state.records[-1].figures |= kept.offer(averaged, f"epoch {state.epoch}")
+            state.records[-1].figures |= kept.offer(state.averaged, f"epoch {state.epoch}")
             job.run.write_lines("qat.jsonl", [*earlier, *(record.as_dict() for record in state.records)])
-            _save_state(job, model, state, kept)
+            _save_state(job, state, kept)
             if kept.exhausted:
                 say(f"no better epoch in {config.patience}: fine-tuning stops")
                 break
@@ -64,24 +65,29 @@ def finetune_stage(job: Job) -> None:
     job.record_row("qat", metrics, kept=kept.label)
 
 
-def training_options(job: Job) -> TrainingOptions:
+def training_options(config: QatConfig) -> TrainingOptions:
     """The section `qat` as the training loop wants it."""
-    config = job.config.qat
     return TrainingOptions(
         epochs=config.epochs,
         learning_rate=config.learning_rate,
-        scale_learning_rate=config.scale_learning_rate,
         weight_decay=config.weight_decay,
         warmup_fraction=config.warmup_fraction,
         ema_decay=config.ema_decay,
         clip_norm=config.clip_norm,
         task_weight=config.task_weight,
+        amp=config.amp,
+    )
+
+
+def fine_tuning_options(config: QatConfig) -> FineTuningOptions:
+    """The section `qat` as quantization-aware fine-tuning wants it."""
+    return FineTuningOptions(
+        scale_learning_rate=config.scale_learning_rate,
         distill_weight=config.distill_output,
         feature_weight=config.distill_features,
         feature_patterns=tuple(config.distill_feature_names),
         dampen_weight=config.dampen_weight if config.oscillation == "dampen" else 0.0,
         freeze_threshold=config.freeze_threshold if config.oscillation == "freeze" else None,
-        amp=config.amp,
     )
 
 
@@ -155,32 +161,15 @@ def _calibration_suffices(job: Job) -> bool:
     return True
 
 
-def _save_state(job: Job, model: nn.Module, state: TrainingState, kept: Kept) -> None:
+def _save_state(job: Job, state: TrainingState, kept: Kept) -> None:
     """Keep all that the next epoch depends on; tensors and plain data only."""
-    content = {
-        "model": model.state_dict(),
-        "average": state.average.model.state_dict() if state.average is not None else None,
-        "updates": state.average.updates if state.average is not None else 0,
-        "optimizer": state.optimizer.state_dict(),
-        "oscillation": state.oscillation.state_dict(),
-        "step": state.step,
-        "epoch": state.epoch,
-        "kept": kept.as_dict(),
-    }
     with written_atomically(job.run.path(STATE)) as (part,):
-        torch.save(content, part)
+        torch.save({"training": state.state_dict(), "kept": kept.as_dict()}, part)
 
 
-def _load_state(job: Job, model: nn.Module, state: TrainingState) -> dict[str, Any]:
-    """Fill model and state from the file; returns what was kept."""
-    saved: dict[str, Any] = torch.load(job.run.path(STATE), map_location=job.device, weights_only=True)
-    model.load_state_dict(saved["model"])
-    state.optimizer.load_state_dict(saved["optimizer"])
-    state.oscillation.load_state_dict(saved["oscillation"])
-    if state.average is not None:
-        state.average.model.load_state_dict(saved["average"])
-        state.average.updates = saved["updates"]
-    state.step, state.epoch = saved["step"], saved["epoch"]
+def _load_state(job: Job, state: TrainingState, kept: Kept) -> None:
+    """Go on from the file."""
+    saved = torch.load(job.run.path(STATE), map_location=job.device, weights_only=True)
+    state.load_state_dict(saved["training"])
+    kept.restore(saved["kept"])
     say(f"fine-tuning goes on after epoch {state.epoch}")
-    kept: dict[str, Any] = saved["kept"]
-    return kept

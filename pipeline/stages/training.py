@@ -1,4 +1,4 @@
-"""The stage `train`: float training, with the loop that fine-tuning uses, too."""
+"""The stage `train`: float training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from configs.schema import AugmentConfig
 from data import AugmentOptions
 from pipeline.job import Job
 from pipeline.run.progress import say
-from quant import TrainingOptions, TrainingState, train_epochs
+from training import TrainingOptions, TrainingState, train_epochs
 
 LIGHT = AugmentOptions(
     mosaic=0.0,
@@ -37,7 +37,6 @@ def train_stage(job: Job) -> None:
         warmup_fraction=config.warmup_fraction,
         ema_decay=config.ema_decay,
         clip_norm=config.clip_norm,
-        distill_weight=0.0,
         amp=config.amp,
     )
     loader = job.train_loader(config.batch_size, augmentation(job.config.augment))
@@ -49,20 +48,16 @@ def train_stage(job: Job) -> None:
     def batches(epoch: int) -> Any:
         return heavy_batches(epoch) if epoch < last_heavy else light_batches(epoch)
 
-    loss = job.loss(detector)
-    network = detector.network
-    state: TrainingState | None = None
-    for state in train_epochs(network, batches, len(loader), loss, options):
+    state = TrainingState(detector.network, options)
+    for _ in train_epochs(state, batches, len(loader), job.loss(detector)):
         say(losses_of(state))
         job.run.write_lines("train.jsonl", (record.as_dict() for record in state.records))
-    assert state is not None
-    if state.average is not None:
-        network.load_state_dict(state.average.model.state_dict())
+    detector.network.load_state_dict(state.averaged.state_dict())
     job.keep_detector(detector.eval())
 
 
 def augmentation(config: AugmentConfig) -> AugmentOptions:
-    """The data room's options from the `augment` section."""
+    """The section `augment` as the loader wants it."""
     return AugmentOptions(
         mosaic=config.mosaic,
         degrees=config.degrees,

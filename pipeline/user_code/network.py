@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from core.errors import CheckpointError, ConfigError
 from core.files import written_atomically
+from core.types import TaskLoss
 from models import Decode, DetectionLoss, Detector, read_checkpoint
 from pipeline.user_code.factories import call_user, load_factory
 from quant import fold_batchnorms
 
-TaskLoss = Callable[[Any, Any, tuple[int, int]], dict[str, Tensor]]
 SETTING = "model.factory"
 TRACE_TOLERANCE = 1e-3  # of the largest value of a map, in float32
 

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from core.types import TaskLoss, TrainingBatch
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
 from quant.finetuning.distillation import distillation_loss
-from quant.finetuning.loop import TaskLoss, TrainingBatch
 from quant.insertion import activation_quantizers, placement_of, quantized_layers, quantizers, set_mode
 
 METHODS = ("fisher", "sqnr")

@@ -167,8 +167,8 @@ def test_a_stopped_stage_goes_on_as_if_undisturbed(
     (tmp_path / "stopped").mkdir()
     save = finetuning._save_state
 
-    def save_and_die(job: Any, model: Any, state: Any, kept: Kept) -> None:
-        save(job, model, state, kept)
+    def save_and_die(job: Any, state: Any, kept: Kept) -> None:
+        save(job, state, kept)
         if state.epoch == stop_after:
             raise KeyboardInterrupt
 

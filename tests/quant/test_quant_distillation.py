@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fine_tuning import fine_tune
 from quant_networks import NeckNet, folded, small_images, small_net
 from torch import nn
 
@@ -10,14 +11,12 @@ from models import build_detector, fold_detector
 from quant import (
     Mode,
     Rule,
-    TrainingOptions,
     calibrate,
     feature_nodes,
     insert,
     place,
     set_mode,
     trace,
-    train_epochs,
 )
 from quant.finetuning.distillation import distillation_loss, with_features
 
@@ -101,10 +100,16 @@ def batches(epoch):
         yield small_images(4, seed=10 * epoch + step), torch.zeros(1)
 
 
-def options(**changes):
-    return TrainingOptions(
-        **{"epochs": 12, "learning_rate": 3e-3, "scale_learning_rate": 1e-2, "task_weight": 0.0, **changes}
-    )
+def train(student, teacher, **changes):
+    """Without a task loss: distillation alone."""
+    options = {
+        "epochs": 12,
+        "learning_rate": 3e-3,
+        "scale_learning_rate": 1e-2,
+        "task_weight": 0.0,
+        **changes,
+    }
+    return fine_tune(student, teacher, batches, **options)
 
 
 def distances(student, teacher):
@@ -124,11 +129,8 @@ def test_features_alone_bring_the_student_closer():
     calibrate(student, [small_images()])
     before = distances(student, teacher)
     output = student.get_submodule("output").weight.clone()
-    states = train_epochs(
-        student, batches, 4, lambda *_: {}, options(feature_weight=1.0, distill_weight=0.0), teacher
-    )
-    for state in states:
-        assert set(state.records[-1].losses) == {"features", "total"}
+    state = train(student, teacher, feature_weight=1.0, distill_weight=0.0)
+    assert all(set(record.losses) == {"features", "total"} for record in state.records)
     assert distances(student, teacher) < 0.6 * before
     assert not any(isinstance(key, str) and "WithFeatures" in key for key in student.state_dict())
     assert output.norm() > 0.99 * student.get_submodule("output").weight.norm()  # it is behind the features
@@ -144,8 +146,8 @@ def test_weight_and_record_of_the_feature_term():
     student.train()
     ours, theirs = with_features(student, names)(images)[1][0], with_features(teacher, names)(images)[1][0]
     expected = 0.25 * float(((ours - theirs).square().mean() / theirs.var()).detach())
-    choices = options(epochs=1, feature_weight=0.25, learning_rate=0.0, scale_learning_rate=0.0)
-    (state,) = train_epochs(student, batches, 4, lambda *_: {}, choices, teacher)
+    choices = {"feature_weight": 0.25, "learning_rate": 0.0, "scale_learning_rate": 0.0}
+    state = train(student, teacher, epochs=1, **choices)
     assert state.records[0].losses["features"] == pytest.approx(expected, rel=1e-5)
     assert state.records[0].losses["distillation"] > 0
 
@@ -154,9 +156,9 @@ def test_without_weight_no_second_graph_is_made(monkeypatch):
     def refuse(*args):
         raise AssertionError("features were asked for")
 
-    monkeypatch.setattr("quant.finetuning.loop.with_features", refuse)
-    monkeypatch.setattr("quant.finetuning.loop.feature_nodes", refuse)
+    monkeypatch.setattr("quant.finetuning.quantization_aware.with_features", refuse)
+    monkeypatch.setattr("quant.finetuning.quantization_aware.feature_nodes", refuse)
     teacher = small_net()
     student = insert(teacher, place(teacher)).eval()
     calibrate(student, [small_images()])
-    list(train_epochs(student, batches, 4, lambda *_: {}, options(epochs=1), teacher))
+    train(student, teacher, epochs=1)

@@ -5,13 +5,15 @@ import math
 
 import pytest
 import torch
-from quant_networks import small_images, small_net, small_quantized
+from fine_tuning import STEPS, batches, fine_tune, new_state, squared_error
+from quant_networks import small_net, small_quantized
 from torch import nn
 
-from quant import Mode, TrainingOptions, insert, new_state, place, quantized_layers, set_mode, train_epochs
+from quant import Mode, insert, place, quantized_layers, set_mode
 from quant.fake_quantize import WeightFakeQuantize
 from quant.finetuning.oscillation import OscillationTracker, dampening_loss
 from quant.layers import quantize_layer
+from training import train_epochs
 
 
 def one_layer(weights=(0.1, 0.1, 0.1, 0.1), bits=4, scale=0.1):
@@ -119,29 +121,12 @@ def test_dampening_is_the_squared_distance_to_the_grid():
 
 # -- in the training loop
 
-STEPS = 4
-
-
-def batches(epoch):
-    for step in range(STEPS):
-        images = small_images(4, seed=100 * epoch + step)
-        yield images, images.mean(1, keepdim=True)[:, :, ::2, ::2].repeat(1, 4, 1, 1)
-
-
-def squared_error(raw, targets, size):
-    return {"error": (raw - targets).square().mean()}
-
-
-def options(**changes):
-    return TrainingOptions(
-        **{"epochs": 8, "learning_rate": 1e-2, "warmup_fraction": 0.0, "distill_weight": 0.0, **changes}
-    )
+OPTIONS = {"epochs": 8, "learning_rate": 1e-2, "distill_weight": 0.0}
 
 
 def train(**changes):
     model = small_quantized()
-    *_, state = train_epochs(model, batches, STEPS, squared_error, options(**changes))
-    return model, state
+    return model, fine_tune(model, **{**OPTIONS, **changes})
 
 
 def off_grid(model):
@@ -174,9 +159,10 @@ def test_freezing_leaves_fewer_weights_that_flip():
             for layer in quantized_layers(model).values()
         ]
     )
-    frozen = held.oscillation.frozen
+    oscillation = held.extension.oscillation
+    frozen = oscillation.frozen
     torch.testing.assert_close(
-        weights[frozen] / steps[frozen], held.oscillation.target[frozen].float(), atol=1e-3, rtol=0
+        weights[frozen] / steps[frozen], oscillation.target[frozen].float(), atol=1e-3, rtol=0
     )
 
 
@@ -190,37 +176,25 @@ def test_dampening_pulls_weights_to_the_grid():
 
 
 def test_resuming_with_frozen_weights_gives_the_undisturbed_run(tmp_path):
-    choices = options(epochs=4, freeze_threshold=0.01)
-    straight = small_quantized()
-    *_, expected = train_epochs(straight, batches, STEPS, squared_error, choices)
-    stopped = small_quantized()
-    for state in train_epochs(stopped, batches, STEPS, squared_error, choices):
+    choices = {**OPTIONS, "epochs": 4, "freeze_threshold": 0.01}
+    expected = fine_tune(small_quantized(), **choices)
+    stopped = new_state(small_quantized(), **choices)
+    for state in train_epochs(stopped, batches, STEPS, squared_error):
         if state.epoch == 2:
             break
-    assert bool(state.oscillation.frozen.any())
-    content = {
-        "model": stopped.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
-        "average": state.average.model.state_dict(),
-        "oscillation": state.oscillation.state_dict(),
-    }
-    torch.save(copy.deepcopy(content), tmp_path / "state.pt")
+    assert bool(stopped.extension.oscillation.frozen.any())
+    torch.save(copy.deepcopy(stopped.state_dict()), tmp_path / "state.pt")
 
-    content = torch.load(tmp_path / "state.pt", weights_only=True)
     network = small_net(9)  # other weights: everything must come from the file
     fresh = insert(network, place(network))
     set_mode(fresh, Mode.QUANTIZE)
-    resumed = new_state(fresh, choices)
-    fresh.load_state_dict(content["model"])
-    resumed.optimizer.load_state_dict(content["optimizer"])
-    resumed.average.model.load_state_dict(content["average"])
-    resumed.oscillation.load_state_dict(content["oscillation"])
-    resumed.average.updates, resumed.step, resumed.epoch = 2 * STEPS, 2 * STEPS, 2
-    *_, resumed = train_epochs(fresh, batches, STEPS, squared_error, choices, None, resumed)
-    for name, value in straight.state_dict().items():
+    resumed = new_state(fresh, **choices)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    list(train_epochs(resumed, batches, STEPS, squared_error))
+    for name, value in expected.model.state_dict().items():
         assert torch.equal(value, fresh.state_dict()[name]), name
-    for name, value in expected.oscillation.state_dict().items():
-        assert torch.equal(value, resumed.oscillation.state_dict()[name]), name
+    for name, value in expected.extension.state_dict().items():
+        assert torch.equal(value, resumed.extension.state_dict()[name]), name
 
 
 def test_a_state_of_another_network_is_refused():

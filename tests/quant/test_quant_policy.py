@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from fine_tuning import fine_tune
 from quant_networks import NeckNet, SmallNet, folded, groups_of, small_images, small_net
 from torch import nn
 
@@ -15,9 +16,7 @@ from quant import (
     insert,
     place,
     quantized_layers,
-    train_epochs,
 )
-from quant.finetuning.loop import TrainingOptions
 
 
 def neck_plan(*rules):
@@ -110,13 +109,12 @@ def test_fixed_scales_survive_calibration_and_training():
     assert float(quantizer.scale) == pytest.approx(1 / 255)
     assert not quantizer.log_scale.requires_grad
     before = float(quantizer.scale), float(other.scale)
-    options = TrainingOptions(epochs=1, learning_rate=1e-3, scale_learning_rate=1e-2, warmup_fraction=0.0)
     batches = [(small_images(), torch.zeros(0))]
 
     def loss(raw, targets, size):
         return {"size": raw.square().mean()}
 
-    list(train_epochs(model, lambda epoch: batches, 1, loss, options))
+    fine_tune(model, None, lambda epoch: batches, loss, epochs=1, scale_learning_rate=1e-2)
     assert float(quantizer.scale) == before[0]
     assert float(other.scale) != before[1]
 

@@ -1,0 +1,134 @@
+"""What quantization-aware fine-tuning adds to the training loop.
+
+The student learns from the labels through the task loss, and from a teacher, its float copy, through distillation (see
+distillation.py) of its output maps and of tensors inside the network:
+
+    loss = task loss + distill_weight * unexplained variance of the outputs
+           + feature_weight * unexplained variance of the features + dampening (see oscillation.py)
+
+Scales of activations and weights are learned in the log domain (see fake_quantize.py) with a learning rate of their
+own: a step of 0.001 is a relative change of 0.1 per cent for every scale.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
+from quant.finetuning.distillation import distillation_loss, feature_nodes, with_features
+from quant.finetuning.oscillation import OscillationTracker, dampening_loss
+from quant.insertion import quantized_layers
+
+
+@dataclass(frozen=True)
+class FineTuningOptions:
+    """What fine-tuning adds to the options of training.
+
+    Attributes:
+        scale_learning_rate: peak rate of the logarithms of scales.
+        distill_weight: weight of output distillation (needs a teacher).
+        feature_weight: weight of feature distillation (needs a teacher); 0 costs nothing.
+        feature_patterns: names of the tensors to compare; none takes what enters the head (see distillation.py).
+        dampen_weight: strength of oscillation dampening at the last step, risen to along a cosine; 0 is none.
+        freeze_threshold: flips per step above which a weight is frozen in the end, fallen to from four times as
+            much along a cosine; None freezes nothing.
+    """
+
+    scale_learning_rate: float = 1e-3
+    distill_weight: float = 1.0
+    feature_weight: float = 0.0
+    feature_patterns: tuple[str, ...] = ()
+    dampen_weight: float = 0.0
+    freeze_threshold: float | None = None
+
+
+class QuantizationAware:
+    """An extension of the training loop (`training.Extension`) for a model with quantizers switched on.
+
+    Args:
+        model: the student, from `insert`, calibrated.
+        options: what to add; what is off is not computed.
+        teacher: float network to distil from, set to evaluation mode and frozen; None distils nothing.
+
+    Attributes:
+        network: the student, returning (outputs, features) where features are compared.
+
+    Raises:
+        DistillationError: a feature pattern matches nothing, or the student lacks a tensor of the teacher.
+    """
+
+    def __init__(
+        self, model: nn.Module, options: FineTuningOptions, teacher: nn.Module | None = None
+    ) -> None:
+        self.model = self.network = model
+        self.options = options
+        distilled = options.distill_weight > 0 or options.feature_weight > 0
+        self.teacher = teacher.eval().requires_grad_(False) if teacher is not None and distilled else None
+        self.with_features = self.teacher is not None and options.feature_weight > 0
+        if self.teacher is not None and self.with_features:
+            names = feature_nodes(self.teacher, options.feature_patterns)
+            self.network, self.teacher = with_features(model, names), with_features(self.teacher, names)
+        self.oscillation = OscillationTracker(model)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The logarithms of learned scales, each once, without weight decay."""
+        quantizers = [m for m in self.model.modules() if isinstance(m, (FakeQuantize, WeightFakeQuantize))]
+        scales = {id(quantizer.log_scale) for quantizer in quantizers}
+        learned = [p for p in self.model.parameters() if p.requires_grad and id(p) in scales]
+        rate = self.options.scale_learning_rate
+        return [{"name": "scales", "params": learned, "peak": rate, "weight_decay": 0.0}]
+
+    def losses(self, outputs: Any, images: Tensor, progress: float) -> tuple[Any, dict[str, Tensor]]:
+        """The student's raw maps, and the terms of distillation and dampening."""
+        raw, features = outputs if self.with_features else (outputs, ())
+        options = self.options
+        terms: dict[str, Tensor] = {}
+        if self.teacher is not None:
+            with torch.no_grad():
+                answers = self.teacher(images)
+            reference, wanted = answers if self.with_features else (answers, ())
+            if options.distill_weight > 0:
+                terms["distillation"] = options.distill_weight * distillation_loss(raw, reference)
+            if self.with_features:
+                terms["features"] = options.feature_weight * distillation_loss(features, wanted)
+        if options.dampen_weight > 0:
+            terms["dampening"] = options.dampen_weight * _rise(progress) * dampening_loss(self.model)
+        return raw, terms
+
+    def after_step(self, progress: float) -> None:
+        """Count the weights that flipped, and freeze those that flip too often."""
+        limit = self.options.freeze_threshold
+        self.oscillation.update(None if limit is None else limit * (4.0 - 3.0 * _rise(progress)))
+
+    def after_epoch(self, average: nn.Module | None) -> dict[str, float]:
+        """Settle weight scales that are not learned; returns the shares of weights that oscillate and are frozen."""
+        _settle_scales(self.model)
+        if average is not None:
+            _settle_scales(average)
+        return self.oscillation.shares()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts of oscillations."""
+        return self.oscillation.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave; raises ValueError where it is of another network."""
+        self.oscillation.load_state_dict(state)
+
+
+def _rise(progress: float) -> float:
+    """Half a cosine: 0 at the first step, 1 at the last."""
+    return 0.5 * (1.0 - math.cos(math.pi * progress))
+
+
+def _settle_scales(model: nn.Module) -> None:
+    """Bring weight scales that are not learned to the weights of the last step (in training they are one behind)."""
+    for layer in quantized_layers(model).values():
+        quantizer = layer.weight_quantizer
+        if quantizer.mode is Mode.QUANTIZE and not quantizer.learned:
+            quantizer.follow(layer.weight)

@@ -1,0 +1,249 @@
+"""The training loop of float training and of quantization-aware fine-tuning.
+
+AdamW with a warm-up and a cosine, gradient clipping, a moving average of the weights, and a state that can be saved
+after an epoch and continued exactly. What fine-tuning does besides is an extension (see extension.py):
+
+    loss = task_weight * sum(task terms) + sum(terms of the extension)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import DivergenceError
+from core.types import TaskLoss, TrainingBatch
+from training.average import ModelAverage
+from training.extension import Extension, FloatTraining
+from training.schedule import rate_factor
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train.
+
+    Attributes:
+        epochs: passes over the data.
+        learning_rate: peak rate of weights and biases.
+        weight_decay: decoupled decay of weights with two or more axes.
+        warmup_fraction: share of all steps over which the rate rises from 0, before it falls along a cosine.
+        final_fraction: the last rate as a share of the peak.
+        ema_decay: decay of the exponential moving average; 0 switches it off.
+        ema_warmup: steps over which the decay grows towards its value (see average.py); 0 for none.
+        clip_norm: largest gradient norm of each parameter group; 0 switches clipping off.
+        task_weight: weight of the task loss.
+        amp: whether the forward pass runs under autocast to bfloat16 (CUDA only).
+    """
+
+    epochs: int
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-4
+    warmup_fraction: float = 0.05
+    final_fraction: float = 0.01
+    ema_decay: float = 0.999
+    ema_warmup: float = 100.0
+    clip_norm: float = 10.0
+    task_weight: float = 1.0
+    amp: bool = False
+
+
+@dataclass
+class StepRecord:
+    """What one step did: the losses by name, the learning rate, and the weights' gradient norm before clipping.
+
+    `figures` are of the whole epoch and stand on its last step: those of the extension, and what the caller adds.
+    """
+
+    step: int
+    epoch: int
+    learning_rate: float
+    losses: dict[str, float]
+    gradient_norm: float
+    seconds: float
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for a JSON line."""
+        record = asdict(self)
+        losses, figures = record.pop("losses"), record.pop("figures")
+        return {**record, **losses, **figures}
+
+
+class TrainingState:
+    """A model in training: everything that the next step depends on.
+
+    Args:
+        model: network that is trained in place; its forward returns raw maps.
+        options: how to train.
+        extension: what is added to float training; None adds nothing.
+
+    Attributes:
+        step: steps done.
+        epoch: whole epochs done.
+        records: what the steps did since the state was made or loaded.
+    """
+
+    def __init__(
+        self, model: nn.Module, options: TrainingOptions, extension: Extension | None = None
+    ) -> None:
+        self.model = model
+        self.options = options
+        self.extension = FloatTraining(model) if extension is None else extension
+        # To train in several processes, wrap this module (DistributedDataParallel): it is the only one that a step
+        # runs, and the wrapper averages the gradients of the model's own parameters during `backward`.
+        self.network = self.extension.network
+        groups = parameter_groups(model, options, self.extension.parameter_groups())
+        self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.999), fused=True)
+        self.average = (
+            ModelAverage(model, options.ema_decay, options.ema_warmup) if options.ema_decay > 0 else None
+        )
+        self.step = 0
+        self.epoch = 0
+        self.records: list[StepRecord] = []
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The model to evaluate and keep: the moving average, or the model itself without one."""
+        return self.model if self.average is None else self.average.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a stopped training needs to go on exactly where it was; tensors and plain data."""
+        return {
+            "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "extension": self.extension.state_dict(),
+            "step": self.step,
+            "epoch": self.epoch,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave, for the same network and options."""
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.extension.load_state_dict(state["extension"])
+        self.step, self.epoch = state["step"], state["epoch"]
+
+
+def train_epochs(
+    state: TrainingState,
+    epoch_batches: Callable[[int], Iterable[TrainingBatch]],
+    steps_per_epoch: int,
+    task_loss: TaskLoss,
+) -> Iterator[TrainingState]:
+    """Train a model in place; yields the state after every epoch so that the caller can validate, save or stop.
+
+    Args:
+        state: new, or of a stopped training to go on from.
+        epoch_batches: epoch number -> batches (images float [B, C, H, W], targets).
+        steps_per_epoch: number of batches in an epoch.
+        task_loss: see `core.types.TaskLoss`.
+
+    Raises:
+        DivergenceError: a loss or gradient that is not finite; the message names the terms and the remedy.
+    """
+    total = state.options.epochs * steps_per_epoch
+    while state.epoch < state.options.epochs:
+        state.model.train()
+        for images, targets in epoch_batches(state.epoch):
+            _train_step(state, images, targets, task_loss, total)
+        state.epoch += 1
+        figures = state.extension.after_epoch(None if state.average is None else state.average.model)
+        if state.records:
+            state.records[-1].figures.update(figures)
+        state.model.eval()
+        yield state
+
+
+def parameter_groups(
+    model: nn.Module, options: TrainingOptions, others: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Split trainable parameters into decayed weights, the rest (biases, norms), and the groups of the extension."""
+    taken = {id(parameter) for group in others for parameter in group["params"]}
+    own = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    weights, rest = [p for p in own if p.ndim >= 2], [p for p in own if p.ndim < 2]
+    peak = options.learning_rate
+    groups = [
+        {"name": "weights", "params": weights, "peak": peak, "weight_decay": options.weight_decay},
+        {"name": "biases", "params": rest, "peak": peak, "weight_decay": 0.0},
+        *others,
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _train_step(state: TrainingState, images: Tensor, targets: Any, task_loss: TaskLoss, total: int) -> None:
+    started = time.perf_counter()
+    options = state.options
+    factor = rate_factor(state.step, total, options.warmup_fraction, options.final_fraction)
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    progress = min(state.step / total, 1.0)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=options.amp and images.is_cuda):
+        terms = _loss_terms(state, images, targets, task_loss, progress)
+    loss = torch.stack(list(terms.values())).sum()
+    values = {name: float(term.detach()) for name, term in terms.items()}
+    if not math.isfinite(float(loss.detach())):
+        raise _diverged("loss", state, values)
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norms = _clip(state.optimizer, options.clip_norm)
+    if not all(math.isfinite(norm) for norm in norms.values()):
+        # quantizers turn NaN into their lowest code, so a broken weight need not show in the next loss
+        raise _diverged("gradient", state, values)
+    state.optimizer.step()
+    state.extension.after_step(progress)
+    if state.average is not None:
+        state.average.update(state.model)
+    state.records.append(
+        StepRecord(
+            step=state.step,
+            epoch=state.epoch,
+            learning_rate=options.learning_rate * factor,
+            losses={**values, "total": float(loss.detach())},
+            gradient_norm=norms.get("weights", 0.0),
+            seconds=time.perf_counter() - started,
+        )
+    )
+    state.step += 1
+
+
+def _loss_terms(
+    state: TrainingState, images: Tensor, targets: Any, task_loss: TaskLoss, progress: float
+) -> dict[str, Tensor]:
+    terms: dict[str, Tensor] = {}
+    raw, added = state.extension.losses(state.network(images), images, progress)
+    if state.options.task_weight > 0:
+        height, width = int(images.shape[-2]), int(images.shape[-1])
+        for name, term in task_loss(raw, targets, (height, width)).items():
+            terms[name] = state.options.task_weight * term
+    terms |= added
+    if not terms:
+        raise ValueError("the weights of all loss terms are 0: give the task loss or distillation a weight")
+    return terms
+
+
+def _clip(optimizer: torch.optim.Optimizer, clip_norm: float) -> dict[str, float]:
+    """Clip each parameter group by itself (their gradients differ in size); norms before, by group."""
+    limit = clip_norm if clip_norm > 0 else math.inf
+    return {
+        group["name"]: float(nn.utils.clip_grad_norm_(group["params"], limit))
+        for group in optimizer.param_groups
+    }
+
+
+def _diverged(what: str, state: TrainingState, values: dict[str, float]) -> DivergenceError:
+    rates = [
+        f"that of {group['name']} (now {group['peak']:g})"
+        for group in state.optimizer.param_groups
+        if group["name"] not in {"weights", "biases"}
+    ]
+    remedy = " or ".join([f"the learning rate (now {state.options.learning_rate:g})", *rates])
+    return DivergenceError(f"{what} is not finite at step {state.step} ({values}): lower {remedy}")
