@@ -41,7 +41,8 @@ class ModelConfig:
     )
     factory: str | None = setting(
         None,
-        "For model=custom: package.module:function from class names to a CustomDetector; see docs/custom.md",
+        "For model=custom: path/to/file.py:function or package.module:function, from class names to a CustomDetector; "
+        "see docs/custom.md",
     )
 
 
@@ -68,7 +69,8 @@ class DataConfig:
     format: str = setting("auto", "Layout of the folder; auto looks", choices=("auto", "yolo", "coco"))
     factory: str | None = setting(
         None,
-        "package.module:function from a split's name to its dataset, instead of a folder; see docs/custom.md",
+        "path/to/file.py:function or package.module:function, from a split's name to its dataset, instead of a folder; "
+        "see docs/custom.md",
     )
     cache_dir: str | None = setting(
         "runs/cache", "Folder that remembers which images were verified; none verifies them on every run"
@@ -322,8 +324,8 @@ class MetricConfig:
 
     factory: str | None = setting(
         None,
-        "package.module:function from (predict, batches) to a number, higher is better, that rows, best epoch and "
-        "gates then use; see docs/custom.md",
+        "path/to/file.py:function or package.module:function, from (predict, batches) to a number, higher is better, "
+        "that rows, best epoch and gates then use; see docs/custom.md",
     )
 
 

@@ -89,14 +89,16 @@ def _combination_problems(config: Config) -> list[str]:
             "data.root is not set: expected the folder of a dataset; add data.root=PATH or data=synthetic."
         )
     if config.model.name == "custom" and config.model.factory is None:
-        problems.append("model=custom without a factory; add model.factory=package.module:function.")
+        problems.append("model=custom without a factory; add model.factory=path/to/file.py:function.")
     for name, factory in (
         ("model.factory", config.model.factory),
         ("data.factory", config.data.factory),
         ("metric.factory", config.metric.factory),
     ):
-        if factory is not None and not re.fullmatch(r"[\w.]+:\w+", factory):
-            problems.append(f"{name}={factory}: expected package.module:function.")
+        if factory is not None and not re.fullmatch(r"([\w.]+|.+\.py):\w+", factory):
+            problems.append(
+                f"{name}={factory}: expected path/to/file.py:function or package.module:function."
+            )
         elif name == "model.factory" and factory is not None and config.model.name != "custom":
             problems.append(f"{name}={factory} with model.name={config.model.name}: add model=custom.")
     if config.qat.validate_images == 0 and (config.qat.select == "best" or config.qat.patience is not None):

@@ -1,8 +1,8 @@
-"""The `factory` settings: Python code of the user's, named as `package.module:function`.
+"""The `factory` settings: Python code of the user's, named as `path/to/file.py:function` or `package.module:function`.
 
-These are the only settings that run code. The module is looked for where Python looks anyway (beside the entry, among
-the installed packages) and last in the working directory, so a file beside where you type the command is found,
-and never replaces a module of Octet or of an installed package. Worker processes and `export.py` look the same way.
+These are the only settings that run code. A file is looked for from the working directory. A module is looked for where
+Python looks anyway (beside the entry, among the installed packages) and last in the working directory, so it never
+replaces a module of Octet or of an installed package. Worker processes and `export.py` look the same way.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from core.errors import ConfigError, OctetError
 from core.names import closest
+from pipeline.user_code.files import import_file
 
 
 def load_factory(setting: str, reference: str) -> Callable[..., Any]:
@@ -24,31 +25,39 @@ def load_factory(setting: str, reference: str) -> Callable[..., Any]:
 
     Args:
         setting: the setting's key, for messages: `model.factory`.
-        reference: `package.module:function`.
+        reference: `path/to/file.py:function`, or `package.module:function`.
 
     Raises:
-        ConfigError: no such module or function, or the module fails while it is imported.
+        ConfigError: no such file, module or function, or the file fails while it is imported.
     """
-    module_name, _, name = reference.partition(":")
+    source, _, name = reference.rpartition(":")
     directory = str(Path.cwd())
     if directory not in sys.path:
         sys.path.append(directory)
+    if source.endswith(".py") and not Path(source).is_file():
+        raise ConfigError(
+            f"{setting}={reference}: there is no file {source} in {directory}; give its path from where the command is "
+            "typed, or in full"
+        )
     try:
-        module = importlib.import_module(module_name)
+        module = import_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
     except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+        if error.name is None or not f"{source}.".startswith(f"{error.name}."):
             raise _broken(setting, reference, "importing it", error) from error
+        remedy = _file_hint(reference) or "run the command where the module lies, or install it"
         raise ConfigError(
             f"{setting}={reference}: there is no module {error.name!r} in {directory}, beside the entry or among the "
-            "installed packages; run the command where the module lies, or install it"
+            f"installed packages; {remedy}"
         ) from error
     except Exception as error:
         raise _broken(setting, reference, "importing it", error) from error
     found = vars(module).get(name)
     if found is None:
         near = closest(name, [key for key in vars(module) if not key.startswith("_")])
-        hint = f"; closest: {near}" if near else ""
-        raise ConfigError(f"{setting}={reference}: {_file(module)} has no {name!r}{hint}")
+        hint = _file_hint(reference, module) or (f"closest: {near}" if near else "")
+        raise ConfigError(
+            f"{setting}={reference}: {module.__file__} has no {name!r}" + (f"; {hint}" if hint else "")
+        )
     if not callable(found):
         raise ConfigError(
             f"{setting}={reference}: {name} is a {type(found).__name__}, expected a function that can be called"
@@ -79,18 +88,29 @@ def call_user(setting: str, reference: str, what: str, function: Callable[..., A
         raise _broken(setting, reference, what, error) from error
 
 
+def _file_hint(reference: str, module: ModuleType | None = None) -> str:
+    """How to name the file that a module of another package hides, or "" where there is no such file."""
+    source, _, name = reference.rpartition(":")
+    path = Path(*source.split(".")).with_suffix(".py")
+    if source.endswith(".py") or not path.is_file():
+        return ""
+    if module is not None and module.__file__ is not None and path.samefile(module.__file__):
+        return ""
+    return f"a package of that name comes first, so name the file: write {path.as_posix()}:{name}"
+
+
 def _broken(setting: str, reference: str, what: str, error: Exception) -> ConfigError:
-    """Name the line: the last one in the user's module where there is one, else the last of all."""
+    """Name the line: the last one in the user's file where there is one, else the last of all."""
+    source = reference.rpartition(":")[0]
+    path = (
+        str(Path(source).resolve())
+        if source.endswith(".py")
+        else getattr(sys.modules.get(source), "__file__", None)
+    )
     frames = traceback.extract_tb(error.__traceback__)
-    module = sys.modules.get(reference.partition(":")[0])
-    own = [frame for frame in frames if module is not None and frame.filename == _file(module)]
-    frame = (own or list(frames))[-1]
+    frame = ([frame for frame in frames if frame.filename == path] or list(frames))[-1]
     place = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else ""
     return ConfigError(
         f"{setting}={reference}: {what} failed at {place or f'{frame.filename}:{frame.lineno}'}: "
         f"{type(error).__name__}: {error}"
     )
-
-
-def _file(module: ModuleType) -> str:
-    return str(module.__file__)

@@ -125,7 +125,7 @@ def test_a_run_is_exported_again(ssdlite_run: Path) -> None:
 def test_the_documented_example_runs_as_it_is_written(tmp_path: Path) -> None:
     page = (REPOSITORY / "docs/custom.md").read_text(encoding="utf-8")
     code = re.search(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
-    commands = re.findall(r"^python (\S+) (.*mine:.*|run=.*)$", page, flags=re.MULTILINE)
+    commands = re.findall(r"^python (\S+) (.*mine\.py:.*|run=.*)$", page, flags=re.MULTILINE)
     assert code is not None
     (tmp_path / "mine.py").write_text(code[1])
     assert [entry for entry, _ in commands] == ["train_qat.py", "export.py"]

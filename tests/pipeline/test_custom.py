@@ -224,6 +224,78 @@ def test_the_working_directory_is_searched_last(tmp_path: Path, monkeypatch: pyt
         load_factory("model.factory", "octet_broken_module:build")
 
 
+OWN_FILE = """
+import helper
+
+
+class Split(list):
+    names, ids = ("a",), (1, 2, 3)
+
+
+def build(names):
+    return helper.VALUE, names
+
+
+def images(split):
+    return Split(range(3))
+
+
+def fails(names):
+    return 1 / 0
+"""
+
+
+@pytest.fixture
+def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file models/mynet.py, below the working directory, hidden by our package `models`; beside it a helper."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "helper.py").write_text("VALUE = 7\n")
+    path = tmp_path / "models" / "mynet.py"
+    path.write_text(OWN_FILE)
+    return path
+
+
+@pytest.mark.parametrize("setting", ["model.factory", "data.factory", "metric.factory"])
+def test_a_factory_may_be_a_file(own_file: Path, setting: str) -> None:
+    assert load_factory(setting, "models/mynet.py:build")("x") == (7, "x")
+    assert load_factory(setting, f"{own_file}:build") is load_factory(setting, "models/mynet.py:build")
+    assert own_file.parent.joinpath("mynet.py").samefile(
+        sys.modules[load_factory(setting, "models/mynet.py:build").__module__].__file__ or ""
+    )
+
+
+def test_a_module_hidden_by_ours_is_told_to_name_the_file(own_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"write models/mynet\.py:build"):
+        load_factory("model.factory", "models.mynet:build")
+    (own_file.parent / "boxes.py").write_text("def build(names): ...\n")  # ours has a module models.boxes
+    with pytest.raises(ConfigError, match=r"write models/boxes\.py:build"):
+        load_factory("model.factory", "models.boxes:build")
+
+
+def test_mistakes_in_a_file_name_its_line(own_file: Path) -> None:
+    with pytest.raises(ConfigError, match=f"there is no file models/other.py in {own_file.parent.parent}"):
+        load_factory("model.factory", "models/other.py:build")
+    with pytest.raises(ConfigError, match=r"mynet\.py has no 'biuld'; closest: build"):
+        load_factory("model.factory", "models/mynet.py:biuld")
+    with pytest.raises(ConfigError, match=r"models/mynet\.py:18: ZeroDivisionError"):
+        CustomModel("models/mynet.py:fails", NAMES, 64).build()
+    (own_file.parent / "broken.py").write_text("import json\n\n1 / 0\n")
+    with pytest.raises(ConfigError, match=r"models/broken\.py:3: ZeroDivisionError"):
+        load_factory("model.factory", "models/broken.py:build")
+    (own_file.parent / "syntax.py").write_text("import json\n\ndef\n")
+    with pytest.raises(ConfigError, match=r"models/syntax\.py:3: SyntaxError"):
+        load_factory("model.factory", "models/syntax.py:build")
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_worker_processes_find_a_file(own_file: Path, start: str) -> None:
+    split = load_factory("data.factory", "models/mynet.py:images")("val")
+    loader = torch.utils.data.DataLoader(split, num_workers=1, multiprocessing_context=start)
+    assert [int(item) for item in loader] == [0, 1, 2]
+
+
 # -- data
 
 
