@@ -164,7 +164,7 @@ def theirs(job: Job, peers: dict[str, Peer], folder: Path) -> dict[tuple[str, st
 
 def calibration_images(job: Job) -> np.ndarray:
     """The images of Octet's own calibration, float32 [N, 3, H, W]."""
-    images = torch.cat(list(job.calibration_images())).numpy()
+    images = torch.cat(list(calibration_images(job))).numpy()
     return images[:MAX_CALIBRATION_IMAGES]
 
 
@@ -189,7 +189,7 @@ def measured(job: Job, tool: str, variant: str, engine: Path, folder: Path, view
 
 def score_difference(job: Job, runtime: Runtime, reference: Runtime) -> float:
     """Mean difference of class scores between two engines of one graph."""
-    batches = job.letterboxed(job.val_set, 1, PARITY_IMAGES)
+    batches = job.splits.letterboxed(job.splits.val, 1, PARITY_IMAGES)
     images = [to_input(batch.images, torch.device("cpu")).numpy() for batch in batches]
     outputs = [np.concatenate([r.infer(image) for image in images]) for r in (runtime, reference)]
     return compare_arrays(outputs[0], outputs[1]).score_mean

@@ -47,8 +47,8 @@ FLOAT, TORCH = "float", "torch, whole numbers"
 
 def executions(job: Job, folder: Path, orders: bool) -> dict[str, Decoded]:
     """Name -> images [B, 3, H, W] to decoded outputs: the float network and ways of computing the quantized one."""
-    decode = job.detector.decode
-    whole, floats = job.best_quantized()[0], job.best_quantized()[0]
+    decode = job.networks.detector.decode
+    whole, floats = job.networks.best()[0], job.networks.best()[0]
     for layer in quantized_layers(floats).values():
         layer.input_grid = ()
 
@@ -65,7 +65,7 @@ def executions(job: Job, folder: Path, orders: bool) -> dict[str, Decoded]:
     export_quantized(job, "openvino", folder / "openvino.onnx")
     export_quantized(job, "onnxruntime", folder / "onnxruntime.onnx")
     plain, last = torch.contiguous_format, torch.channels_last
-    found = {FLOAT: torch_with(job.detector.network, 1, plain), TORCH: torch_with(whole, 1, plain)}
+    found = {FLOAT: torch_with(job.networks.detector.network, 1, plain), TORCH: torch_with(whole, 1, plain)}
     if orders:
         export_quantized(job, "trt10", folder / "trt10.onnx")
         found |= {
@@ -87,7 +87,7 @@ def detections_of(job: Job, decoded: Decoded) -> Predict:
     """Images to detections, by the NMS of every row."""
 
     def predict(images: Tensor) -> Sequence[Found]:
-        return job.detections(decoded(images))
+        return job.evaluator.detections(decoded(images))
 
     return predict
 
@@ -128,14 +128,14 @@ def main(arguments: list[str]) -> int:
         for name, decoded in executions(job, Path(folder), options.orders).items():
             ap[name] = ap_of_views(job, detections_of(job, decoded), options.views)
     figures = describe(ap)
-    print(f"{config.experiment}, {options.split}: {len(job.val_set)} images, {options.views} views")
+    print(f"{config.experiment}, {options.split}: {len(job.splits.val)} images, {options.views} views")
     for name, row in figures.items():
         print(
             f"  {name:48s} AP {row['first']:.4f}   mean {row['mean']:.4f}   to float {row['to_float']:+.4f} "
             f"± {row['to_float_error']:.4f}   to torch {row['to_torch']:+.4f} ± {row['to_torch_error']:.4f}"
         )
     if options.json is not None:
-        result: dict[str, Any] = {"images": len(job.val_set), "ap": ap, "figures": figures}
+        result: dict[str, Any] = {"images": len(job.splits.val), "ap": ap, "figures": figures}
         options.json.write_text(json.dumps(result, indent=2) + "\n")
     return 0
 

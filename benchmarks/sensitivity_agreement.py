@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.compose import read
+from core.rows import PTQ
 from pipeline.evaluation.measuring import value_of
 from pipeline.job import Job
 from pipeline.run.directory import CONFIG, Run
@@ -60,12 +61,12 @@ def main(arguments: list[str]) -> int:
     config = read(run.path(CONFIG))
     config.sensitivity.method = "map"
     job = Job(config, run)
-    config.sensitivity.images = options.images or len(job.val_set)
-    model = job.load_quantized("ptq.safetensors", "calibrate")
+    config.sensitivity.images = options.images or len(job.splits.val)
+    model = job.networks.load(PTQ)
     units = [group.name for group in placement_of(model).groups]
 
     started = time.perf_counter()
-    value_of(job.measure(job.predictor(model), "one validation pass"))
+    value_of(job.evaluator.measure(job.predictor(model), "one validation pass"))
     validation = time.perf_counter() - started
     config.sensitivity.images, images = 64, config.sensitivity.images
     started = time.perf_counter()

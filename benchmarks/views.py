@@ -47,7 +47,9 @@ def ap_of_view(job: Job, predict: Predict, x: int, y: int) -> float:
         return [boxes.detections - back if isinstance(boxes, Instances) else boxes - back for boxes in found]
 
     with torch.inference_mode():
-        return value_of(job.evaluate_batches(moved if (x, y) != (0, 0) else predict, job.val_loader(1)))
+        return value_of(
+            job.evaluator.measure_batches(moved if (x, y) != (0, 0) else predict, job.splits.val_batches(1))
+        )
 
 
 def mean_difference(values: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:

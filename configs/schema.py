@@ -208,10 +208,11 @@ class QuantConfig:
         [], "Name patterns of units to leave float; each must match something"
     )
     policy: list[PolicyRule] = setting([], "Rules in order; see docs/configuration.md")
-    plan: str | None = setting(None, "Path of a saved and edited placement to use instead of a new one")
-    max_ap_drop: float | None = setting(
+    placement: str | None = setting(None, "Path of a saved and edited placement to use instead of a new one")
+    accuracy_budget: float | None = setting(
         None,
-        "Accuracy budget: search the smallest set of float units that keeps AP within it",
+        "AP that calibration may lose: leaves as few groups as possible float to keep within it (adds the stages float "
+        "and sensitivity)",
         unit="AP",
         minimum=0,
         maximum=1,

@@ -19,7 +19,7 @@ def validate(config: Any) -> None:
     """Raise ConfigError with one line per problem of a `Config` or `ExportConfig` instance."""
     problems = _field_problems(config, "")
     if isinstance(config, Config):
-        problems += _combination_problems(config) + _deploy_problems(config)
+        problems += _combination_problems(config) + _quant_problems(config) + _deploy_problems(config)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -111,6 +111,17 @@ def _combination_problems(config: Config) -> list[str]:
             "model.name=auto without weights: nothing to recognise; add weights=FILE or model=yolov9t."
         )
     return problems
+
+
+def _quant_problems(config: Config) -> list[str]:
+    """Check that an accuracy budget has a ranking to work from."""
+    budget = config.quant.accuracy_budget
+    if budget is None or config.sensitivity.method != "none":
+        return []
+    return [
+        f"quant.accuracy_budget={budget} with sensitivity.method=none: the budget needs a ranking; use "
+        "sensitivity.method=fisher."
+    ]
 
 
 def _deploy_problems(config: Config) -> list[str]:

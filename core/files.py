@@ -82,6 +82,26 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def make_folder(path: Path) -> bool:
+    """Make a folder and its parents; returns whether it is new.
+
+    Raises:
+        WriteError: it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir()
+    except FileExistsError as error:
+        if path.is_dir():
+            return False
+        raise WriteError(f"{path} cannot be made: a file is in its place") from error
+    except OSError as error:
+        raise WriteError(
+            f"{path} cannot be made ({error.strerror or error}): choose a folder that can be written"
+        ) from error
+    return True
+
+
 def replace_link(link: Path, target: str) -> None:
     """Point a symbolic link at `target`, in one step: the link exists all the time.
 

@@ -2,148 +2,132 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from configs.compose import dump, read
-from configs.schema import STAGES, Config
+from configs.compose import dump
+from configs.schema import Config
 from core.errors import ConfigError, RunError
-from pipeline.evaluation.measuring import row_value
+from core.names import listing
+from pipeline.gates import check_gates, shipped_value
 from pipeline.job import Job
+from pipeline.networks import FLOAT_MODEL
 from pipeline.run.directory import CONFIG, Run
-from pipeline.run.progress import mute, say, show_room_logs
+from pipeline.run.ledger import Inputs
+from pipeline.run.progress import mute, say, show_package_logs
 from pipeline.run.terminal import print_result, quit_on_termination
-from pipeline.stages.engine import check_runtimes, engine_stage
+from pipeline.stages.engine import check_runtimes
 from pipeline.stages.export import check_export
-from pipeline.stages.finetuning import finetune_stage
-from pipeline.stages.fixed_point import export_and_compare
-from pipeline.stages.quantizing import calibrate_stage, float_stage, place_stage
-from pipeline.stages.report import check_gates, report_stage
-from pipeline.stages.sensitivity import sensitivity_stage
-from pipeline.stages.training import train_stage
+from pipeline.stages.order import ORDER, stages_of
+from pipeline.stages.stage import Stage
 from training.team import Team, join_team
-
-RUN_STAGES: dict[str, Callable[[Job], None]] = {
-    "train": train_stage,
-    "float": float_stage,
-    "place": place_stage,
-    "calibrate": calibrate_stage,
-    "sensitivity": sensitivity_stage,
-    "finetune": finetune_stage,
-    "export": export_and_compare,
-    "engine": engine_stage,
-    "report": report_stage,
-}
-
-SHARED_STAGES = frozenset(
-    {"calibrate"}
-)  # a team's processes work on these together; the first does all others
 
 
 def run_job(config: Config) -> float:
     """Run the configured stages and return the AP of the shipped model (the value that sweeps optimise).
 
-    A stage that has finished in a resumed run directory is skipped; asking for a stage anew needs a fresh one. Under
-    torchrun calibration is shared among the processes, and the first does everything else.
+    In a resumed run directory a stage is skipped as long as everything that it read and wrote is the same; otherwise it
+    runs again. Under torchrun calibration is shared among the processes, and the first does everything else.
 
     Raises:
         GateError: a gate that the user set is missed (the report is written before).
         ConfigError, RunError, DataError, CheckpointError, DeployError: with value, expectation and remedy.
     """
     quit_on_termination()
-    show_room_logs()
+    show_package_logs()
     team = join_team()
     mute(not team.first)
-    job = Job(config, _open_together(config, team), team)
+    job = open_job(config, team)
     run = job.run
-    if team.first:
-        check_input(job)
+    stages = stages_of(config, run)
     say(f"run: {run.directory}")
     if team.size > 1:
         say(f"{team.size} processes: they share the calibration images; the first does all other stages")
-    for stage in config.stages:
-        if stage != "report" and team.share(run.is_done(stage)):
-            say(f"{stage}: done before")
-            continue
-        say(f"--- {stage}")
-        started = time.perf_counter()
-        if team.first or stage in SHARED_STAGES:
-            RUN_STAGES[stage](job)
-        if team.first:
-            run.mark_done(stage, time.perf_counter() - started)
-        team.wait()
+    for stage in stages:
+        run_stage(job, stage)
     if team.first:
         print_result(run)
-        check_gates(job)
-    return shipped_ap(run)
+        check_gates(config, run.rows(), job.splits.task)
+    return shipped_value(run.rows())
 
 
-def _open_together(config: Config, team: Team) -> Run:
-    """The run directory that the first process makes or opens, in every process."""
-    run = open_run(config) if team.first else None
-    directory = team.share(None if run is None else str(run.directory))
-    return run if run is not None else Run(Path(str(directory)))
+def run_stage(job: Job, stage: Stage) -> None:
+    """Run one stage, unless it is done: all that it read and wrote is as it was."""
+    run, team = job.run, job.team
+    changes = team.share(stage.changes(job) if team.first else [])
+    if not changes and not stage.is_always_run:
+        say(f"{stage.name}: done before")
+        return
+    again = team.first and run.is_done(stage.name) and not stage.is_always_run
+    say(f"--- {stage.name}" + (f" again: {'; '.join(changes[:3])}" if again else ""))
+    started = time.perf_counter()
+    inputs = stage.inputs(job) if team.first else None
+    if inputs is not None:
+        stage.clear(job, inputs)
+        run.ledger.start(stage.name, inputs)
+    team.wait()
+    if team.first or stage.is_shared:
+        stage.function(job)
+    if inputs is not None:
+        run.ledger.finish(stage.name, inputs, stage.outputs(job), time.perf_counter() - started)
+    team.wait()
 
 
-def open_run(config: Config) -> Run:
-    """Make a fresh run directory, or open the one to resume.
+def open_job(config: Config, team: Team) -> Job:
+    """The job of a fresh or a resumed run directory, in every process.
 
-    Raises:
-        RunError: nothing to resume, or a directory with another configuration in it.
+    The first process checks the input, and only then makes the directory and writes config.yaml into it.
     """
-    if not config.resume:
-        run = Run.create(Path(config.run_dir) if config.run_dir else None, config.experiment)
-        run.write_text(CONFIG, dump(config))
-        return run
-    directory = Path(config.run_dir) if config.run_dir else Path("runs") / config.experiment / "latest"
-    run = Run.open(directory)
-    made_with = read(run.path(CONFIG))
-    differing = different_keys(dataclasses.asdict(made_with), dataclasses.asdict(config))
-    if differing:
-        raise RunError(
-            f"resume=true, but {run.directory} was made with other settings ({', '.join(differing[:5])}): repeat "
-            "that command, or start a new run"
-        )
-    return run
-
-
-def different_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys in which two configurations differ, those aside that may change between tries."""
-    free = {"resume", "run_dir", "stages", "threads", "device", "deploy", "min_ap", "max_ap_drop"}
-    keys = []
-    for key in {**old, **new}:
-        a, b = old.get(key), new.get(key)
-        if (not prefix and key in free) or a == b:
-            continue
-        nested = isinstance(a, dict) and isinstance(b, dict)
-        keys += different_keys(a, b, f"{prefix}{key}.") if nested else [prefix + key]  # type: ignore[arg-type]
-    return keys
+    if not team.first:
+        return Job(config, Run(Path(str(team.share(None)))), team)
+    given = Path(config.run_dir) if config.run_dir else None
+    if config.resume:
+        run = Run.open(given or Path("runs") / config.experiment / "latest")
+        run.ledger.records()  # refuses runs of other versions
+    else:
+        run = Run.plan(given, config.experiment)
+    job = Job(config, run, team)
+    check_input(job)
+    run.make()
+    run.write_text(CONFIG, dump(config))
+    team.share(str(run.directory))
+    return job
 
 
 def check_input(job: Job) -> None:
     """Find wrong data, checkpoints and stages within seconds, before any long work."""
-    unknown = [stage for stage in job.config.stages if stage not in RUN_STAGES]
-    if unknown:
-        raise ConfigError(f"stages={job.config.stages}: {unknown[0]!r} is not one of {', '.join(STAGES)}")
-    if "export" in job.config.stages:
+    names = {stage.name for stage in stages_of(job.config, job.run)}
+    check_settings_of_others(job, names)
+    if job.config.weights is None and "load" in names and job.config.model.factory is None:
+        raise ConfigError(
+            "weights is not set and `train` is not among the stages: there would be nothing but random weights to "
+            "quantize; add weights=FILE, or train first with stages=[train,...]"
+        )
+    if "export" in names:
         check_export(job)
-    if "engine" in job.config.stages and not job.run.is_done("engine"):
+    if "engine" in names:
         check_runtimes(job)
-    if {"train", "place", "calibrate", "finetune"} & set(job.config.stages):
-        job.train_set  # noqa: B018 - opening verifies it
-    job.val_set  # noqa: B018
-    if not job.run.path("float.safetensors").exists():
-        job.initial_detector()
+    if {"train", "place", "calibrate", "finetune"} & names:
+        job.splits.train  # noqa: B018 - opening verifies it
+    job.splits.val  # noqa: B018
+    if not job.run.path(FLOAT_MODEL).exists():
+        job.networks.initial()
 
 
-def shipped_ap(run: Run) -> float:
-    """AP (or the user's metric) of the INT8 engine, else of the last torch row; NaN where nothing was measured."""
-    rows = {row["name"]: row_value(row) for row in run.rows()}
-    for name in [*(n for n in rows if n.endswith(":int8")), "qat", "ptq", "float"]:
-        value = rows.get(name)
-        if value is not None:
-            return value
-    return float("nan")
+def check_settings_of_others(job: Job, names: set[str]) -> None:
+    """Refuse to build on a stage that ran with other settings and is not to run again.
+
+    Raises:
+        RunError: there is one; the message has its settings.
+    """
+    for stage in ORDER:
+        record = job.run.ledger.get(stage.name)
+        if record is None or not record.is_done or stage.name in names or stage.is_always_run:
+            continue
+        now = stage.chosen_settings(job.config)
+        changes = record.inputs.changes(Inputs(now, record.inputs.reads))
+        if changes:
+            raise RunError(
+                f"resume=true, but the stage `{stage.name}` of {job.run.directory} ran with other settings "
+                f"({listing(changes, 3)}) and is not among the stages: add it to stages, or use its settings"
+            )

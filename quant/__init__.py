@@ -25,7 +25,7 @@ from quant.insertion import (
     quantized_layers,
     set_mode,
 )
-from quant.placement.files import dump_placement, load_placement
+from quant.placement.files import dump_placement, load_placement, parse_placement
 from quant.placement.plan import Group, Placement, TensorSite, WeightSite
 from quant.placement.planner import PlacementOptions, place
 from quant.placement.policy import Policy, Rule
@@ -77,6 +77,7 @@ __all__ = [
     "measure_fisher",
     "measure_sharing",
     "measure_sqnr",
+    "parse_placement",
     "place",
     "placement_of",
     "quantized_layers",

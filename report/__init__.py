@@ -4,18 +4,16 @@ It takes plain data (`ReportData`) and knows nothing of models, datasets or engi
 """
 
 from core.errors import ReportError
-from report.data import DetectionPanel, ReportData, Row
+from report.data import DetectionPanel, ReportData
 from report.drawing import draw_detections, join_pictures, paint_detections
 from report.tables import format_table
-from report.write import ROW_KEYS, ReportPaths, write_report
+from report.write import ReportPaths, write_report
 
 __all__ = [
-    "ROW_KEYS",
     "DetectionPanel",
     "ReportData",
     "ReportError",
     "ReportPaths",
-    "Row",
     "draw_detections",
     "format_table",
     "join_pictures",

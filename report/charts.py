@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from report.data import ReportData, Row
+from core.rows import ResultRow
+from report.data import ReportData
 from report.tables import finite
 
 MAX_POINTS = 2000  # per line; more cannot be told apart on a screen
@@ -45,7 +46,7 @@ def thin(points: list[tuple[float, float]], limit: int = MAX_POINTS) -> list[tup
     return points if step <= 1 else [*points[:-1:step], points[-1]]
 
 
-def accuracy_chart(rows: Sequence[Row]) -> Chart | None:
+def accuracy_chart(rows: Sequence[ResultRow]) -> Chart | None:
     """AP over median latency: up and to the left is better."""
     shown = [row for row in rows if finite(row.ap) is not None and finite(row.latency_ms_median) is not None]
     if len(shown) < 2:

@@ -10,50 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.errors import ReportError
+from core.rows import ResultRow, engine_key, find_row
 
 MODEL_KEYS = ("parameters", "macs", "strides", "shares", "layers")
 LAYER_KEYS = ("name", "kind", "parameters", "macs", "output", "precision")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the result table; None where something was not measured.
-
-    Attributes:
-        name: "float", "ptq", "qat" or "engine:<runtime>:<precision>", for instance "engine:openvino:int8".
-        ap: COCO AP over IoU 0.50 to 0.95, 0..1.
-        ap50: COCO AP at IoU 0.50, 0..1.
-        precision: at the best-F1 confidence and IoU 0.5, 0..1.
-        recall: at the same point, 0..1.
-        latency_ms_median: milliseconds per batch.
-        latency_ms_p99: milliseconds per batch, 99th percentile.
-        images_per_second: throughput.
-        size_bytes: what is shipped, on disk.
-        extras: further named figures, e.g. {"ap_small": 0.31}; they appear in report.json and in the details.
-    """
-
-    name: str
-    ap: float | None = None
-    ap50: float | None = None
-    precision: float | None = None
-    recall: float | None = None
-    latency_ms_median: float | None = None
-    latency_ms_p99: float | None = None
-    images_per_second: float | None = None
-    size_bytes: int | None = None
-    extras: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def runtime(self) -> str | None:
-        """Return "openvino" for "engine:openvino:int8", None for a row that is no engine."""
-        parts = self.name.split(":")
-        return parts[1] if len(parts) == 3 and parts[0] == "engine" else None
-
-    @property
-    def engine_precision(self) -> str | None:
-        """Return "int8" for "engine:openvino:int8", None for a row that is no engine."""
-        return self.name.split(":")[2] if self.runtime is not None else None
 
 
 @dataclass(frozen=True)
@@ -99,7 +60,7 @@ class ReportData:
     experiment: str
     weights: str | None
     image_size: int
-    rows: Sequence[Row]
+    rows: Sequence[ResultRow]
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
     stages: Sequence[Mapping[str, Any]] = ()
@@ -144,17 +105,13 @@ class ReportData:
                     )
 
 
-def find_row(rows: Sequence[Row], name: str) -> Row | None:
-    """Return the row of that name, or None."""
-    return next((row for row in rows if row.name == name), None)
-
-
-def reference_engine(rows: Sequence[Row], row: Row) -> Row | None:
-    """Return the float engine that an engine row's latency is compared with: f32 of the same runtime, else f16."""
-    if row.runtime is None or row.engine_precision in ("f32", "fp32"):
+def reference_engine(rows: Sequence[ResultRow], row: ResultRow) -> ResultRow | None:
+    """Return the float engine that an engine row's latency is compared with: FP32 of the same runtime, else FP16."""
+    runtime = row.key.runtime
+    if runtime is None or row.key.precision in ("f32", "fp32"):
         return None
     for precision in ("f32", "fp32", "f16", "fp16", "bf16"):
-        found = find_row(rows, f"engine:{row.runtime}:{precision}")
+        found = find_row(rows, engine_key(runtime, precision))
         if found is not None and found is not row:
             return found
     return None

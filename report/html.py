@@ -16,8 +16,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from core.errors import ReportError
+from core.rows import FLOAT, ResultRow, find_row, shipped_rows
 from report.charts import Chart, all_charts
-from report.data import ReportData, Row, find_row, reference_engine
+from report.data import ReportData, reference_engine
 from report.tables import (
     LAYER_HEADINGS,
     LEGEND,
@@ -123,18 +124,18 @@ def dict_table(items: Iterable[Mapping[str, Any]], first: Sequence[str]) -> dict
     return {"keys": keys, "lines": [[cell_text(item.get(key)) for key in keys] for item in listed]}
 
 
-def extra_table(rows: Sequence[Row]) -> dict[str, Any]:
+def extra_table(rows: Sequence[ResultRow]) -> dict[str, Any]:
     """Return the rows' further figures as a table; no lines where there are none."""
     return dict_table([{"row": row.name, **row.extras} for row in rows if row.extras], ("row",))
 
 
-def headline(rows: Sequence[Row]) -> list[dict[str, str]]:
+def headline(rows: Sequence[ResultRow]) -> list[dict[str, str]]:
     """Return the few figures a reader looks for first, each as label, value and remark."""
-    base, shipped = find_row(rows, "float"), best_int8_engine(rows)
+    base, shipped = find_row(rows, FLOAT), best_int8_engine(rows)
     tiles: list[dict[str, str]] = []
     if base is not None and finite(base.ap) is not None:
         tiles.append({"label": "Float AP", "value": f"{base.ap:.4f}", "remark": "the reference"})
-    result = shipped or find_row(rows, "qat") or find_row(rows, "ptq")
+    result = shipped or next(iter(shipped_rows(rows)), None)
     if result is not None and result.ap is not None and finite(result.ap) is not None:
         remark = result.name
         if base is not None and base.ap is not None and finite(base.ap) is not None:
@@ -153,8 +154,8 @@ def headline(rows: Sequence[Row]) -> list[dict[str, str]]:
     return tiles
 
 
-def best_int8_engine(rows: Sequence[Row]) -> Row | None:
+def best_int8_engine(rows: Sequence[ResultRow]) -> ResultRow | None:
     """Return the INT8 engine with the lowest median latency, or the first one where none was timed."""
-    engines = [row for row in rows if row.engine_precision == "int8"]
+    engines = [row for row in rows if row.key.is_int8_engine]
     timed = [row for row in engines if row.latency_ms_median]
     return min(timed, key=lambda row: row.latency_ms_median or 0.0) if timed else next(iter(engines), None)

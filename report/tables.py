@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from report.data import Row, find_row, reference_engine
+from core.rows import FLOAT, ResultRow, find_row
+from report.data import reference_engine
 
 MISSING = "-"
 METRIC = "metric"  # the extra that holds a user's own measure
@@ -43,7 +44,7 @@ class Column:
     key: str
     heading: str
     unit: str
-    cell: Callable[[Row, Sequence[Row]], Cell]
+    cell: Callable[[ResultRow, Sequence[ResultRow]], Cell]
 
 
 def finite(value: float | None) -> float | None:
@@ -51,16 +52,16 @@ def finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else value
 
 
-def _figure(row: Row, key: str) -> float | None:
+def _figure(row: ResultRow, key: str) -> float | None:
     """Return a row's figure of that name; `metric` and `ap_mask` stand among the extras."""
     return finite(row.extras.get(key) if key in (METRIC, MASK_AP) else getattr(row, key))
 
 
-def _score(key: str, decimals: int = 4) -> Callable[[Row, Sequence[Row]], Cell]:
+def _score(key: str, decimals: int = 4) -> Callable[[ResultRow, Sequence[ResultRow]], Cell]:
     """Write a 0..1 score, with its difference to the float row."""
 
-    def cell(row: Row, rows: Sequence[Row]) -> Cell:
-        value, base = _figure(row, key), find_row(rows, "float")
+    def cell(row: ResultRow, rows: Sequence[ResultRow]) -> Cell:
+        value, base = _figure(row, key), find_row(rows, FLOAT)
         if value is None:
             return Cell(MISSING)
         reference = _figure(base, key) if base is not None and base is not row else None
@@ -75,10 +76,12 @@ def _score(key: str, decimals: int = 4) -> Callable[[Row, Sequence[Row]], Cell]:
     return cell
 
 
-def _ratio(key: str, decimals: int, *, larger_is_better: bool) -> Callable[[Row, Sequence[Row]], Cell]:
+def _ratio(
+    key: str, decimals: int, *, larger_is_better: bool
+) -> Callable[[ResultRow, Sequence[ResultRow]], Cell]:
     """Write a speed, with the factor gained over the float engine of the same runtime."""
 
-    def cell(row: Row, rows: Sequence[Row]) -> Cell:
+    def cell(row: ResultRow, rows: Sequence[ResultRow]) -> Cell:
         value, base = finite(getattr(row, key)), reference_engine(rows, row)
         if value is None:
             return Cell(MISSING)
@@ -91,11 +94,11 @@ def _ratio(key: str, decimals: int, *, larger_is_better: bool) -> Callable[[Row,
     return cell
 
 
-def _size(row: Row, rows: Sequence[Row]) -> Cell:
+def _size(row: ResultRow, rows: Sequence[ResultRow]) -> Cell:
     """Write the size in megabytes, with its share of the float engine's or the float row's."""
     if row.size_bytes is None:
         return Cell(MISSING)
-    base = reference_engine(rows, row) or find_row(rows, "float")
+    base = reference_engine(rows, row) or find_row(rows, FLOAT)
     text = f"{row.size_bytes / MEGABYTE:.2f}"
     if base is None or base is row or not base.size_bytes:
         return Cell(text)
@@ -124,7 +127,7 @@ LEGEND = (
 )
 
 
-def columns_for(rows: Sequence[Row]) -> tuple[Column, ...]:
+def columns_for(rows: Sequence[ResultRow]) -> tuple[Column, ...]:
     """Return the columns of a table: COLUMNS, with mask AP in the place of AP50 where there are masks.
 
     A user's metric stands in the place of an AP that nobody measured.
@@ -137,7 +140,7 @@ def columns_for(rows: Sequence[Row]) -> tuple[Column, ...]:
     return (METRIC_COLUMN, *(column for column in COLUMNS if column.key not in absent))
 
 
-def table_cells(rows: Sequence[Row]) -> list[tuple[str, list[Cell]]]:
+def table_cells(rows: Sequence[ResultRow]) -> list[tuple[str, list[Cell]]]:
     """Return (row name, one Cell per entry of `columns_for`) for every row."""
     columns = columns_for(rows)
     return [(row.name, [column.cell(row, rows) for column in columns]) for row in rows]
@@ -151,7 +154,7 @@ def _text(cell: Cell) -> str:
     return f"{cell.text} ({cell.difference})" if cell.difference else cell.text
 
 
-def format_table(rows: Sequence[Row], width: int = 120) -> str:
+def format_table(rows: Sequence[ResultRow], width: int = 120) -> str:
     """Return the result table for a terminal, as plain text without colours.
 
     Differences are shown where they matter most (`BRIEF`), so that the table fits 120 characters.
@@ -190,7 +193,7 @@ def markdown_table(headings: Sequence[str], lines: Sequence[Sequence[object]], n
     return "\n".join("| " + " | ".join(str(value) for value in line) + " |" for line in body)
 
 
-def markdown_results(rows: Sequence[Row]) -> str:
+def markdown_results(rows: Sequence[ResultRow]) -> str:
     """Return the result table as Markdown."""
     headings = ["", *(_heading(column) for column in columns_for(rows))]
     return markdown_table(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import write_text
-from report.data import ReportData, Row
+from report.data import ReportData
 from report.html import cell_text, render_html
 from report.tables import (
     LAYER_HEADINGS,
@@ -23,17 +23,6 @@ from report.tables import (
 )
 
 MOST_EXPENSIVE = 20  # layers listed in report.md; the other reports have all
-ROW_KEYS = (
-    "name",
-    "ap",
-    "ap50",
-    "precision",
-    "recall",
-    "latency_ms_median",
-    "latency_ms_p99",
-    "images_per_second",
-    "size_bytes",
-)
 
 
 @dataclass(frozen=True)
@@ -67,7 +56,7 @@ def to_json(data: ReportData) -> dict[str, Any]:
         "experiment": data.experiment,
         "weights": data.weights,
         "image_size": data.image_size,
-        "rows": [_row(row) for row in data.rows],
+        "rows": [_plain(row.as_dict()) for row in data.rows],
         "stages": [
             {"name": str(stage["name"]), "seconds": _plain(float(stage["seconds"]))} for stage in data.stages
         ],
@@ -78,12 +67,6 @@ def to_json(data: ReportData) -> dict[str, Any]:
         "fixed_point": _plain(data.fixed_point),
         "notes": _plain(data.notes),
     }
-
-
-def _row(row: Row) -> dict[str, Any]:
-    """Return one row: exactly ROW_KEYS, and "extras" where the row has some."""
-    content = {key: _plain(getattr(row, key)) for key in ROW_KEYS}
-    return {**content, "extras": _plain(row.extras)} if row.extras else content
 
 
 def _plain(value: Any) -> Any:

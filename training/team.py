@@ -49,6 +49,9 @@ class Team:
             distributed.barrier()
 
 
+ALONE = Team()
+
+
 def join_team() -> Team:
     """The team that torchrun's environment variables describe; without them this process is alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

@@ -98,13 +98,6 @@ def value_of(metrics: Metrics) -> float:
     return metrics.ap if metrics.ap_mask is None else metrics.ap_mask
 
 
-def row_value(row: Mapping[str, Any]) -> float | None:
-    """The same number, out of a row of the table; None where it was not measured."""
-    extras = row["extras"]
-    value = extras.get("metric", extras.get("ap_mask", row["ap"]))
-    return None if value is None else float(value)
-
-
 def measure_name(reference: str | None, task: str) -> str:
     """What that number is called in messages, given `metric.factory` and the network's task."""
     if reference is not None:

@@ -30,7 +30,7 @@ def engine_row(engine: Runtime) -> str:
 def reader_of(job: Job) -> OutputReader:
     """How this run's engines are read, with the thresholds of the evaluation."""
     config = job.config.evaluate
-    form, masks = job.config.deploy.outputs, job.task == "segment"
+    form, masks = job.config.deploy.outputs, job.splits.task == "segment"
     return OutputReader(form, config.confidence, config.iou, config.max_detections, masks)
 
 
@@ -45,17 +45,17 @@ def check_parity(job: Job, engine: Runtime) -> dict[str, object]:
         DeployError: they disagree; the message has the figures.
     """
     quantized = engine.precision == "int8"
-    network: nn.Module = job.best_quantized()[0] if quantized else job.detector.network
+    network: nn.Module = job.networks.best()[0] if quantized else job.networks.detector.network
     batch = job.config.deploy.batch
     images: list[Tensor] = []
     decoded: list[Tensor] = []
     prototypes: list[Tensor] = []
     with torch.inference_mode():
-        for loaded in job.letterboxed(job.val_set, batch, PARITY_IMAGES):
+        for loaded in job.splits.letterboxed(job.splits.val, batch, PARITY_IMAGES):
             if len(loaded.images) == batch:
                 images.append(to_input(loaded.images, job.device))
-                answer = job.detector.decode(network(images[-1]))
-                if job.task == "segment":
+                answer = job.networks.detector.decode(network(images[-1]))
+                if job.splits.task == "segment":
                     answer, maps = answer
                     prototypes.append(maps.cpu())
                 decoded.append(answer.cpu())
@@ -73,14 +73,14 @@ def check_parity(job: Job, engine: Runtime) -> dict[str, object]:
         agreement.require(MISSED_SHARE[quantized], name)
         return asdict(agreement)
     output = np.concatenate([reader.decoded(result).numpy() for result in results])
-    reference, rows = torch.cat(decoded).numpy(), 4 + job.detector.num_classes
+    reference, rows = torch.cat(decoded).numpy(), 4 + job.networks.detector.num_classes
     report = compare_arrays(output[:, :rows], reference[:, :rows], label=name)
     say(f"parity {engine_row(engine)} {engine.path.name}: {describe(report)}")
     if engine.precision == "fp32":
         report.require(box_px=0.05, score=0.001)
     else:
         report.require(mean_box_px=4.0, mean_score=0.005)
-    if job.task != "segment":
+    if job.splits.task != "segment":
         return report.as_dict()
     maps_found = np.concatenate([result[engine.output_names[1]] for result in results])
     pairs = {

@@ -139,7 +139,7 @@ def open_run(directory: Path, options: Options) -> Predictor:
     config = job.config.deploy
     runtime = options.runtime or (config.runtimes[0] if job.run.is_done("engine") else TORCH)
     if runtime == TORCH:
-        network, row = job.best_quantized()
+        network, row = job.networks.best()
         return _of_job(job, network, f"{row} (torch)", options)
     if runtime == "tensorrt":
         engine = job.run.need("engines/tensorrt-int8/model.engine", "engine")
@@ -163,7 +163,7 @@ def open_float(path: Path, options: Options) -> Predictor:
             f"--compare float: {path} lies in no run directory; give --compare the float model's path."
         )
     job = _job(directory, options)
-    return _of_job(job, job.detector.network, "float (torch)", options)
+    return _of_job(job, job.networks.detector.network, "float (torch)", options)
 
 
 def _job(directory: Path, options: Options) -> Job:
@@ -177,7 +177,7 @@ def _job(directory: Path, options: Options) -> Job:
 
 def _of_job(job: Job, network: nn.Module, label: str, options: Options) -> Predictor:
     size = (options.size or job.config.data.image_size,) * 2
-    return _of_torch(label, network, job.detector.decode, job.detector.names, size, options)
+    return _of_torch(label, network, job.networks.detector.decode, job.networks.detector.names, size, options)
 
 
 def _of_torch(

@@ -1,10 +1,12 @@
 """The run directory: named artifacts, written whole or not at all, and what has been done so far.
 
 runs/<experiment>/<time>/
-    config.json          the configuration, as composed
-    state.json           stages done, with seconds
+    config.yaml          the configuration of the last start, as composed
+    state.json           what each stage read and wrote (see ledger.py)
     float.safetensors    the float detector, folded (+ .json manifest); a custom network's weights as they are
-    placement.yaml, calibration.json, ptq.safetensors
+    placement.yaml       the placement, to be read and edited
+    calibration.json, ptq.safetensors
+    mixed.safetensors    the calibrated model within its accuracy budget, where one was asked for
     qat.safetensors, qat.jsonl, qat.json, qat-state.pt
     model.onnx, float.onnx, engines/
     rows/<name>.json     one table row each
@@ -14,63 +16,73 @@ runs/<experiment>/latest -> <time>
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from core.errors import RunError
-from core.files import write_text
-from report import ROW_KEYS
+from core.files import make_folder, replace_link, write_json, write_text
+from core.rows import ResultRow, sorted_rows
+from pipeline.run.ledger import Ledger
 
 CONFIG = "config.yaml"
-_FIGURES = ROW_KEYS[1:]  # all but the name
 
 
 class Run:
     """One run directory.
 
     Args:
-        directory: an existing run directory, or one to make with `Run.create`.
+        directory: an existing run directory, or one to make with `make`.
+        latest: link that is to point to a new directory.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, latest: Path | None = None) -> None:
         self.directory = directory
+        self.latest = latest
 
     @classmethod
-    def create(cls, directory: Path | None, experiment: str, root: Path = Path("runs")) -> Run:
-        """Make a run directory: the given one, or `root/<experiment>/<time>` with a `latest` link beside it.
+    def plan(cls, directory: Path | None, experiment: str, root: Path = Path("runs")) -> Run:
+        """Choose a run directory, without making it: the given one, or `root/<experiment>/<time>`.
 
         Raises:
             RunError: the given directory holds files already.
         """
-        if directory is not None:
-            if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-                raise RunError(
-                    f"run_dir={directory} exists and is not empty: add resume=true to go on in it, or choose another"
-                )
-            directory.mkdir(parents=True, exist_ok=True)
-            return cls(directory)
-        parent = root / experiment
-        parent.mkdir(parents=True, exist_ok=True)
-        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        fresh_name = stamp
-        attempt = 0
-        while True:
-            try:
-                (parent / fresh_name).mkdir()
+        if directory is None:
+            stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+            return cls(root / experiment / stamp, root / experiment / "latest")
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise RunError(
+                f"run_dir={directory} exists and is not empty: add resume=true to go on in it, or choose another"
+            )
+        return cls(directory)
+
+    @classmethod
+    def create(cls, directory: Path | None, experiment: str, root: Path = Path("runs")) -> Run:
+        """Choose a run directory and make it; errors as for `plan` and `make`."""
+        run = cls.plan(directory, experiment, root)
+        run.make()
+        return run
+
+    def make(self) -> None:
+        """Make the directory, and point `latest` to it where it has one; nothing happens where it exists.
+
+        Raises:
+            WriteError: it cannot be made.
+        """
+        if self.latest is None:
+            make_folder(self.directory)
+            return
+        make_folder(self.directory.parent)
+        planned = self.directory.name
+        for attempt in itertools.count():
+            self.directory = self.directory.with_name(f"{planned}_{attempt}" if attempt else planned)
+            if make_folder(self.directory):
                 break
-            except FileExistsError:
-                attempt += 1
-                fresh_name = f"{stamp}_{attempt}"
-        link = parent / "latest"
-        fresh = parent / f".latest-{os.getpid()}"
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(fresh_name)
-        fresh.replace(link)
-        return cls(parent / fresh_name)
+        replace_link(self.latest, self.directory.name)
+        self.latest = None
 
     @classmethod
     def open(cls, directory: Path) -> Run:
@@ -102,14 +114,13 @@ class Run:
 
     def write_text(self, name: str, text: str) -> Path:
         """Write an artifact whole or not at all."""
-        path = self.path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-        return path
+        write_text(self.path(name), text)
+        return self.path(name)
 
     def write_json(self, name: str, content: Any) -> Path:
         """Write plain data as JSON."""
-        return self.write_text(name, json.dumps(content, indent=2) + "\n")
+        write_json(self.path(name), content)
+        return self.path(name)
 
     def read_json(self, name: str) -> Any:
         """Read plain data back."""
@@ -124,38 +135,39 @@ class Run:
         path = self.path(name)
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    # -- what has been done
-
-    def stages(self) -> list[dict[str, Any]]:
-        """Stages done so far: name and seconds, in order."""
-        return list(self.read_json("state.json")) if self.path("state.json").exists() else []
+    @property
+    def ledger(self) -> Ledger:
+        """What each stage read and wrote."""
+        return Ledger(self.directory)
 
     def is_done(self, stage: str) -> bool:
         """Whether the stage has finished in this directory."""
-        return any(entry["name"] == stage for entry in self.stages())
+        record = self.ledger.get(stage)
+        return record is not None and record.is_done
 
-    def mark_done(self, stage: str, seconds: float) -> None:
-        """Remember that the stage has finished."""
-        entries = [entry for entry in self.stages() if entry["name"] != stage]
-        self.write_json("state.json", [*entries, {"name": stage, "seconds": round(seconds, 3)}])
+    def stages(self) -> list[dict[str, Any]]:
+        """Stages done so far: name and seconds, in order."""
+        records = self.ledger.records().items()
+        return [
+            {"name": name, "seconds": round(record.seconds, 3)} for name, record in records if record.is_done
+        ]
 
-    # -- table rows
+    def write_row(self, row: ResultRow) -> None:
+        """Write one row of the result table."""
+        self.write_json(f"rows/{row.key.file_name}", row.as_dict())
 
-    def write_row(self, name: str, **figures: Any) -> None:
-        """Write one row of the result table; figures that are missing stay null."""
-        extras = {key: value for key, value in figures.items() if key not in _FIGURES}
-        row = {"name": name, **{key: figures.get(key) for key in _FIGURES}, "extras": extras}
-        self.write_json(f"rows/{name.replace(':', '-')}.json", row)
+    def rows(self) -> list[ResultRow]:
+        """All rows, in the order of the table.
 
-    def rows(self) -> list[dict[str, Any]]:
-        """All rows: float, ptq, qat, then engines, INT8 first."""
-        rows = [json.loads(path.read_text()) for path in sorted(self.path("rows").glob("*.json"))]
-        first = ("float", "ptq", "qat")
-        return sorted(
-            rows,
-            key=lambda row: (
-                first.index(row["name"]) if row["name"] in first else 3,
-                not row["name"].endswith("int8"),
-                row["name"],
-            ),
-        )
+        Raises:
+            RunError: a row's file is damaged.
+        """
+        rows = []
+        for path in sorted(self.path("rows").glob("*.json")):
+            try:
+                rows.append(ResultRow.from_dict(json.loads(path.read_text(encoding="utf-8"))))
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(
+                    f"{path} is no row of the result table ({error}): remove it and resume"
+                ) from error
+        return sorted_rows(rows)

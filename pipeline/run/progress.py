@@ -1,4 +1,4 @@
-"""Progress: a rich bar with an estimate on a terminal, one plain line per task everywhere else; and the rooms' logs."""
+"""Progress: a rich bar with an estimate on a terminal, one plain line per task elsewhere; the packages' logs."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def mute(silent: bool) -> None:
     console.quiet = silent
 
 
-class _RoomLog(logging.Handler):
-    """Says what the rooms log, each line once: a file that is opened again for another stage is no news."""
+class _PackageLog(logging.Handler):
+    """Says what the packages log, each line once: a file that is opened again for another stage is no news."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -46,16 +46,16 @@ class _RoomLog(logging.Handler):
             say(text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}")
 
 
-_room_log = _RoomLog()
+_package_log = _PackageLog()
 
 
-def show_room_logs() -> None:
-    """From now on, let a run's output hold what the rooms log: what was dropped, kept, assumed or left out."""
-    _room_log.said.clear()
-    for room in ("models", "data", "quant", "deploy"):
-        logger = logging.getLogger(room)
+def show_package_logs() -> None:
+    """From now on, let a run's output hold what the packages log: what was dropped, kept, assumed or left out."""
+    _package_log.said.clear()
+    for package in ("models", "data", "quant", "training", "deploy"):
+        logger = logging.getLogger(package)
         logger.setLevel(logging.INFO)
-        logger.addHandler(_room_log)
+        logger.addHandler(_package_log)
 
 
 def track(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:

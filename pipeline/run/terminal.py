@@ -12,16 +12,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from core.errors import EXIT_TERMINATED
 from core.files import write_json
 from pipeline.run.directory import Run
-from report import Row, format_table
-
-EXIT_TERMINATED = 143
+from report import format_table
 
 
 def print_result(run: Run) -> None:
     """Print the result table and where the report lies."""
-    rows = [Row(**row) for row in run.rows()]
+    rows = run.rows()
     if rows:
         print(format_table(rows))
     if run.path("report.html").exists():
@@ -36,7 +35,7 @@ def report_sweep(jobs: Sequence[tuple[str, Path]]) -> None:
     """
     parts = [set(overrides.split(",")) for overrides, _ in jobs]
     common = set.intersection(*parts)
-    found = [{row["name"]: row["ap"] for row in Run(directory).rows()} for _, directory in jobs]
+    found = [{row.name: row.ap for row in Run(directory).rows()} for _, directory in jobs]
     columns = list(dict.fromkeys(name for row in found for name in row))
     table = Table("job", *columns, box=SIMPLE_HEAD)
     records = []

@@ -1,1 +1,1 @@
-"""The stages of the main job, one module each."""
+"""The stages of the main job, one module each; `pipeline.stages.order` lists them."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from core.rows import engine_key
 from data import Found, Predict
 from deploy import (
     BuildOptions,
@@ -22,8 +23,12 @@ from deploy import (
 from deploy.runtimes.tensorrt_api import check_target
 from pipeline.evaluation.parity import check_parity, engine_row, reader_of
 from pipeline.job import Job
+from pipeline.networks import QUANTIZED
 from pipeline.run.progress import say
+from pipeline.splits import VAL
 from pipeline.stages.export import FLOAT_ONNX, model_name, target_of
+from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
+from pipeline.stages.stage import Stage
 
 RUNTIMES: dict[str, type[Runtime]] = {
     "openvino": OpenVINORuntime,
@@ -55,14 +60,15 @@ def engine_stage(job: Job) -> None:
         parity = {engine_row(engine): check_parity(job, engine) for engine in engines}
         job.run.write_json("engines/parity.json", parity)
         metrics = [
-            job.measure(engine_predictor(job, engine), engine_row(engine), config.batch) for engine in engines
+            job.evaluator.measure(engine_predictor(job, engine), engine_row(engine), config.batch)
+            for engine in engines
         ]
         say(f"timing {len(engines)} engines in turns, {config.benchmark_seconds:g} s each")
         shape = (config.batch, 3, size, size)
         timings = benchmark_alternately(engines, shape, config.benchmark_seconds, warmup=10)
         for engine, found, timing in zip(engines, metrics, timings, strict=True):
-            job.record_row(
-                engine_row(engine),
+            job.record(
+                engine_key(engine.name, engine.precision),
                 found,
                 latency_ms_median=timing.median_ms,
                 latency_ms_p99=timing.p99_ms,
@@ -148,3 +154,20 @@ def engine_predictor(job: Job, engine: Runtime) -> Predict:
         return reader.detections(engine.infer_outputs(array), len(images))
 
     return predict
+
+
+ENGINE = Stage(
+    "engine",
+    engine_stage,
+    settings=("deploy", *MEASURED_BY),
+    splits=(VAL,),
+    reads=(*FLOAT_FILES, *QUANTIZED.values(), "model*.onnx", FLOAT_ONNX),
+    writes=(
+        "engines/*.json",
+        "engines/*.xml",
+        "engines/*.bin",
+        "engines/*.onnx",
+        "engines/*/*.engine",
+        "rows/engine-*.json",
+    ),
+)

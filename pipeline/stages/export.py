@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,10 +26,16 @@ from deploy.runtimes.base import FloatArray
 from models import Detector
 from pipeline.evaluation.parity import check_parity, describe
 from pipeline.job import Job
+from pipeline.networks import QUANTIZED
 from pipeline.run.progress import say
+from pipeline.splits import TRAIN, VAL
+from pipeline.stages.fixed_point import FIXED_POINT, REFERENCES, compare_fixed_point
+from pipeline.stages.load import FLOAT_FILES
+from pipeline.stages.stage import Stage
 from quant import Placement, placement_of
 
 Target = Literal["openvino", "onnxruntime", "trt10", "trt11"]
+EXPORT_REPORT = "export.json"
 INT8_MODEL = "model.onnx"
 FLOAT_ONNX = "float.onnx"
 MASK_TEXTS = {
@@ -88,13 +95,27 @@ def export_stage(job: Job) -> None:
         for finding in check.findings:
             say(f"  {finding.name}: {finding.hazard} {finding.remedy}")
     job.run.write_json(
-        "export.json",
+        EXPORT_REPORT,
         {
             "exports": [describe_export(report) for report in reports.values()],
             "parity": parity,
             "checks": {name: check.as_dict() for name, check in checks.items()},
         },
     )
+    if job.config.deploy.fixed_point_images:
+        compare_with_torch(job)
+
+
+def compare_with_torch(job: Job) -> None:
+    """Compare the codes of a graph that quantizes just what torch does with torch's; export one if there is none."""
+    target = next((name for name in REFERENCES if name in targets(job)), None)
+    if target is not None:
+        compare_fixed_point(job, job.run.path(model_name(job, target)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "signed.onnx"
+        export_quantized(job, "trt10", path)
+        compare_fixed_point(job, path)
 
 
 def targets(job: Job) -> list[Target]:
@@ -129,11 +150,11 @@ def check_export(job: Job) -> None:
 
 def export_quantized(job: Job, target: Target, path: Path) -> ExportReport:
     """Export the run's best quantized model for a target."""
-    network, row = job.best_quantized()
+    network, row = job.networks.best()
     check_widths(placement_of(network), target)
     network.cpu()
     images = range_images(job) if target == "onnxruntime" else []
-    report = write_onnx(job, network, target, row, path, images)
+    report = write_onnx(job, network, target, row.name, path, images)
     say(
         f"{path.name}: target {target}, opset {report.opset}, {report.num_quantize} Q, {report.num_dequantize} DQ, "
         f"{report.num_int8_weights} INT8 weights, {report.size_bytes / 1e6:.2f} MB"
@@ -148,7 +169,7 @@ def export_float(job: Job, path: Path) -> ExportReport:
     target = cast(Target, job.config.deploy.target)
     # trt11 would write the types of a strongly typed FP16 graph; the builder does that where FP16 is wanted
     return write_onnx(
-        job, job.detector.network.cpu(), "trt10" if target == "trt11" else target, "float", path
+        job, job.networks.detector.network.cpu(), "trt10" if target == "trt11" else target, "float", path
     )
 
 
@@ -164,12 +185,12 @@ def write_onnx(
     config = job.config.deploy
     try:
         return export_onnx(
-            Deployed(network, job.detector.decode.cpu()).eval(),
+            Deployed(network, job.networks.detector.decode.cpu()).eval(),
             path,
             (job.config.data.image_size,) * 2,
             target,
-            onnx_metadata(job, job.detector, source),
-            ("output0", "output1") if job.task == "segment" else ("output0",),
+            onnx_metadata(job, job.networks.detector, source),
+            ("output0", "output1") if job.splits.task == "segment" else ("output0",),
             dynamic_batch=config.dynamic_batch,
             quantized=source != "float",
             dynamic_size=config.dynamic_size,
@@ -180,7 +201,7 @@ def write_onnx(
             opset=config.opset,
         )
     finally:
-        job.detector.to(job.device)
+        job.networks.detector.to(job.device)
 
 
 def nms_options(config: NMSConfig) -> NMSOptions:
@@ -198,7 +219,7 @@ def range_images(job: Job) -> list[FloatArray]:
     if not number:
         return []
     try:
-        loader = job.letterboxed(job.train_set, 1, number)
+        loader = job.splits.letterboxed(job.splits.train, 1, number)
     except DataError as error:
         raise DataError(
             f"{error} The onnxruntime graph measures ranges on training images; range_images=0 assumes a "
@@ -249,7 +270,7 @@ def onnx_metadata(job: Job, detector: Detector, source: str) -> dict[str, str]:
         **stride,
         "imgsz": json.dumps([job.config.data.image_size] * 2),
         "preprocessing": "letterbox (pad 114, centred, bilinear), RGB, divided by 255, NCHW float32",
-        **(MASK_TEXTS if job.task == "segment" else OUTPUT_TEXTS[job.config.deploy.outputs]),
+        **(MASK_TEXTS if job.splits.task == "segment" else OUTPUT_TEXTS[job.config.deploy.outputs]),
         "architecture": detector.architecture,
         "source": source,
     }
@@ -266,3 +287,16 @@ def describe_export(report: ExportReport) -> dict[str, Any]:
         "num_int8_weights": report.num_int8_weights,
         "size_bytes": report.size_bytes,
     }
+
+
+EXPORT = Stage(
+    "export",
+    export_stage,
+    settings=("deploy", "data.image_size", "evaluate"),
+    ignored=(
+        "deploy.float_precisions", "deploy.int8_hint", "deploy.threads", "deploy.benchmark_seconds",
+    ),
+    splits=(TRAIN, VAL),
+    reads=(*FLOAT_FILES, *QUANTIZED.values()),
+    writes=("model*.onnx", FLOAT_ONNX, EXPORT_REPORT, FIXED_POINT),
+)  # fmt: skip

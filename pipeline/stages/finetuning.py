@@ -11,15 +11,20 @@ from torch import nn
 
 from configs.schema import QatConfig
 from core.files import written_atomically
-from pipeline.evaluation.measuring import describe, measure_name, row_value, value_of
+from core.rows import FLOAT, MIXED, PTQ, QAT
+from pipeline.evaluation.measuring import describe, measure_name, value_of
 from pipeline.job import Job
+from pipeline.networks import QUANTIZED, STAGE_OF
 from pipeline.run.progress import say
+from pipeline.splits import TRAIN, VAL
+from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
+from pipeline.stages.stage import Stage
 from pipeline.stages.training import LIGHT, augmentation, losses_of
-from quant import FineTuningOptions, QuantizationAware
+from quant import FineTuningOptions, QuantizationAware, placement_of
 from training import TrainingOptions, TrainingState, train_epochs
 
 STATE = "qat-state.pt"
-OUTCOME = "qat.json"
+OUTCOME, LOG = "qat.json", "qat.jsonl"
 
 
 def finetune_stage(job: Job) -> None:
@@ -32,37 +37,37 @@ def finetune_stage(job: Job) -> None:
     if _calibration_suffices(job):
         return
     config = job.config.qat
-    model = job.load_quantized("ptq.safetensors", "calibrate")
+    model = job.networks.load(job.networks.calibrated_key)
     augments = {"none": None, "light": LIGHT, "heavy": augmentation(job.config.augment)}
-    loader = job.train_loader(config.batch_size, augments[config.augment])
-    teacher = copy.deepcopy(job.detector.network)
+    loader = job.splits.train_batches(config.batch_size, augments[config.augment])
+    teacher = copy.deepcopy(job.networks.detector.network)
     extension = QuantizationAware(model, fine_tuning_options(config), teacher)
     state = TrainingState(model, training_options(config), extension)
     kept = Kept(job)
     earlier: list[dict[str, Any]] = []
     if job.run.path(STATE).exists():
         _load_state(job, state, kept)
-        earlier = [record for record in job.run.read_lines("qat.jsonl") if record["epoch"] < state.epoch]
+        earlier = [record for record in job.run.read_lines(LOG) if record["epoch"] < state.epoch]
     else:
         kept.offer(model, "before fine-tuning")
-    batches = job.epoch_batches(loader, "finetune", config.epochs)
+    batches = job.splits.epochs(loader, "finetune", config.epochs)
     if not kept.exhausted:
-        for _ in train_epochs(state, batches, len(loader), job.loss()):
+        for _ in train_epochs(state, batches, len(loader), job.networks.loss()):
             say(losses_of(state))
             state.records[-1].figures |= kept.offer(state.averaged, f"epoch {state.epoch}")
-            job.run.write_lines("qat.jsonl", [*earlier, *(record.as_dict() for record in state.records)])
+            job.run.write_lines(LOG, [*earlier, *(record.as_dict() for record in state.records)])
             _save_state(job, state, kept)
             if kept.exhausted:
                 say(f"no better epoch in {config.patience}: fine-tuning stops")
                 break
     model.load_state_dict(kept.weights)
-    job.save_quantized(model, "qat.safetensors")
+    job.networks.save(model, placement_of(model), QAT)
     job.run.path(STATE).unlink(missing_ok=True)
     job.run.write_json(
         OUTCOME, {"skipped": False, "epochs": state.epoch, "select": config.select, "kept": kept.label}
     )
-    metrics = job.measure(job.predictor(model.eval()), "qat")
-    job.record_row("qat", metrics, kept=kept.label)
+    metrics = job.evaluator.measure(job.predictor(model.eval()), "qat")
+    job.record(QAT, metrics, kept=kept.label)
 
 
 def training_options(config: QatConfig) -> TrainingOptions:
@@ -118,7 +123,7 @@ class Kept:
         better = config.select == "last"
         if config.validate_images != 0:
             predict = self.job.predictor(model)
-            metrics = self.job.measure(predict, label, limit=config.validate_images)
+            metrics = self.job.evaluator.measure(predict, label, limit=config.validate_images)
             say(f"{label}: {describe(metrics)}")
             value = value_of(metrics)
             figures = {"validation": value}
@@ -145,18 +150,19 @@ def _calibration_suffices(job: Job) -> bool:
     limit = job.config.qat.skip_if_drop_below
     if limit is None:
         return False
-    for stage, row in (("float", "float"), ("calibrate", "ptq")):
-        job.run.need(f"rows/{row}.json", stage)
-    values = {row["name"]: row_value(row) for row in job.run.rows()}
-    reference, calibrated = values["float"], values["ptq"]
+    key = job.networks.calibrated_key
+    for stage, needed in (("float", FLOAT), (STAGE_OF[key], key)):
+        job.run.need(f"rows/{needed.file_name}", stage)
+    values = {row.key: row.value for row in job.run.rows()}
+    reference, calibrated = values[FLOAT], values[key]
     assert reference is not None
     assert calibrated is not None
     drop = reference - calibrated
-    measure = measure_name(job.config.metric.factory, job.task)
+    measure = measure_name(job.config.metric.factory, job.splits.task)
     if not drop < limit:
-        say(f"ptq loses {drop:.4f} {measure}, {limit:g} or more (qat.skip_if_drop_below): fine-tuning")
+        say(f"{key.name} loses {drop:.4f} {measure}, {limit:g} or more (qat.skip_if_drop_below): fine-tuning")
         return False
-    say(f"ptq loses {drop:.4f} {measure}, less than qat.skip_if_drop_below={limit:g}: not fine-tuned")
+    say(f"{key.name} loses {drop:.4f} {measure}, less than qat.skip_if_drop_below={limit:g}: not fine-tuned")
     job.run.write_json(OUTCOME, {"skipped": True, "drop": drop, "limit": limit})
     return True
 
@@ -173,3 +179,21 @@ def _load_state(job: Job, state: TrainingState, kept: Kept) -> None:
     state.load_state_dict(saved["training"])
     kept.restore(saved["kept"])
     say(f"fine-tuning goes on after epoch {state.epoch}")
+
+
+FINETUNE = Stage(
+    "finetune",
+    finetune_stage,
+    settings=("qat", "augment", "seed", "data.limit_train", *MEASURED_BY),
+    splits=(TRAIN, VAL),
+    reads=(
+        *FLOAT_FILES,
+        QUANTIZED[PTQ],
+        QUANTIZED[MIXED],
+        "rows/float.json",
+        "rows/ptq.json",
+        "rows/mixed.json",
+    ),
+    writes=(QUANTIZED[QAT], OUTCOME, LOG, f"rows/{QAT.file_name}"),
+    partial=(STATE, LOG),
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from deploy.parity.codes import Codes
 from deploy.runtimes.onnxruntime import CodeRecorder
 from pipeline.job import Job
 from pipeline.run.progress import say, track
-from pipeline.stages.export import export_quantized, export_stage, model_name, targets
 from quant import activation_codes, quantizer_calls
 
 FIXED_POINT = "fixed_point.json"
@@ -25,27 +23,17 @@ SCOPE = "/network/"  # of the network inside what is exported
 REFERENCES = ("trt10", "openvino")  # targets whose graphs quantize what torch quantizes, and nothing else
 
 
-def export_and_compare(job: Job) -> None:
-    """The stage `export`: files for every target, then their codes beside those of torch."""
-    export_stage(job)
-    compare_fixed_point(job)
+def compare_fixed_point(job: Job, path: Path) -> None:
+    """Write fixed_point.json: how many codes of an INT8 graph differ from torch's, and by how many steps.
 
-
-def compare_fixed_point(job: Job) -> None:
-    """Write fixed_point.json: how many codes of the INT8 graph differ from torch's, and by how many steps."""
-    if not job.config.deploy.fixed_point_images:
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        target = next((name for name in REFERENCES if name in targets(job)), None)
-        if target is None:
-            path = Path(folder) / "signed.onnx"
-            export_quantized(job, "trt10", path)
-        else:
-            path = job.run.path(model_name(job, target))
-        pairs = list(_codes(job, path))
+    Args:
+        job: the job.
+        path: ONNX file of the best quantized model, for a target of `REFERENCES`.
+    """
+    pairs = list(_codes(job, path))
     report = compare_codes((graph, free) for graph, free, _ in pairs)
     local = compare_codes((graph, forced) for graph, _, forced in pairs)
-    tensors = quantizer_calls(job.best_quantized()[0])
+    tensors = quantizer_calls(job.networks.best()[0])
     content = report.as_dict()
     content["tensors"] = [
         {**tensor, "name": tensors[tensor["name"]], "differing_locally": alone.differing}
@@ -59,9 +47,9 @@ def compare_fixed_point(job: Job) -> None:
 
 def _codes(job: Job, path: Path) -> Iterator[tuple[dict[str, Codes], dict[str, Codes], dict[str, Codes]]]:
     """For every image codes of the graph, of torch, and of torch where each layer reads the graph's codes."""
-    model = job.best_quantized()[0]
+    model = job.networks.best()[0]
     recorder = CodeRecorder(path)
-    loader = job.letterboxed(job.val_set, 1, job.config.deploy.fixed_point_images)
+    loader = job.splits.letterboxed(job.splits.val, 1, job.config.deploy.fixed_point_images)
     for batch in track(loader, "fixed point", len(loader)):
         images = to_input(batch.images, job.device)
         in_graph = {}

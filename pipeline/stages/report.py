@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 
-from core.errors import GateError
 from core.machine import describe_machine, describe_versions
+from core.rows import PTQ
 from data import decode_mask, to_picture
 from models import measure_network
-from pipeline.evaluation.measuring import measure_name, row_value
-from pipeline.job import FLOAT_MODEL, Job
+from pipeline.job import Job
+from pipeline.networks import FLOAT_MODEL, QUANTIZED
 from pipeline.run.progress import say
 from pipeline.stages.fixed_point import FIXED_POINT
+from pipeline.stages.stage import Stage
 from quant import Placement, load_placement
-from report import DetectionPanel, ReportData, Row, draw_detections, write_report
+from report import DetectionPanel, ReportData, draw_detections, write_report
 
 PICTURES = 4
 PICTURE_CONFIDENCE = 0.25
@@ -28,7 +29,7 @@ def report_stage(job: Job) -> None:
         experiment=job.config.experiment,
         weights=job.config.weights,
         image_size=job.config.data.image_size,
-        rows=[Row(**row) for row in run.rows()],
+        rows=run.rows(),
         versions=describe_versions(),
         machine={**describe_machine(), "threads": torch.get_num_threads(), **describe_device(job.device)},
         stages=run.stages(),
@@ -60,56 +61,27 @@ def describe_device(device: torch.device) -> dict[str, str]:
     return {"device": str(device), **gpu}
 
 
-def check_gates(job: Job) -> None:
-    """Compare the shipped row with the gates that the user set.
-
-    Raises:
-        GateError: a gate is missed; the message has the figures.
-    """
-    rows = {row["name"]: row for row in job.run.rows()}
-    shipped = next(
-        (rows[name] for name in reversed(list(rows)) if name.endswith("int8")),
-        rows.get("qat", rows.get("ptq")),
-    )
-    config = job.config
-    value = None if shipped is None else row_value(shipped)
-    if shipped is None or value is None:
-        return
-    measure = measure_name(config.metric.factory, job.task)
-    if config.min_ap is not None and value < config.min_ap:
-        raise GateError(f"{shipped['name']} reaches {measure} {value:.4f}, below min_ap={config.min_ap}")
-    reference = row_value(rows["float"]) if "float" in rows else None
-    if config.max_ap_drop is not None and reference is not None:
-        drop = reference - value
-        if drop > config.max_ap_drop:
-            raise GateError(
-                f"{shipped['name']} loses {drop:.4f} {measure} against float ({reference:.4f}), more than "
-                f"max_ap_drop={config.max_ap_drop}: fine-tune longer, or leave "
-                "sensitive layers float (quant.float_patterns)"
-            )
-
-
 def _panels(job: Job) -> list[DetectionPanel]:
     """The same validation pictures as the float and the quantized model see them."""
     networks: dict[str, torch.nn.Module] = {}
     if job.run.path(FLOAT_MODEL).exists():
-        networks["float"] = job.detector.network
-    if job.run.path("ptq.safetensors").exists():
-        model, name = job.best_quantized()
-        networks[name] = model
+        networks["float"] = job.networks.detector.network
+    if job.run.path(QUANTIZED[PTQ]).exists():
+        model, key = job.networks.best()
+        networks[key.name] = model
     panels = []
-    for batch in job.letterboxed(job.val_set, 1, PICTURES):
+    for batch in job.splits.letterboxed(job.splits.val, 1, PICTURES):
         images = batch.to(job.device).images.float() / 255
-        sample = job.val_set[job.val_set.ids.index(batch.image_ids[0])]
+        sample = job.splits.val[job.splits.val.ids.index(batch.image_ids[0])]
         pictures = []
         for name, network in networks.items():
             with torch.inference_mode():
-                decoded = job.detector.decode(network(images))
-            found = job.detections(decoded, PICTURE_CONFIDENCE)[0]
+                decoded = job.networks.detector.decode(network(images))
+            found = job.evaluator.detections(decoded, PICTURE_CONFIDENCE)[0]
             size = (int(images.shape[2]), int(images.shape[3]))
             boxes, codes = to_picture(found, batch.infos[0], size)
             masks = [decode_mask(code) for code in codes or ()]
-            pictures.append((name, draw_detections(sample.image, boxes, job.detector.names, masks)))
+            pictures.append((name, draw_detections(sample.image, boxes, job.networks.detector.names, masks)))
         panels.append(DetectionPanel(f"image {batch.image_ids[0]}", pictures))
     return panels
 
@@ -144,7 +116,7 @@ def _model_facts(job: Job) -> dict[str, Any] | None:
         return None
     path = job.run.path("placement.yaml")
     bits = {site.layer: site.bits for site in load_placement(path).weights} if path.exists() else {}
-    facts = measure_network(job.detector.network, (job.config.data.image_size,) * 2)
+    facts = measure_network(job.networks.detector.network, (job.config.data.image_size,) * 2)
     layers: dict[str, dict[str, Any]] = {}
     shares: dict[str, float] = {}
     for layer in facts.layers:
@@ -185,17 +157,15 @@ def _notes(job: Job) -> list[str]:
     if job.run.path(FIXED_POINT).exists():
         notes.append(f"INT8 graph against torch: {job.run.read_json(FIXED_POINT)['sentence']}.")
     for row in job.run.rows():
-        hint = row["extras"].get("precision_hint", "f32")
-        if row["name"].endswith("int8") and hint != "f32":
-            notes.append(f"Row {row['name']}: the float part runs in {hint} (deploy.int8_hint).")
-        if row["extras"].get("outputs") in ("onnx_nms", "efficient_nms"):
-            notes.append(f"Row {row['name']}: NMS in the graph, by the thresholds of deploy.nms.")
+        hint = row.extras.get("precision_hint", "f32")
+        if row.key.is_int8_engine and hint != "f32":
+            notes.append(f"Row {row.name}: the float part runs in {hint} (deploy.int8_hint).")
+        if row.extras.get("outputs") in ("onnx_nms", "efficient_nms"):
+            notes.append(f"Row {row.name}: NMS in the graph, by the thresholds of deploy.nms.")
     if job.config.metric.factory is not None:
         notes.append(f"Rows are measured by {job.config.metric.factory} (metric), not by COCO AP.")
     if job.config.data.limit_val:
         notes.append(f"Figures are over {job.config.data.limit_val} validation images only (data.limit_val).")
-    if job.config.weights is None and "train" not in job.config.stages:
-        notes.append("The float model has random weights: the figures show speed, not accuracy.")
     return notes
 
 
@@ -203,8 +173,11 @@ def _fine_tuning_note(outcome: dict[str, Any]) -> str:
     """Which weights the row qat shows, or why there is none."""
     if outcome["skipped"]:
         return (
-            f"Not fine-tuned: ptq loses {outcome['drop']:.4f} against float, less than the "
+            f"Not fine-tuned: the calibrated model loses {outcome['drop']:.4f} against float, less than the "
             f"{outcome['limit']:g} of qat.skip_if_drop_below."
         )
     how = "the best on the validation images" if outcome["select"] == "best" else "the last"
     return f"Row qat: weights of {outcome['kept']}, {how} of {outcome['epochs']} epochs."
+
+
+REPORT = Stage("report", report_stage, is_always_run=True)

@@ -1,40 +1,30 @@
-"""The stage that finds what quantization costs where: sensitivity of every unit, and the accuracy budget over it."""
+"""The stage `sensitivity`: what quantizing each unit costs, and the accuracy budget over that ranking.
+
+A unit is a placement group: the tensors of one scale and the weights of the layers that read them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from torch import fx
 
-from core.errors import ConfigError, GateError
-from data import to_input
-from models import measure_network
-from pipeline.evaluation.measuring import measure_name, row_value, value_of
+from core.rows import MIXED, PTQ
+from pipeline.evaluation.measuring import value_of
 from pipeline.job import Job
+from pipeline.networks import QUANTIZED
 from pipeline.run.progress import say, track
 from pipeline.run.sweep import Sweep
-from quant import (
-    ACTIVATION_QUANTIZERS,
-    Mode,
-    Placement,
-    UnitScore,
-    activation_quantizers,
-    dump_placement,
-    insert,
-    measure_fisher,
-    measure_sqnr,
-    placement_of,
-    quantized_layers,
-    search_budget,
-    set_mode,
-    without_units,
-)
+from pipeline.splits import TRAIN, VAL
+from pipeline.stages.budget import BUDGET, keep_budget, switch_units
+from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
+from pipeline.stages.stage import Stage
+from quant import UnitScore, measure_fisher, measure_sqnr, placement_of
 
 BATCH = 4
-BUDGET_REASON = "accuracy budget"
+SENSITIVITY_FILE, POLICY = "sensitivity.json", "sensitivity-policy.yaml"
 
 
 def sensitivity_stage(job: Job) -> None:
@@ -42,32 +32,31 @@ def sensitivity_stage(job: Job) -> None:
     config = job.config.sensitivity
     if config.method == "none":
         return
-    model = job.load_quantized("ptq.safetensors", "calibrate")
+    model = job.networks.load(PTQ)
     measure = {"fisher": rank_by_fisher, "sqnr": _sqnr, "map": _map}[config.method]
     scores = sorted(measure(job, model), key=lambda score: (-score.score, score.unit))
     job.run.write_json(
-        "sensitivity.json",
+        SENSITIVITY_FILE,
         {"method": config.method, "images": config.images, "units": [score.as_dict() for score in scores]},
     )
-    job.run.write_text("sensitivity-policy.yaml", _policy(model, scores))
+    job.run.write_text(POLICY, _policy(model, scores))
     worst = ", ".join(f"{score.unit} {score.score:.3g}" for score in scores[:3])
     say(f"most sensitive units: {worst}")
-    if job.config.quant.max_ap_drop is not None:
-        _keep_budget(job, model, [score.unit for score in scores], job.config.quant.max_ap_drop)
+    if job.config.quant.accuracy_budget is not None:
+        keep_budget(job, model, [score.unit for score in scores], job.config.quant.accuracy_budget)
 
 
 def rank_by_fisher(job: Job, model: fx.GraphModule) -> list[UnitScore]:
-    """Score of every unit from one backward pass over `sensitivity.images` training images."""
-    masks = job.task == "segment"
-    loader = job.letterboxed(job.train_set, BATCH, job.config.sensitivity.images, masks=masks)
-    moved = (batch.to(job.device) for batch in track(loader, "sensitivity (fisher)", len(loader)))
-    batches = ((to_input(batch.images, job.device), job.targets(batch)) for batch in moved)
-    return measure_fisher(model, batches, job.loss())
+    """Score of every unit from the gradients of `sensitivity.images` training images."""
+    splits = job.splits
+    masks = splits.task == "segment"
+    loader = splits.letterboxed(splits.train, BATCH, job.config.sensitivity.images, masks=masks)
+    return measure_fisher(model, splits.labelled(loader, "sensitivity (fisher)"), job.networks.loss())
 
 
 def _sqnr(job: Job, model: fx.GraphModule) -> Iterable[UnitScore]:
-    loader = job.letterboxed(job.train_set, BATCH, job.config.sensitivity.images)
-    images = [to_input(batch.images, job.device) for batch in loader]
+    loader = job.splits.letterboxed(job.splits.train, BATCH, job.config.sensitivity.images)
+    images = list(job.splits.images(loader))
     return track(measure_sqnr(model, images), "sensitivity (sqnr)", len(placement_of(model).groups))
 
 
@@ -78,8 +67,8 @@ def _map(job: Job, model: fx.GraphModule) -> list[UnitScore]:
 def score_map(ap: Mapping[str, float], units: Iterable[str]) -> list[UnitScore]:
     """Scores of `measure_units`: how far AP moves with a unit quantized alone and left float alone, in the mean.
 
-    Magnitudes, because a sign is luck: the roundings of a sensitive unit may just as well raise the AP of these images,
-    and will lower it on others. The parts hold the signed figures: what AP lost, and what it gained.
+    Magnitudes, because a sign is chance: the roundings of a sensitive unit may just as well raise the AP of these
+    images, and will lower it on others. The parts hold the signed figures: what AP lost, and what it gained.
     """
     scores = []
     for unit in units:
@@ -100,27 +89,16 @@ def measure_units(job: Job, model: fx.GraphModule) -> dict[str, float]:
         quantized = set(units) if kind in {"all", "off"} else set()
         quantized ^= {unit} & set(units)
         switch_units(model, quantized)
-        loader = job.val_loader(limit=job.config.sensitivity.images)
-        return value_of(job.evaluate_batches(job.predictor(model), loader))
+        images = job.config.sensitivity.images
+        return value_of(job.evaluator.measure(job.predictor(model), None, limit=images))
 
     return dict(track(sweep.run(items, measure), "sensitivity (map)", len(items)))
-
-
-def switch_units(model: fx.GraphModule, quantized: set[str]) -> None:
-    """Switch the given units on (activations and the weights that read them) and all others off."""
-    set_mode(model, Mode.OFF)
-    quantizers, layers = activation_quantizers(model), quantized_layers(model)
-    for group in placement_of(model).groups:
-        if group.name in quantized:
-            quantizers[group.name].mode = Mode.QUANTIZE
-            for layer in group.layers:
-                layers[layer].weight_quantizer.mode = Mode.QUANTIZE
 
 
 def _sweep_key(job: Job) -> str:
     """What the sweep's figures depend on: the calibrated model and the images measured."""
     digest = hashlib.sha256()
-    for name in ("float.safetensors", "ptq.safetensors", "placement.yaml"):
+    for name in (FLOAT_FILES[0], QUANTIZED[PTQ]):
         digest.update(job.run.need(name, "calibrate").read_bytes())
     settings = (
         job.config.data.image_size,
@@ -128,7 +106,7 @@ def _sweep_key(job: Job) -> str:
         vars(job.config.evaluate),
         job.config.metric.factory,
     )
-    digest.update(json.dumps([settings, job.truth], default=str).encode())
+    digest.update(json.dumps([settings, job.splits.truth], default=str).encode())
     return digest.hexdigest()[:16]
 
 
@@ -146,68 +124,11 @@ def _policy(model: fx.GraphModule, scores: list[UnitScore]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _keep_budget(job: Job, model: fx.GraphModule, ranking: list[str], max_drop: float) -> None:
-    """Leave the units in float that the budget needs; the plan, the calibrated model and the row `ptq` follow.
-
-    Raises:
-        GateError: not even the allowed units in float reach the budget.
-        ConfigError: the float row is missing, so that there is nothing to compare with.
-    """
-    rows = {row["name"]: row for row in job.run.rows()}
-    reference = row_value(rows["float"]) if "float" in rows else None
-    if reference is None:
-        raise ConfigError("quant.max_ap_drop needs the float row: add the stage `float` before `sensitivity`")
-    target = reference - max_drop
-    figure = measure_name(job.config.metric.factory, job.task)
-
-    def measure(kept: frozenset[str]) -> float:
-        switch_units(model, set(ranking) - kept)
-        value = value_of(job.evaluate_batches(job.predictor(model), job.val_loader()))
-        say(f"budget: {len(kept)} units float, {figure} {value:.4f} (target {target:.4f})")
-        return value
-
-    result = search_budget(ranking, measure, target)
-    facts = measure_network(job.detector.network, (job.config.data.image_size,) * 2)
-    macs: Counter[str] = Counter()
-    for layer in facts.layers:  # a layer that runs several times stands there as often
-        macs[layer.name] += layer.macs
-    layers = {group.name: group.layers for group in placement_of(model).groups}
-    costs = [
-        {"unit": unit, "layers": list(layers[unit]), "macs": sum(macs[layer] for layer in layers[unit])}
-        for unit in result.units
-    ]
-    job.run.write_json(
-        "budget.json",
-        {
-            "target_ap": target,
-            "ap": result.accuracy,
-            "met": result.met,
-            "float_units": costs,
-            "float_macs_share": sum(int(str(cost["macs"])) for cost in costs) / facts.macs,
-            "trials": [vars(trial) for trial in result.trials],
-        },
-    )
-    if not result.met:
-        raise GateError(
-            f"accuracy budget max_ap_drop={max_drop} not met: {figure} {result.accuracy:.4f} with {len(result.units)} "
-            f"units float, target {target:.4f}; raise the budget or fine-tune instead"
-        )
-    if result.units:
-        _apply(job, model, without_units(placement_of(model), result.units, BUDGET_REASON))
-
-
-def _apply(job: Job, model: fx.GraphModule, placement: Placement) -> None:
-    """Make the smaller plan this run's plan, with the scales that are there."""
-    smaller = insert(job.detector.network, placement, job.config.qat.learn_scales).to(job.device).eval()
-    found = activation_quantizers(model)
-    for name, quantizer in activation_quantizers(smaller).items():
-        quantizer.load_state_dict(found[name].state_dict())
-    own = {key for key in smaller.state_dict() if not key.startswith(f"{ACTIVATION_QUANTIZERS}.")}
-    smaller.load_state_dict(
-        {key: value for key, value in model.state_dict().items() if key in own}, strict=False
-    )
-    set_mode(smaller, Mode.QUANTIZE)
-    job.run.write_text("placement.yaml", dump_placement(placement))
-    job.save_quantized(smaller, "ptq.safetensors")
-    metrics = job.measure(job.predictor(smaller), "ptq within budget")
-    job.record_row("ptq", metrics, observer=job.config.quant.observer, float_units=len(placement.kept_float))
+SENSITIVITY = Stage(
+    "sensitivity",
+    sensitivity_stage,
+    settings=("sensitivity", "quant.accuracy_budget", *MEASURED_BY),
+    splits=(TRAIN, VAL),
+    reads=(*FLOAT_FILES, QUANTIZED[PTQ], "rows/float.json"),
+    writes=(SENSITIVITY_FILE, POLICY, BUDGET, QUANTIZED[MIXED], f"rows/{MIXED.file_name}"),
+)

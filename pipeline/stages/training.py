@@ -9,7 +9,11 @@ from data import AugmentOptions
 from pipeline.job import Job
 from pipeline.run.progress import say
 from training import TrainingOptions, TrainingState, train_epochs
+from pipeline.splits import TRAIN, VAL
+from pipeline.stages.load import FLOAT_FILES
+from pipeline.stages.stage import Stage
 
+LOG = "train.jsonl"
 LIGHT = AugmentOptions(
     mosaic=0.0,
     degrees=0.0,
@@ -26,7 +30,7 @@ LIGHT = AugmentOptions(
 def train_stage(job: Job) -> None:
     """Train the float detector, from scratch or from weights, and keep its average as the run's float model."""
     config = job.config.train
-    detector = job.initial_detector().to(job.device)
+    detector = job.networks.initial().to(job.device)
     if detector.amax:
         say(f"imported ranges: {len(detector.amax)} dropped, since training moves the weights away from them")
         detector.amax = {}
@@ -39,21 +43,21 @@ def train_stage(job: Job) -> None:
         clip_norm=config.clip_norm,
         amp=config.amp,
     )
-    loader = job.train_loader(config.batch_size, augmentation(job.config.augment))
-    plain = job.train_loader(config.batch_size, LIGHT)
-    heavy_batches = job.epoch_batches(loader, "train", config.epochs)
-    light_batches = job.epoch_batches(plain, "train", config.epochs)
+    loader = job.splits.train_batches(config.batch_size, augmentation(job.config.augment))
+    plain = job.splits.train_batches(config.batch_size, LIGHT)
+    heavy_batches = job.splits.epochs(loader, "train", config.epochs)
+    light_batches = job.splits.epochs(plain, "train", config.epochs)
     last_heavy = config.epochs - config.close_mosaic
 
     def batches(epoch: int) -> Any:
         return heavy_batches(epoch) if epoch < last_heavy else light_batches(epoch)
 
     state = TrainingState(detector.network, options)
-    for _ in train_epochs(state, batches, len(loader), job.loss(detector)):
+    for _ in train_epochs(state, batches, len(loader), job.networks.loss(detector)):
         say(losses_of(state))
-        job.run.write_lines("train.jsonl", (record.as_dict() for record in state.records))
+        job.run.write_lines(LOG, (record.as_dict() for record in state.records))
     detector.network.load_state_dict(state.averaged.state_dict())
-    job.keep_detector(detector.eval())
+    job.networks.keep(detector.eval())
 
 
 def augmentation(config: AugmentConfig) -> AugmentOptions:
@@ -77,3 +81,21 @@ def losses_of(state: TrainingState) -> str:
     names = records[-1].losses
     means = {name: sum(record.losses[name] for record in records) / len(records) for name in names}
     return f"epoch {state.epoch}: " + "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+
+
+TRAIN_FLOAT = Stage(
+    "train",
+    train_stage,
+    settings=(
+        "model",
+        "train",
+        "augment",
+        "seed",
+        "data.image_size",
+        "data.limit_train",
+        "data.merge_classes",
+    ),
+    splits=(TRAIN, VAL),
+    files=("weights",),
+    writes=(*FLOAT_FILES, LOG),
+)

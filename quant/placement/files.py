@@ -19,17 +19,28 @@ def dump_placement(placement: Placement) -> str:
 
 
 def load_placement(path: Path) -> Placement:
-    """Read a plan written by `dump_placement`.
+    """Read a placement written by `dump_placement`.
 
     Raises:
         PlacementError: no such file, not YAML, keys that a placement does not have, or values out of range.
     """
     try:
-        content = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise PlacementError(
-            f"no placement at {path}: run the stage `calibrate` first, or check quant.plan"
+            f"{path} cannot be read ({error}): run the stage `place` first, or check quant.placement"
         ) from error
+    return parse_placement(text, str(path))
+
+
+def parse_placement(text: str, path: str) -> Placement:
+    """Read the text of a placement; `path` says where it comes from.
+
+    Raises:
+        PlacementError: not YAML, keys that a placement does not have, or values out of range.
+    """
+    try:
+        content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise PlacementError(f"{path} is not YAML: {error}") from error
     try:

@@ -12,22 +12,23 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tensorrt_double import PLAN, BufferedMemory, Double, HostDevice
 from torch import nn
 
 from configs import compose
 from core.errors import ConfigError, DeployError
+from core.rows import PTQ
 from deploy import OpenVINORuntime
 from deploy.runtimes.tensorrt import TensorRTRuntime
 from pipeline import CustomDetector
 from pipeline.job import Job
 from pipeline.main import check_input
 from pipeline.run.directory import Run
+from pipeline.stages.calibrate import calibrate_stage
 from pipeline.stages.engine import check_runtimes, engine_stage, open_engines
-from pipeline.stages.export import export_stage
-from pipeline.stages.fixed_point import compare_fixed_point
-from pipeline.stages.quantizing import calibrate_stage
+from pipeline.stages.export import compare_with_torch, export_stage
+from pipeline.stages.load import load_stage
+from pipeline.stages.place import place_stage
 from quant import load_placement
 
 SIZE = 64
@@ -89,14 +90,15 @@ def make_job(folder, *settings):
         ]
     )
     job = Job(config, Run.create(folder, "demo"))
-    calibrate_stage(job)
+    for stage in (load_stage, place_stage, calibrate_stage):
+        stage(job)
     return job
 
 
 def deploy(job):
     export_stage(job)
     engine_stage(job)
-    return {row["name"]: row for row in job.run.rows()}
+    return {row.name: row for row in job.run.rows()}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def decoded_rows(tmp_path_factory):
         "deploy.runtimes=[openvino,onnxruntime]",
     )
     rows = deploy(job)
-    assert rows["ptq"]["extras"]["metric"] > 100
+    assert rows["ptq"].extras["metric"] > 100
     return rows
 
 
@@ -124,9 +126,9 @@ def test_rows_do_not_depend_on_the_form_of_the_outputs(tmp_path, decoded_rows, f
     rows = deploy(job)
     for name in ("openvino:int8", "openvino:fp32", "onnxruntime:int8", "onnxruntime:fp32"):
         row, wanted = rows[f"engine:{name}"], decoded_rows[f"engine:{name}"]
-        assert row["extras"]["outputs"] == form
+        assert row.extras["outputs"] == form
         for figure in ("metric", "scores", "corners"):
-            assert row["extras"][figure] == pytest.approx(wanted["extras"][figure], rel=1e-5), (name, figure)
+            assert row.extras[figure] == pytest.approx(wanted.extras[figure], rel=1e-5), (name, figure)
     model = onnx.load(job.run.path("model.onnx"))
     assert model.opset_import[0].version == 18
     dims = model.graph.input[0].type.tensor_type.shape.dim
@@ -134,9 +136,9 @@ def test_rows_do_not_depend_on_the_form_of_the_outputs(tmp_path, decoded_rows, f
 
 
 def test_rows_name_the_precision_hint(tmp_path, decoded_rows):
-    assert decoded_rows["engine:openvino:int8"]["extras"]["precision_hint"] == "f32"
-    assert decoded_rows["engine:openvino:fp32"]["extras"]["precision_hint"] == "f32"
-    assert "precision_hint" not in decoded_rows["engine:onnxruntime:int8"]["extras"]
+    assert decoded_rows["engine:openvino:int8"].extras["precision_hint"] == "f32"
+    assert decoded_rows["engine:openvino:fp32"].extras["precision_hint"] == "f32"
+    assert "precision_hint" not in decoded_rows["engine:onnxruntime:int8"].extras
     job = make_job(tmp_path / "run", "deploy.int8_hint=bf16")
     export_stage(job)
     int8, fp32 = open_engines(job, "openvino")
@@ -144,7 +146,7 @@ def test_rows_name_the_precision_hint(tmp_path, decoded_rows):
     with OpenVINORuntime(int8.path, "auto") as left, OpenVINORuntime(fp32.path, "auto") as floating:
         assert left.precision == "int8"
         assert floating.precision == {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}[left.precision_hint]
-        assert json.loads(left.metadata["names"])["0"] == job.val_set.names[0]
+        assert json.loads(left.metadata["names"])["0"] == job.splits.val.names[0]
 
 
 def test_ranges_come_from_training_images(tmp_path):
@@ -166,7 +168,7 @@ def test_ranges_come_from_training_images(tmp_path):
 def test_fixed_point_compares_the_graph_with_torch_by_name(tmp_path, capfd, group):
     job = make_job(tmp_path / "run", f"deploy={group}", "deploy.fixed_point_images=3")
     export_stage(job)
-    compare_fixed_point(job)
+    compare_with_torch(job)
     content = job.run.read_json("fixed_point.json")
     placement = load_placement(job.run.path("placement.yaml"))
     names = [site.name for one in placement.groups for site in one.tensors]
@@ -177,11 +179,12 @@ def test_fixed_point_compares_the_graph_with_torch_by_name(tmp_path, capfd, grou
     assert content["local"]["share"] <= content["share"]
     assert f"fixed point: {content['sentence']}" in capfd.readouterr().err
     # the graph keeps its scales, torch gets another one
-    state = load_file(job.run.path("ptq.safetensors"))
-    name = next(name for name in state if name.startswith("activation_quantizers.1"))
-    save_file({**state, name: state[name] + 0.2}, job.run.path("ptq.safetensors"))
+    model = job.networks.load(PTQ)
+    name = next(name for name in model.state_dict() if name.startswith("activation_quantizers.1"))
+    model.state_dict()[name].add_(0.2)
+    job.networks.save(model, placement, PTQ)
     if group != "onnxruntime":  # where the graph would be exported anew
-        compare_fixed_point(job)
+        compare_with_torch(job)
         changed = job.run.read_json("fixed_point.json")["tensors"]
         assert changed[0]["differing"] == content["tensors"][0]["differing"]
         assert changed[1]["differing_locally"] > 0.3 * changed[1]["values"]
@@ -244,12 +247,12 @@ def test_tensorrt_goes_through_the_stage(tmp_path, tensorrt, version, target):
     rows = deploy(job)
     engines = ["engine:tensorrt:int8", "engine:tensorrt:fp16", "engine:tensorrt:fp32"]
     assert set(rows) == {"ptq", *engines}
-    wanted = rows["ptq"]["extras"]["metric"]
-    assert rows["engine:tensorrt:int8"]["extras"]["metric"] == pytest.approx(wanted, rel=0.02)
+    wanted = rows["ptq"].extras["metric"]
+    assert rows["engine:tensorrt:int8"].extras["metric"] == pytest.approx(wanted, rel=0.02)
     for name in engines:
         row = rows[name]
-        assert row["latency_ms_median"] > 0
-        assert row["extras"]["parity"]["images"] > 0
+        assert row.latency_ms_median > 0
+        assert row.extras["parity"]["images"] > 0
     shapes = double.called("IOptimizationProfile.set_shape")
     assert {call["max"] for call in shapes} == {(3, 3, SIZE, SIZE)}
     assert (job.run.path("engines/timing.cache")).is_file()

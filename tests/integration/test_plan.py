@@ -95,7 +95,7 @@ def test_an_edited_plan_is_taken_and_calibrated(placed: tuple[Path, str]) -> Non
         "train_qat.py",
         *TINY,
         "stages=[calibrate]",
-        f"quant.plan={edited}",
+        f"quant.placement={edited}",
         *repairs,
         cwd=folder,
         timeout=550,

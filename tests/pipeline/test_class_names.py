@@ -10,6 +10,7 @@ from configs import compose
 from models import build_detector, fold_detector
 from pipeline.job import Job
 from pipeline.run.directory import Run
+from pipeline.stages.load import load_stage
 
 
 def test_placeholder_names_give_way_to_the_datas(tmp_path: Path) -> None:
@@ -25,5 +26,6 @@ def test_placeholder_names_give_way_to_the_datas(tmp_path: Path) -> None:
         ]
     )  # fmt: skip
     job = Job(config, Run.create(tmp_path / "run", "demo"))
-    assert job.detector.names == tuple(job.val_set.names)
-    assert len(set(job.detector.names)) == 4
+    load_stage(job)
+    assert job.networks.detector.names == tuple(job.splits.val.names)
+    assert len(set(job.networks.detector.names)) == 4

@@ -15,7 +15,9 @@ from torch import nn
 from configs.schema import Config, QatConfig
 from configs.validation import validate
 from core.errors import ConfigError, RunError
+from core.rows import FLOAT, PTQ, ResultRow, RowKey
 from pipeline.evaluation.measuring import CustomMetrics
+from pipeline.networks import QUANTIZED
 from pipeline.run.directory import Run
 from pipeline.stages import finetuning
 from pipeline.stages.finetuning import Kept, finetune_stage
@@ -41,9 +43,10 @@ class Loader(list[int]):
 
 
 class SmallJob:
-    """What the stage asks of a job; evaluations return the given values in turn."""
+    """What the stage asks of a job and its parts; evaluations return the given values in turn."""
 
     task = "detect"
+    calibrated_key = PTQ
 
     def __init__(self, directory: Path, values: list[float], **qat: Any) -> None:
         settings = {"epochs": 4, "learning_rate": 1e-3, **qat}
@@ -56,17 +59,18 @@ class SmallJob:
         torch.manual_seed(0)
         self.detector = SimpleNamespace(network=Network().eval())
         self.values, self.measured, self.rows = values, list[tuple[str, Any]](), dict[str, Any]()
+        self.splits = self.networks = self.evaluator = self
 
-    def load_quantized(self, name: str, stage: str) -> nn.Module:
+    def load(self, key: RowKey) -> nn.Module:
         network = self.detector.network
         model = insert(network, place(network)).eval()
         calibrate(model, [torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))])
         return model
 
-    def train_loader(self, batch_size: int, augment: Any) -> Loader:
+    def train_batches(self, batch_size: int, augment: Any) -> Loader:
         return Loader(range(STEPS))
 
-    def epoch_batches(self, loader: Loader, label: str, epochs: int) -> Any:
+    def epochs(self, loader: Loader, label: str, count: int) -> Any:
         def batches(epoch: int) -> Any:
             for step in loader:
                 generator = torch.Generator().manual_seed(100 * epoch + step)
@@ -84,11 +88,11 @@ class SmallJob:
         self.measured.append((label, limit))
         return CustomMetrics(self.values[len(self.measured) - 1])
 
-    def save_quantized(self, model: nn.Module, name: str) -> None:
-        save_file(model.state_dict(), self.run.path(name))
+    def save(self, model: nn.Module, placement: Any, key: RowKey) -> None:
+        save_file(model.state_dict(), self.run.path(QUANTIZED[key]))
 
-    def record_row(self, name: str, metrics: CustomMetrics, **figures: Any) -> None:
-        self.rows[name] = {"value": metrics.value, **figures}
+    def record(self, key: RowKey, metrics: CustomMetrics, **figures: Any) -> None:
+        self.rows[key.name] = {"value": metrics.value, **figures}
 
     def weights(self) -> dict[str, torch.Tensor]:
         return load_file(self.run.path("qat.safetensors"))
@@ -190,8 +194,8 @@ def test_a_stopped_stage_goes_on_as_if_undisturbed(
 )
 def test_the_gate_compares_ptq_with_float(tmp_path: Path, calibrated: float, skipped: bool) -> None:
     job = SmallJob(tmp_path, [0.1] * 9, epochs=1, skip_if_drop_below=0.002)
-    job.run.write_row("float", metric=0.5)
-    job.run.write_row("ptq", metric=calibrated)
+    job.run.write_row(ResultRow.of(FLOAT, {"metric": 0.5}))
+    job.run.write_row(ResultRow.of(PTQ, {"metric": calibrated}))
     stage(job)
     assert (tmp_path / "qat.safetensors").exists() != skipped
     assert ("qat" in job.rows) != skipped
@@ -200,6 +204,6 @@ def test_the_gate_compares_ptq_with_float(tmp_path: Path, calibrated: float, ski
 
 def test_the_gate_needs_both_rows(tmp_path: Path) -> None:
     job = SmallJob(tmp_path, [0.1] * 9, skip_if_drop_below=0.002)
-    job.run.write_row("ptq", metric=0.5)
+    job.run.write_row(ResultRow.of(PTQ, {"metric": 0.5}))
     with pytest.raises(RunError, match="stage `float`"):
         stage(job)

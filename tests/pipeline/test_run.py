@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from core.errors import RunError
+from core.rows import FLOAT, MIXED, PTQ, QAT, ResultRow, engine_key
 from pipeline.run.directory import CONFIG, Run
+from pipeline.run.ledger import Inputs
 
 
 def test_latest_points_to_the_newest_run(tmp_path: Path) -> None:
@@ -49,10 +51,10 @@ def test_missing_artifact_names_the_stage_that_makes_it(tmp_path: Path) -> None:
 
 
 def test_stages_are_remembered_once_each_in_order(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.mark_done("float", 1.0)
-    run.mark_done("calibrate", 2.0)
-    run.mark_done("float", 3.0)
+    run, inputs = Run(tmp_path), Inputs({"seed": 0}, {})
+    for stage in ("float", "calibrate", "float"):
+        run.ledger.finish(stage, inputs, {}, 1.0)
+    run.ledger.start("engine", inputs)
     assert [entry["name"] for entry in run.stages()] == ["calibrate", "float"]
     assert run.is_done("float")
     assert not run.is_done("engine")
@@ -60,11 +62,25 @@ def test_stages_are_remembered_once_each_in_order(tmp_path: Path) -> None:
 
 def test_rows_come_float_first_and_int8_before_other_engines(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    for name in ("engine:openvino:fp32", "qat", "engine:openvino:int8", "float", "ptq"):
-        run.write_row(name, ap=0.5, ap_small=0.1)
+    keys = [engine_key("openvino", "fp32"), QAT, engine_key("openvino", "int8"), FLOAT, MIXED, PTQ]
+    for key in keys:
+        run.write_row(ResultRow.of(key, {"ap": 0.5, "ap_small": 0.1}))
     rows = run.rows()
-    expected = ["float", "ptq", "qat", "engine:openvino:int8", "engine:openvino:fp32"]
-    assert [row["name"] for row in rows] == expected
-    assert rows[0]["ap"] == 0.5
-    assert rows[0]["size_bytes"] is None
-    assert rows[0]["extras"] == {"ap_small": 0.1}
+    assert [row.key for row in rows] == [FLOAT, PTQ, MIXED, QAT, keys[2], keys[0]]
+    assert [row.name for row in rows][-2:] == ["engine:openvino:int8", "engine:openvino:fp32"]
+    assert (rows[0].ap, rows[0].size_bytes, rows[0].extras) == (0.5, None, {"ap_small": 0.1})
+
+
+def test_a_damaged_row_is_named(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.write_text("rows/float.json", '{"name": "float"}')
+    with pytest.raises(RunError, match=r"float\.json is no row"):
+        run.rows()
+
+
+def test_planning_makes_no_directory(tmp_path: Path) -> None:
+    run = Run.plan(None, "demo", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    run.make()
+    assert run.directory.is_dir()
+    assert (tmp_path / "runs/demo/latest").resolve() == run.directory.resolve()

@@ -32,7 +32,7 @@ Path(sys.argv[3]).write_text(json.dumps(dict(sorted(found.items()))))
 
 def start(directory: Path, out: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    module = str(REPOSITORY / "pipeline/sweep.py")
+    module = str(REPOSITORY / "pipeline/run/sweep.py")
     command = [sys.executable, "-c", WORKER, str(directory), json.dumps(ITEMS), str(out), module]
     return subprocess.Popen(command, env=environment)
 

@@ -16,7 +16,7 @@ from pipeline.run.directory import Run
 def open_both(root: Path, cache: str) -> int:
     config = compose(["+experiment=demo", "data=folder", f"data.root={root}", f"data.cache_dir={cache}"])
     job = Job(config, Run(root))
-    return len(job.train_set) + len(job.val_set)
+    return len(job.splits.train) + len(job.splits.val)
 
 
 def test_the_second_run_verifies_nothing_and_a_changed_image_again(

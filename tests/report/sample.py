@@ -6,29 +6,37 @@ import math
 
 import numpy as np
 
-from report import DetectionPanel, ReportData, Row, draw_detections
+from core.rows import ResultRow, RowKey, RowKind
+from report import DetectionPanel, ReportData, draw_detections
 
 EVIL = "</script><script>alert('x')</script><img src=x onerror=alert(1)>"
+
+
+def make_row(name: str, *figures: float, **named: object) -> ResultRow:
+    """A row by its name."""
+    kind, *engine = name.split(":")
+    return ResultRow(RowKey(RowKind(kind), *engine), *figures, **named)  # type: ignore[arg-type]
 
 
 def picture(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(60, 190, (120, 160, 3), dtype=np.uint8)
 
 
-def sample_rows() -> list[Row]:
+def sample_rows() -> list[ResultRow]:
     return [
-        Row("float", 0.5984, 0.8879, 0.83, 0.84, size_bytes=8_000_000, extras={"ap_small": 0.31}),
-        Row("ptq", 0.5973, 0.8861, 0.82, 0.84, size_bytes=8_000_000),
-        Row("qat", 0.5991, 0.8884, 0.84, 0.84, size_bytes=8_000_000),
-        Row("engine:openvino:f32", 0.5984, 0.8879, 0.83, 0.84, 20.0, 24.0, 50.0, 8_000_000),
-        Row("engine:openvino:int8", 0.5990, 0.8882, 0.84, 0.84, 10.0, 11.0, 100.0, 2_000_000),
+        make_row("float", 0.5984, 0.8879, 0.83, 0.84, size_bytes=8_000_000, extras={"ap_small": 0.31}),
+        make_row("ptq", 0.5973, 0.8861, 0.82, 0.84, size_bytes=8_000_000),
+        make_row("qat", 0.5991, 0.8884, 0.84, 0.84, size_bytes=8_000_000),
+        make_row("engine:openvino:f32", 0.5984, 0.8879, 0.83, 0.84, 20.0, 24.0, 50.0, 8_000_000),
+        make_row("engine:openvino:int8", 0.5990, 0.8882, 0.84, 0.84, 10.0, 11.0, 100.0, 2_000_000),
     ]
 
 
 def sample_data() -> ReportData:
     boxes = [[10, 10, 60, 70, 0.9, 0], [30, 20, 150, 110, 0.4, 1]]
     shown = [
-        (row, draw_detections(picture(1), boxes, ["cell", EVIL])) for row in ("float", "engine:openvino:int8")
+        (name, draw_detections(picture(1), boxes, ["cell", EVIL]))
+        for name in ("float", "engine:openvino:int8")
     ]
     steps = range(0, 400, 2)
     return ReportData(

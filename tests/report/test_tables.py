@@ -6,12 +6,13 @@ import math
 
 import pytest
 
-from report import Row, format_table
+from core.rows import ResultRow
+from report import format_table
 from report.tables import columns_for, escape_markdown, markdown_results, table_cells
-from tests.report.sample import sample_rows
+from tests.report.sample import make_row, sample_rows
 
 
-def cells_of(name: str, rows: list[Row]) -> dict[str, tuple[str, str, bool | None]]:
+def cells_of(name: str, rows: list[ResultRow]) -> dict[str, tuple[str, str, bool | None]]:
     keys = ("ap", "ap50", "precision", "recall", "median", "p99", "speed", "size")
     line = dict(table_cells(rows))[name]
     return {key: (cell.text, cell.difference, cell.better) for key, cell in zip(keys, line, strict=True)}
@@ -26,7 +27,7 @@ def test_scores_are_compared_with_the_float_row() -> None:
 
 
 def test_speed_is_compared_with_the_float_engine_of_the_same_runtime() -> None:
-    rows = [*sample_rows(), Row("engine:onnxruntime:f32", latency_ms_median=5.0)]
+    rows = [*sample_rows(), make_row("engine:onnxruntime:f32", latency_ms_median=5.0)]
     cells = cells_of("engine:openvino:int8", rows)
     assert cells["median"] == ("10.00", "2.00x", True)
     assert cells["speed"] == ("100.0", "2.00x", True)
@@ -35,15 +36,15 @@ def test_speed_is_compared_with_the_float_engine_of_the_same_runtime() -> None:
 
 def test_a_slower_engine_is_worse() -> None:
     rows = [
-        Row("engine:openvino:f32", latency_ms_median=10.0),
-        Row("engine:openvino:int8", latency_ms_median=20.0),
+        make_row("engine:openvino:f32", latency_ms_median=10.0),
+        make_row("engine:openvino:int8", latency_ms_median=20.0),
     ]
     assert cells_of("engine:openvino:int8", rows)["median"] == ("20.00", "0.50x", False)
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
 def test_what_was_not_measured_is_a_dash(value: float | None) -> None:
-    cells = cells_of("float", [Row("float", ap=value, latency_ms_median=value)])
+    cells = cells_of("float", [make_row("float", ap=value, latency_ms_median=value)])
     assert cells["ap"] == ("-", "", None)
     assert cells["median"] == ("-", "", None)
 
@@ -63,7 +64,7 @@ def test_terminal_table_fits_and_keeps_every_name() -> None:
 
 
 def test_terminal_table_shows_markup_in_a_name_as_it_is() -> None:
-    assert "[red]x" in format_table([Row("[red]x")])
+    assert "[red]x" in format_table([make_row("engine:[red]x:int8")])
 
 
 def test_markdown_table_has_one_line_per_row_and_equal_columns() -> None:
@@ -77,11 +78,14 @@ def test_markdown_escapes_what_would_break_a_table() -> None:
 
 
 def test_a_metric_of_the_users_takes_the_place_of_ap() -> None:
-    rows = [Row("float", extras={"metric": 0.75}), Row("engine:openvino:int8", extras={"metric": 0.5})]
+    rows = [
+        make_row("float", extras={"metric": 0.75}),
+        make_row("engine:openvino:int8", extras={"metric": 0.5}),
+    ]
     keys = [column.key for column in columns_for(rows)]
     assert keys[0] == "metric"
     assert not {"ap", "ap50"} & set(keys)
     line = next(line for line in format_table(rows).splitlines() if "int8" in line)
     assert "0.5000 (-0.2500)" in line
     assert "0.5000 (-0.2500)" in markdown_results(rows)
-    assert columns_for([Row("float", ap=0.5)])[0].key == "ap"
+    assert columns_for([make_row("float", ap=0.5)])[0].key == "ap"

@@ -15,10 +15,10 @@ from PIL import Image
 
 from core.errors import ReportError
 from core.files import write_text
-from report import DetectionPanel, ReportData, Row, write_report
+from report import DetectionPanel, ReportData, write_report
 from report.charts import Chart
 from report.html import chart_json, headline
-from tests.report.sample import EVIL, sample_data, sample_rows
+from tests.report.sample import EVIL, make_row, sample_data, sample_rows
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -67,11 +67,11 @@ def test_json_holds_what_is_promised(written: tuple[dict, str, str]) -> None:
     content = written[0]
     assert {"rows", "experiment", "weights", "image_size", "versions", "machine", "stages"} <= set(content)
     row_keys = {
-        "name", "ap", "ap50", "precision", "recall",
+        "name", "kind", "runtime", "engine_precision", "ap", "ap50", "precision", "recall",
         "latency_ms_median", "latency_ms_p99", "images_per_second", "size_bytes",
     }  # fmt: skip
     for row in content["rows"]:
-        assert set(row) - {"extras"} == row_keys
+        assert set(row) == {*row_keys, "extras"}
     assert [row["name"] for row in content["rows"]] == [
         "float", "ptq", "qat", "engine:openvino:f32", "engine:openvino:int8",
     ]  # fmt: skip
@@ -84,7 +84,7 @@ def test_json_holds_what_is_promised(written: tuple[dict, str, str]) -> None:
 
 def test_json_writes_null_for_nan(tmp_path: Path) -> None:
     data = ReportData(
-        "x", None, 320, [Row("float", ap=math.nan, ap50=math.inf, extras={"deep": [math.nan, 1.0]})]
+        "x", None, 320, [make_row("float", ap=math.nan, ap50=math.inf, extras={"deep": [math.nan, 1.0]})]
     )
     row = json.loads(write_report(tmp_path, data).json.read_text(), parse_constant=pytest.fail)["rows"][0]
     assert row["ap"] is None
@@ -189,7 +189,7 @@ def test_an_empty_report_is_still_a_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rows": [Row("float"), Row("float")]}, "float appear twice"),
+        ({"rows": [make_row("float"), make_row("float")]}, "float appear twice"),
         ({"stages": [{"name": "float"}]}, "lacks seconds"),
         ({"model": {"parameters": 1, "macs": 2, "strides": [], "shares": {}}}, "lacks layers"),
         ({"sensitivity": [{"score": 1.0}]}, "lacks unit"),

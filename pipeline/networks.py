@@ -1,0 +1,186 @@
+"""The models of a run: the float detector that it starts from, and the quantized models that its stages leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import fx
+
+from configs.schema import Config
+from core.errors import CheckpointError, ConfigError, RunError
+from core.files import written_atomically
+from core.names import listing
+from core.rows import MIXED, PTQ, QAT, RowKey
+from models import (
+    ARCHITECTURES,
+    SEGMENTATION_ARCHITECTURES,
+    DetectionLoss,
+    Detector,
+    SegmentationLoss,
+    build_detector,
+    find_task,
+    fold_detector,
+    load_detector,
+    placeholder_names,
+    save_detector,
+)
+from pipeline.run.directory import Run
+from pipeline.run.progress import say
+from pipeline.splits import Splits
+from core.types import TaskLoss
+from pipeline.user_code.network import CustomModel, OwnDetector
+from quant import Mode, Placement, dump_placement, insert, parse_placement, set_mode
+
+FLOAT_MODEL = "float.safetensors"
+QUANTIZED = {QAT: "qat.safetensors", MIXED: "mixed.safetensors", PTQ: "ptq.safetensors"}  # the best one first
+STAGE_OF = {QAT: "finetune", MIXED: "sensitivity", PTQ: "calibrate"}
+FORMAT = "octet-quantized-2"  # the placement is in the file's metadata
+
+
+def task_of(config: Config, run: Run | None = None) -> str:
+    """`detect`, or `segment` for networks with masks: by `model.name`, else by what the weights hold."""
+    if config.model.name != "auto":
+        return "segment" if config.model.name in SEGMENTATION_ARCHITECTURES else "detect"
+    kept = None if run is None else run.path(FLOAT_MODEL)
+    weights = kept if kept is not None and kept.exists() else config.weights
+    return "detect" if weights is None else find_task(weights)
+
+
+class Networks:
+    """The float detector and the quantized models of one run.
+
+    Args:
+        config: the configuration; the sections `model` and `qat` and the weights are read.
+        run: the run directory that keeps them.
+        splits: the data, whose class names the detector must fit.
+        device: where models go.
+    """
+
+    def __init__(self, config: Config, run: Run, splits: Splits, device: torch.device) -> None:
+        self.config = config
+        self.run = run
+        self.splits = splits
+        self.device = device
+
+    @cached_property
+    def custom(self) -> CustomModel | None:
+        """The user's own network, where `model.factory` names one."""
+        reference = self.config.model.factory
+        if reference is None:
+            return None
+        return CustomModel(reference, self.splits.val.names, self.splits.config.image_size)
+
+    def initial(self) -> Detector:
+        """The detector that the user brought, or one with random weights to train; fits the data's classes.
+
+        Raises:
+            CheckpointError: the file cannot be used, or its class count is not the data's.
+            ConfigError: nothing says which architecture to build, or `model.factory` does not do as it should.
+        """
+        config, weights = self.config.model, self.config.weights
+        if self.custom is not None:
+            return self.custom.initial(Path(weights) if weights else None)
+        names = self.splits.val.names
+        architecture = None if config.name == "auto" else config.name
+        if weights is None:
+            if architecture not in {*ARCHITECTURES, *SEGMENTATION_ARCHITECTURES}:
+                raise ConfigError(
+                    f"model.name={config.name} has no weights to recognise it by: add weights=FILE or model=yolov9t"
+                )
+            return build_detector(architecture, len(names), config.activation or "silu", names)
+        detector = load_detector(Path(weights), architecture, config.num_classes, config.activation)
+        if detector.num_classes != len(names):
+            raise CheckpointError(
+                f"{weights} predicts {detector.num_classes} classes ({listing(detector.names, 5)}), but "
+                f"{self.splits.source} has {len(names)} ({listing(names, 5)}): give the weights trained on this "
+                "data, or map its classes with data.merge_classes"
+            )
+        if detector.names == placeholder_names(len(names)):
+            detector.names = tuple(names)
+        if _lower(detector.names) != _lower(names):
+            say(
+                f"class names differ: weights {listing(detector.names, 5)}, data {listing(names, 5)}; the order must "
+                "be the same"
+            )
+        return detector
+
+    @cached_property
+    def detector(self) -> Detector:
+        """The float detector, folded, that every stage behind `load` or `train` starts from.
+
+        Raises:
+            RunError: neither of the two has run.
+        """
+        path = self.run.need(FLOAT_MODEL, "load")
+        detector = load_detector(path) if self.custom is None else self.custom.restore(path)
+        return detector.to(self.device).eval()
+
+    def keep(self, detector: Detector) -> None:
+        """Keep a float detector as this run's float model: folded, or a user's own network as it is."""
+        vars(self).pop("detector", None)
+        if self.custom is not None:
+            self.custom.keep(detector, self.run.path(FLOAT_MODEL))
+        else:
+            save_detector(fold_detector(detector), self.run.path(FLOAT_MODEL))
+
+    def insert(self, placement: Placement) -> fx.GraphModule:
+        """The float network with quantizers by a placement, on the device, in evaluation mode."""
+        model = insert(self.detector.network, placement, self.config.qat.learn_scales)
+        return model.to(self.device).eval()
+
+    def save(self, model: fx.GraphModule, placement: Placement, key: RowKey) -> None:
+        """Keep a quantized model: weights, scales and placement in one file, so that they always fit."""
+        state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        with written_atomically(self.run.path(QUANTIZED[key])) as (part,):
+            save_file(state, part, metadata={"format": FORMAT, "placement": dump_placement(placement)})
+
+    def load(self, key: RowKey) -> fx.GraphModule:
+        """A quantized model of this run, quantizers on, in evaluation mode.
+
+        Raises:
+            RunError: the stage that makes it has not run, or the file is damaged or of another version.
+        """
+        path = self.run.need(QUANTIZED[key], STAGE_OF[key])
+        try:
+            with safe_open(path, "pt") as stream:
+                metadata = stream.metadata() or {}
+                state = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise RunError(f"{path} is damaged ({error}): run the stage `{STAGE_OF[key]}` again") from error
+        if metadata.get("format") != FORMAT:
+            raise RunError(f"{path} was written by another version of Octet: start a new run")
+        model = self.insert(parse_placement(metadata["placement"], str(path)))
+        model.load_state_dict(state)
+        set_mode(model, Mode.QUANTIZE)
+        return model.eval()
+
+    @property
+    def best_key(self) -> RowKey:
+        """The fine-tuned model where there is one, else the calibrated one within its accuracy budget, else `ptq`."""
+        return next((key for key, name in QUANTIZED.items() if self.run.path(name).exists()), PTQ)
+
+    @property
+    def calibrated_key(self) -> RowKey:
+        """The calibrated model that fine-tuning starts from: within its accuracy budget, where there is one."""
+        return MIXED if self.run.path(QUANTIZED[MIXED]).exists() else PTQ
+
+    def best(self) -> tuple[fx.GraphModule, RowKey]:
+        """The best quantized model so far, and its row."""
+        return self.load(self.best_key), self.best_key
+
+    def loss(self, detector: Detector | None = None) -> TaskLoss:
+        """The task loss for a detector, the run's float one when None."""
+        detector = self.detector if detector is None else detector
+        if isinstance(detector, OwnDetector):
+            return detector.loss
+        build = SegmentationLoss if detector.task == "segment" else DetectionLoss
+        return build(detector.num_classes, detector.strides)
+
+
+def _lower(names: Sequence[str]) -> list[str]:
+    return [name.lower() for name in names]

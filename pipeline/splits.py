@@ -1,0 +1,167 @@
+"""The splits of a run's dataset: opened once, and served as batches for training, calibration and evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.schema import DataConfig
+from data import (
+    AugmentOptions,
+    Batch,
+    Dataset,
+    DetectionLoader,
+    build_loader,
+    generate_synthetic,
+    ground_truth,
+    open_dataset,
+    to_input,
+)
+from models import SegmentTargets
+from pipeline.run.progress import track
+from pipeline.user_code.dataset import open_own
+from training.team import ALONE, Team
+
+TRAIN, VAL = "train", "val"
+
+
+class Splits:
+    """Training and validation split of a dataset, each opened (and verified) on first use.
+
+    Args:
+        config: the section `data`.
+        task: `detect`, or `segment` where masks are to be read.
+        device: where batches go.
+        seed: of shuffling and augmentation.
+    """
+
+    def __init__(self, config: DataConfig, task: str, device: torch.device, seed: int = 0) -> None:
+        self.config = config
+        self.task = task
+        self.device = device
+        self.seed = seed
+
+    @cached_property
+    def root(self) -> Path:
+        """Folder of the dataset; the synthetic set is drawn on first use."""
+        config = self.config
+        if config.kind == "synthetic":
+            drawn = config.synthetic
+            default = f"runs/synthetic/{drawn.size}px-{drawn.train}-{drawn.val}-{drawn.seed}"
+            return generate_synthetic(
+                Path(config.root or default), drawn.train, drawn.val, drawn.size, drawn.seed
+            )
+        assert config.root is not None
+        return Path(config.root)
+
+    @property
+    def source(self) -> str:
+        """Where the data comes from, for messages."""
+        return self.config.factory or str(self.root)
+
+    @cached_property
+    def train(self) -> Dataset:
+        """Images for training and calibration."""
+        return self._open(self.config.train_split)
+
+    @cached_property
+    def val(self) -> Dataset:
+        """Images for every reported figure."""
+        return self._open(self.config.val_split)
+
+    @cached_property
+    def truth(self) -> dict[str, Any]:
+        """Ground truth of the validation split as a COCO dictionary."""
+        return ground_truth(self.val)
+
+    def _open(self, split: str) -> Dataset:
+        config = self.config
+        if config.factory is not None:
+            return open_own(config.factory, split)
+        return open_dataset(
+            self.root,
+            split,
+            format=config.format,
+            merge_classes=config.merge_classes or None,
+            cache_dir=Path(config.cache_dir) if config.cache_dir else None,
+            segments=self.task == "segment",
+        )
+
+    def digest(self, split: str) -> str:
+        """Hash of what a split holds: class names, image ids, boxes and labels (not the pixels)."""
+        dataset = self.train if split == TRAIN else self.val
+        digest = hashlib.sha256(repr((list(dataset.names), list(dataset.ids))).encode())
+        for record in getattr(dataset, "records", ()):
+            digest.update(record.boxes.tobytes() + record.labels.tobytes())
+        return digest.hexdigest()
+
+    def letterboxed(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        limit: int | None = None,
+        team: Team = ALONE,
+        masks: bool = False,
+    ) -> DetectionLoader:
+        """Batches prepared as for inference, in a fixed order; of a team, each process gets its share.
+
+        With `masks` the objects' masks come along, where a loss needs them.
+        """
+        return build_loader(
+            dataset,
+            self.config.image_size,
+            batch_size,
+            self.config.workers,
+            limit=limit,
+            rank=team.rank,
+            world_size=team.size,
+            masks=masks,
+        )
+
+    def val_batches(self, batch_size: int, limit: int | None = None) -> DetectionLoader:
+        """Validation batches, at most `limit` images of them, or `data.limit_val`."""
+        return self.letterboxed(self.val, batch_size, limit or self.config.limit_val)
+
+    def train_batches(self, batch_size: int, augment: AugmentOptions | None) -> DetectionLoader:
+        """Shuffled training batches; `set_epoch` gives each epoch its own order and augmentation."""
+        return build_loader(
+            self.train,
+            self.config.image_size,
+            batch_size,
+            self.config.workers,
+            augment=augment,
+            shuffle=True,
+            seed=self.seed,
+            limit=self.config.limit_train,
+            drop_last=len(self.train) >= 2 * batch_size,
+            masks=self.task == "segment",
+        )
+
+    def images(self, loader: DetectionLoader, label: str | None = None) -> Iterator[Tensor]:
+        """The batches' images as float [B, 3, S, S] on the device; progress is shown under `label`."""
+        for batch in loader if label is None else track(loader, label, len(loader)):
+            yield to_input(batch.images, self.device)
+
+    def labelled(self, loader: DetectionLoader, label: str) -> Iterator[tuple[Tensor, Any]]:
+        """The batches' images and targets, as a loss takes them, on the device; progress is shown under `label`."""
+        for batch in track(loader, label, len(loader)):
+            moved: Batch = batch.to(self.device)
+            targets = moved.targets if moved.masks is None else SegmentTargets(moved.targets, moved.masks)
+            yield to_input(moved.images, self.device), targets
+
+    def epochs(
+        self, loader: DetectionLoader, label: str, count: int
+    ) -> Callable[[int], Iterator[tuple[Tensor, Any]]]:
+        """Epoch number -> that epoch's images and targets."""
+
+        def batches(epoch: int) -> Iterator[tuple[Tensor, Any]]:
+            loader.set_epoch(epoch)
+            return self.labelled(loader, f"{label} epoch {epoch + 1}/{count}")
+
+        return batches

@@ -1,0 +1,113 @@
+"""The accuracy budget: as few units in float as keep the calibrated model within it; row `mixed`."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import fx
+
+from core.errors import GateError, RunError
+from core.rows import FLOAT, MIXED, find_row
+from models import measure_network
+from pipeline.evaluation.measuring import measure_name, value_of
+from pipeline.job import Job
+from pipeline.run.progress import say
+from quant import (
+    ACTIVATION_QUANTIZERS,
+    BudgetResult,
+    Mode,
+    Placement,
+    activation_quantizers,
+    placement_of,
+    quantized_layers,
+    search_budget,
+    set_mode,
+    without_units,
+)
+
+BUDGET = "budget.json"
+REASON = "accuracy budget"
+
+
+def switch_units(model: fx.GraphModule, quantized: set[str]) -> None:
+    """Switch the given units on (activations and the weights that read them) and all others off."""
+    set_mode(model, Mode.OFF)
+    quantizers, layers = activation_quantizers(model), quantized_layers(model)
+    for group in placement_of(model).groups:
+        if group.name in quantized:
+            quantizers[group.name].mode = Mode.QUANTIZE
+            for layer in group.layers:
+                layers[layer].weight_quantizer.mode = Mode.QUANTIZE
+
+
+def keep_budget(job: Job, model: fx.GraphModule, ranking: list[str], max_drop: float) -> None:
+    """Search the units to leave in float, and keep the model that has them in float, with its row `mixed`.
+
+    Args:
+        job: the job.
+        model: the calibrated model.
+        ranking: its units, the most sensitive first.
+        max_drop: largest loss of AP (or of the user's metric) against float.
+
+    Raises:
+        GateError: not even all units in float reach the budget.
+        RunError: the float row is missing, so that there is nothing to compare with.
+    """
+    row = find_row(job.run.rows(), FLOAT)
+    if row is None or row.value is None:
+        raise RunError("quant.accuracy_budget needs the row float: add the stage `float`")
+    target = row.value - max_drop
+    figure = measure_name(job.config.metric.factory, job.splits.task)
+
+    def measure(kept: frozenset[str]) -> float:
+        switch_units(model, set(ranking) - kept)
+        value = value_of(job.evaluator.measure(job.predictor(model), None))
+        say(f"budget: {len(kept)} units float, {figure} {value:.4f} (target {target:.4f})")
+        return value
+
+    result = search_budget(ranking, measure, target)
+    _write(job, model, result, target)
+    if not result.met:
+        raise GateError(
+            f"quant.accuracy_budget={max_drop} not met: {figure} {result.accuracy:.4f} with {len(result.units)} "
+            f"units float, target {target:.4f}; raise the budget or fine-tune instead"
+        )
+    if result.units:
+        _keep_mixed(job, model, without_units(placement_of(model), result.units, REASON))
+
+
+def _write(job: Job, model: fx.GraphModule, result: BudgetResult, target: float) -> None:
+    """Keep what was found and what it costs: layers and multiply-accumulates that stay float."""
+    facts = measure_network(job.networks.detector.network, (job.config.data.image_size,) * 2)
+    macs: Counter[str] = Counter()
+    for layer in facts.layers:  # a layer that runs several times is listed as often
+        macs[layer.name] += layer.macs
+    layers = {group.name: group.layers for group in placement_of(model).groups}
+    costs = {unit: sum(macs[layer] for layer in layers[unit]) for unit in result.units}
+    content = {
+        "target_ap": target,
+        "ap": result.accuracy,
+        "met": result.met,
+        "float_units": [
+            {"unit": unit, "layers": list(layers[unit]), "macs": cost} for unit, cost in costs.items()
+        ],
+        "float_macs_share": sum(costs.values()) / facts.macs,
+        "trials": [vars(trial) for trial in result.trials],
+    }
+    job.run.write_json(BUDGET, content)
+
+
+def _keep_mixed(job: Job, model: fx.GraphModule, placement: Placement) -> None:
+    """Keep the model of the smaller placement, with the scales that are there."""
+    smaller = job.networks.insert(placement)
+    found = activation_quantizers(model)
+    for name, quantizer in activation_quantizers(smaller).items():
+        quantizer.load_state_dict(found[name].state_dict())
+    own = {key for key in smaller.state_dict() if not key.startswith(f"{ACTIVATION_QUANTIZERS}.")}
+    smaller.load_state_dict(
+        {key: value for key, value in model.state_dict().items() if key in own}, strict=False
+    )
+    set_mode(smaller, Mode.QUANTIZE)
+    job.networks.save(smaller, placement, MIXED)
+    metrics = job.evaluator.measure(job.predictor(smaller), "mixed")
+    job.record(MIXED, metrics, observer=job.config.quant.observer, float_units=len(placement.kept_float))

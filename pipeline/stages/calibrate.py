@@ -1,0 +1,102 @@
+"""The stage `calibrate`: quantizers inserted by the placement, every scale chosen, the row `ptq`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from statistics import median
+
+import torch
+from torch import Tensor, fx
+
+from core.errors import ConfigError
+from core.rows import PTQ
+from pipeline.job import Job
+from pipeline.networks import QUANTIZED
+from pipeline.run.progress import say
+from pipeline.splits import TRAIN, VAL
+from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
+from pipeline.stages.place import PLACEMENT, calibration_images, prepared_network, weight_method
+from pipeline.stages.stage import Stage
+from quant import calibrate, insert, load_placement, reconstruct
+
+CALIBRATION, REPAIRS = "calibration.json", "repairs.json"
+REPAIR_IMAGES = 32  # for rounding and bias correction
+
+
+def calibrate_stage(job: Job) -> None:
+    """Insert the quantizers, choose every scale, measure the row `ptq`; all processes of a team work on the scales."""
+    config = job.config.quant
+    placement = load_placement(job.run.need(PLACEMENT, "place"))
+    say(
+        f"placement: {len(placement.weights)} layers and {sum(len(g.tensors) for g in placement.groups)} tensors in "
+        f"{len(placement.groups)} groups quantized, {len(placement.kept_float)} layers float"
+    )
+    network = prepared_network(job)
+    model = insert(network, placement, job.config.qat.learn_scales).to(job.device).eval()
+    images, ranges = calibration_images(job), imported_ranges(job)
+    result = calibrate(
+        model, images, config.observer, weight_method(job), config.percentile, job.team.gather, ranges
+    )
+    if not job.team.first:
+        return
+    for line in result.imported.describe() if result.imported is not None else ():
+        say(line)
+    if result.convergence is not None:
+        say(f"calibration: {result.convergence.sentence()}")
+    if config.adaround or config.bias_correction:
+        _repair(job, model)
+    job.run.write_json(CALIBRATION, result.as_dict())
+    job.networks.save(model, placement, PTQ)
+    imported = {"imported_groups": len(result.imported.groups)} if result.imported is not None else {}
+    metrics = job.evaluator.measure(job.predictor(model), "ptq")
+    job.record(PTQ, metrics, observer=config.observer, **imported)
+
+
+def imported_ranges(job: Job) -> dict[str, Tensor]:
+    """Ranges that the float weights brought along from a quantized checkpoint, where the settings want them.
+
+    Raises:
+        ConfigError: equalisation would move the ranges.
+    """
+    ranges = job.networks.detector.amax
+    if ranges and job.config.quant.imported_ranges == "ignore":
+        say(f"imported ranges: {len(ranges)} ignored (quant.imported_ranges=ignore)")
+        return {}
+    if ranges and job.config.quant.equalize:
+        raise ConfigError(
+            f"quant.equalize=true moves ranges between channels, and the weights bring {len(ranges)} ranges of their "
+            "own: add quant.imported_ranges=ignore, or leave equalisation out"
+        )
+    return ranges
+
+
+def _repair(job: Job, model: fx.GraphModule) -> None:
+    """Rounding and bias correction by the layers' outputs; `repairs.json` has the figures of every layer."""
+    config = job.config.quant
+    images = torch.cat(list(calibration_images(job, REPAIR_IMAGES)))
+    repairs = reconstruct(model, images, config.adaround, config.bias_correction)
+    job.run.write_json(REPAIRS, {"images": len(images), "layers": [asdict(repair) for repair in repairs]})
+    rounded = [
+        repair.error_rounded / repair.error_nearest
+        for repair in repairs
+        if repair.error_nearest and repair.error_rounded is not None
+    ]
+    if rounded:
+        say(
+            f"adaround: {len(rounded)} layers; output error {median(rounded):.2f} of rounding to nearest (median)"
+        )
+    shifts = [repair.shift for repair in repairs if repair.shift is not None]
+    if shifts:
+        say(f"bias correction: {len(shifts)} layers; largest mean shift taken out {max(shifts):.3g}")
+
+
+CALIBRATE = Stage(
+    "calibrate",
+    calibrate_stage,
+    settings=("quant", *MEASURED_BY),
+    ignored=("quant.placement", "quant.policy", "quant.float_patterns", "quant.accuracy_budget"),
+    splits=(TRAIN, VAL),
+    reads=(*FLOAT_FILES, PLACEMENT),
+    writes=(QUANTIZED[PTQ], CALIBRATION, REPAIRS, f"rows/{PTQ.file_name}"),
+    is_shared=True,
+)

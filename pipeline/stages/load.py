@@ -1,0 +1,42 @@
+"""The steps that bring in the float model: `load` keeps it in the run directory, `float` measures it."""
+
+from __future__ import annotations
+
+from core.rows import FLOAT
+from pipeline.job import Job
+from pipeline.networks import FLOAT_MODEL
+from pipeline.splits import VAL
+from pipeline.stages.stage import Stage
+
+FLOAT_FILES = (FLOAT_MODEL, f"{FLOAT_MODEL}.json")
+
+
+def load_stage(job: Job) -> None:
+    """Read the weights, fold them, and keep them as the run's float model."""
+    job.networks.keep(job.networks.initial())
+
+
+def float_stage(job: Job) -> None:
+    """Measure the float detector; the row `float`."""
+    detector = job.networks.detector
+    metrics = job.evaluator.measure(job.predictor(detector.network), "float")
+    job.record(FLOAT, metrics, architecture=detector.architecture, activation=detector.activation)
+
+
+LOAD = Stage(
+    "load",
+    load_stage,
+    settings=("model", "data.merge_classes", "data.image_size"),
+    splits=(VAL,),
+    files=("weights",),
+    writes=FLOAT_FILES,
+)
+MEASURED_BY = ("data.image_size", "data.limit_val", "evaluate", "metric")  # what every figure depends on
+MEASURE_FLOAT = Stage(
+    "float",
+    float_stage,
+    settings=MEASURED_BY,
+    splits=(VAL,),
+    reads=FLOAT_FILES,
+    writes=(f"rows/{FLOAT.file_name}",),
+)

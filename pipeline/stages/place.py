@@ -1,0 +1,171 @@
+"""The stage `place`: which tensors get quantizers, and which of them share one scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from configs.schema import Config
+from pipeline.job import Job
+from pipeline.run.progress import say
+from pipeline.splits import TRAIN
+from pipeline.stages.load import FLOAT_FILES
+from pipeline.stages.stage import Stage
+from quant import (
+    Placement,
+    PlacementOptions,
+    Rule,
+    dump_placement,
+    equalize,
+    load_placement,
+    measure_sharing,
+    place,
+)
+from training.team import ALONE
+
+PLACEMENT = "placement.yaml"
+SHARING = "sharing.json"
+COMPARED_IMAGES = 16  # for the outputs that decide about shared scales
+
+
+def place_stage(job: Job) -> None:
+    """Decide the placement and save it, to be read and edited; printed as a tree where the stage was asked for."""
+    placement = make_placement(job)
+    job.run.write_text(PLACEMENT, dump_placement(placement))
+    hint_at_unsigned(job, placement)
+    if "place" in job.config.stages:
+        print(placement.describe())
+        say(
+            f"placement: {job.run.path(PLACEMENT)}; edit it there and resume, or pass it to another run with "
+            "quant.placement=FILE"
+        )
+
+
+def make_placement(job: Job) -> Placement:
+    """The placement for this job: a saved and edited one, or a fresh one by the policy."""
+    config = job.config.quant
+    if config.placement is not None:
+        return load_placement(Path(config.placement))
+    rules = [Rule(match=pattern, keep_float=True) for pattern in config.float_patterns]
+    rules += [
+        Rule(rule.match, rule.keep_float, rule.bits, rule.scale, rule.observer, rule.share)
+        for rule in config.policy
+    ]
+    options = PlacementOptions(
+        weight_bits=config.weights.bits,
+        activation_bits=config.activations.bits,
+        edge_bits=config.edge_bits,
+        unsigned=config.activations.unsigned,
+        share_concat_scales=config.share_concat_scales != "none",
+    )
+    if config.share_concat_scales == "measured":
+        return _measured_placement(job, options, tuple(rules))
+    return place(job.networks.detector.network, options, tuple(rules))
+
+
+def _measured_placement(job: Job, options: PlacementOptions, rules: tuple[Rule, ...]) -> Placement:
+    """The placement in which only those concats share a scale where that costs no accuracy; `sharing.json` says why."""
+    config = job.config.quant
+    result = measure_sharing(
+        prepared_network(job),
+        options,
+        rules,
+        calibration_images(job),
+        list(calibration_images(job, COMPARED_IMAGES)),
+        config.observer,
+        weight_method(job),
+        config.percentile,
+        config.share_tolerance,
+    )
+    job.run.write_json(SHARING, result.as_dict())
+    for decision in result.decisions:
+        verdict = "one scale" if decision.shared else "split"
+        say(
+            f"concat {decision.concat}: {verdict}; output error {decision.error_shared:.4g} shared, "
+            f"{decision.error_split:.4g} split ({decision.cost:+.1%})"
+        )
+    split = [decision.concat for decision in result.decisions if not decision.shared]
+    say(
+        f"{len(split)} of {len(result.decisions)} concats split (tolerance {result.tolerance:.1%}): output error "
+        f"{result.error_all_shared:.4g} -> {result.error_decided:.4g}"
+    )
+    return result.placement
+
+
+def hint_at_unsigned(job: Job, placement: Placement) -> None:
+    """Say where a CPU engine could use a finer grid than the placement has: groups behind a ReLU, say."""
+    deploy = job.config.deploy
+    config = job.config.quant
+    if config.activations.unsigned or config.placement is not None:
+        return
+    if deploy.target.startswith("trt") or "tensorrt" in deploy.runtimes:
+        return
+    finer = place(job.networks.detector.network, PlacementOptions(unsigned=True))
+    signs = {site.node: group.signed for group in finer.groups for site in group.tensors}
+    never_negative = sum(
+        group.signed and not any(signs.get(site.node, True) for site in group.tensors)
+        for group in placement.groups
+    )
+    if never_negative > len(placement.groups) // 2:
+        say(
+            f"{never_negative} of {len(placement.groups)} groups are never negative: "
+            "quant.activations.unsigned=true halves their step on CPU engines"
+        )
+
+
+# -- what calibration needs as well
+
+
+def prepared_network(job: Job) -> nn.Module:
+    """The float network that is quantized: the run's, or its equalised copy."""
+    if not job.config.quant.equalize:
+        return job.networks.detector.network
+    result = equalize(job.networks.detector.network)
+    say(
+        f"equalised {len(result.pairs)} pairs of layers; {len(result.left_alone)} left alone, since the activation "
+        "between them is not homogeneous"
+    )
+    return result.network
+
+
+def weight_method(job: Job) -> str:
+    """How weight scales are chosen: the range for observer=minmax, else the least squared error."""
+    return "minmax" if job.config.quant.observer == "minmax" else "mse"
+
+
+def calibration_images(job: Job, limit: int | None = None) -> Iterator[Tensor]:
+    """Letterboxed training images, spread evenly over the split, on the device; of a team, this process's share.
+
+    With a limit at most as many, the same in every process and without a progress bar.
+    """
+    config = job.config.quant
+    count = config.calibration_images if limit is None else min(limit, config.calibration_images)
+    team = job.team if limit is None else ALONE
+    loader = job.splits.letterboxed(job.splits.train, config.calibration_batch_size, count, team)
+    return job.splits.images(loader, "calibrate" if limit is None else None)
+
+
+def placement_settings(config: Config) -> Sequence[str]:
+    """What a placement depends on; with measured concats also what calibration does."""
+    if config.quant.share_concat_scales == "measured":
+        return ("quant", "data.image_size")
+    return tuple(
+        f"quant.{name}"
+        for name in (
+            "share_concat_scales", "weights", "activations", "edge_bits", "float_patterns", "policy",
+        )
+    )  # fmt: skip
+
+
+PLACE = Stage(
+    "place",
+    place_stage,
+    settings=placement_settings,
+    splits=(TRAIN,),
+    files=("quant.placement",),
+    reads=FLOAT_FILES,
+    writes=(PLACEMENT, SHARING),
+    editable=(PLACEMENT,),
+)

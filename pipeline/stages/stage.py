@@ -1,0 +1,148 @@
+"""What a stage is: what it reads, what it writes, and when it has to run again.
+
+A stage declares the settings, data splits and artifacts it reads and the artifacts it writes. When it has finished,
+state.json holds the values and hashes of all of them. It is done as long as they are the same; otherwise it runs again
+and says what has changed. So a resumed run may have other settings: whatever depends on them is made anew, nothing
+else is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.schema import Config
+from pipeline.job import Job
+from pipeline.run.ledger import Inputs, hash_file, hash_files
+from pipeline.run.progress import say
+from pipeline.splits import TRAIN, VAL
+
+NOT_COMPARED = frozenset({"data.workers", "data.cache_dir"})  # no result depends on them
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the main job.
+
+    Attributes:
+        name: as in the setting `stages`, or of a step that stages need and that nobody has to name (`load`).
+        function: does the work; reads and writes what is declared here and nothing else.
+        settings: dotted keys that the result depends on, whole sections included; or a function that gives them.
+        ignored: keys below these that it does not depend on.
+        splits: splits of the data that it reads.
+        files: settings that name files, whose content counts.
+        reads: artifacts, or patterns of artifacts, of earlier stages; one that is absent counts as such.
+        writes: artifacts, or patterns. What is there from an earlier time is removed before the stage runs again.
+        editable: artifacts that the user may edit: the readers then run again, this stage does not.
+        partial: artifacts that an unfinished run of the stage leaves to go on from; they outlive a stop, and are
+            removed when the stage starts with other inputs.
+        is_shared: whether the processes of a team work on it together.
+        is_always_run: whether it runs each time it is asked for.
+    """
+
+    name: str
+    function: Callable[[Job], None]
+    settings: tuple[str, ...] | Callable[[Config], Sequence[str]] = ()
+    ignored: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    editable: tuple[str, ...] = ()
+    partial: tuple[str, ...] = ()
+    is_shared: bool = False
+    is_always_run: bool = False
+
+    def chosen_settings(self, config: Config) -> dict[str, Any]:
+        """Values of the settings that the stage depends on, by dotted key."""
+        names = self.settings(config) if callable(self.settings) else self.settings
+        found = {key: value for name in names for key, value in flat_settings(config, name).items()}
+        ignored = NOT_COMPARED | set(self.ignored)
+        kept = {key: value for key, value in found.items() if not _is_below(key, ignored)}
+        plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))  # as they will be read back
+        return plain
+
+    def inputs(self, job: Job) -> Inputs:
+        """Values and hashes of everything that the stage reads, as it is now."""
+        hashes: dict[str, str | None] = {
+            f"{split} split": job.splits.digest(split) for split in self.splits if split in (TRAIN, VAL)
+        }
+        for name in self.files:
+            path = flat_settings(job.config, name)[name]
+            hashes[f"file of {name}"] = None if path is None else hash_file(path)
+        return Inputs(
+            self.chosen_settings(job.config), {**hashes, **hash_files(job.run.directory, self.reads)}
+        )
+
+    def outputs(self, job: Job) -> dict[str, str | None]:
+        """Hashes of what the stage wrote."""
+        return hash_files(job.run.directory, self.writes)
+
+    def changes(self, job: Job) -> list[str]:
+        """Why the stage has to run (again); empty where it is done."""
+        record = job.run.ledger.get(self.name)
+        if record is None or not record.is_done:
+            return ["not run yet"] if record is None else ["not finished"]
+        changes = record.inputs.changes(self.inputs(job))
+        outputs = self.outputs(job)
+        changes += [
+            f"{name} is missing" if outputs.get(name) is None else f"{name} was changed"
+            for name, value in record.outputs.items()
+            if outputs.get(name) != value and name not in self.editable
+        ]
+        return changes
+
+    def clear(self, job: Job, inputs: Inputs) -> None:
+        """Remove what an earlier run of the stage left, before it runs again.
+
+        What it can go on from stays where it was stopped with the same inputs. A file that the user has edited is kept
+        under another name.
+        """
+        record, run = job.run.ledger.get(self.name), job.run
+        goes_on = record is not None and not record.is_done and not record.inputs.changes(inputs)
+        for name, value in hash_files(run.directory, (*self.writes, *self.partial)).items():
+            if value is None or (goes_on and name in self.partial):
+                continue
+            if name in self.editable and (record is None or record.outputs.get(name) != value):
+                kept = _unused(run.path(name))
+                run.path(name).rename(kept)
+                say(f"{name} was edited by hand: kept as {kept.name}")
+            else:
+                run.path(name).unlink()
+
+
+def _unused(path: Path) -> Path:
+    """`placement-edited.yaml` for `placement.yaml`, with a number where that is taken."""
+    names = (f"{path.stem}-edited{number or ''}{path.suffix}" for number in itertools.count())
+    return next(path.with_name(name) for name in names if not path.with_name(name).exists())
+
+
+def _is_below(key: str, names: frozenset[str] | set[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def flat_settings(config: Config, name: str) -> dict[str, Any]:
+    """A setting, or all settings of a section, by dotted key.
+
+    Example: `flat_settings(config, "quant.weights")` is `{"quant.weights.bits": 8}`.
+    """
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return _flatten(value, name)
+
+
+def _flatten(value: Any, name: str) -> dict[str, Any]:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        found: dict[str, Any] = {}
+        for item in dataclasses.fields(value):
+            found |= _flatten(getattr(value, item.name), f"{name}.{item.name}")
+        return found
+    if isinstance(value, list):
+        return {name: [_flatten(item, "") if dataclasses.is_dataclass(item) else item for item in value]}
+    return {name: dict(value) if isinstance(value, Mapping) else value}
