@@ -14,11 +14,12 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {repository!r})
 from configs import Config, hydra_entry
+from core.errors import OctetError
 
-class Missing(ValueError):
-    pass
+class Missing(OctetError):
+    exit_code = 3
 
-@hydra_entry(errors={{Missing: 3}})
+@hydra_entry()
 def main(config: Config) -> float:
     if config.seed == 7:
         raise Missing("seven is missing")

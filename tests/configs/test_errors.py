@@ -19,7 +19,7 @@ DEMO = "+experiment=demo"
         ("epcohs=3", ["'epcohs'", "closest: train.epochs"]),
         ("train.epcohs=3", ["'train.epcohs'", "closest: train.epochs"]),
         ("+qat.learnin_rate=3", ["'qat.learnin_rate'", "closest: qat.learning_rate"]),
-        ("++quant.calibration.observers=mse", ["closest: quant.observer"]),
+        ("++quant.observers=mse", ["closest: quant.observer"]),
         ("image_size=320", ["closest: data.image_size"]),
         ("xyzzy=1", ["'xyzzy'", "docs/configuration.md"]),
         ("model=yolov9x", ["Unknown model 'yolov9x'", "closest: yolov9c", "yolov9t"]),

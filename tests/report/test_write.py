@@ -209,7 +209,7 @@ def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def full_disk(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("report.files.os.fsync", full_disk)
+    monkeypatch.setattr("core.files.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_text(target, "new")
     assert target.read_text() == "old"
