@@ -16,6 +16,7 @@ from core.errors import CheckpointError, ConfigError, RunError
 from core.files import written_atomically
 from core.names import listing
 from core.rows import MIXED, PTQ, QAT, RowKey
+from core.types import TaskLoss
 from models import (
     ARCHITECTURES,
     SEGMENTATION_ARCHITECTURES,
@@ -32,7 +33,6 @@ from models import (
 from pipeline.run.directory import Run
 from pipeline.run.progress import say
 from pipeline.splits import Splits
-from core.types import TaskLoss
 from pipeline.user_code.network import CustomModel, OwnDetector
 from quant import Mode, Placement, dump_placement, insert, parse_placement, set_mode
 

@@ -8,10 +8,10 @@ from configs.schema import AugmentConfig
 from data import AugmentOptions
 from pipeline.job import Job
 from pipeline.run.progress import say
-from training import TrainingOptions, TrainingState, train_epochs
 from pipeline.splits import TRAIN, VAL
 from pipeline.stages.load import FLOAT_FILES
 from pipeline.stages.stage import Stage
+from training import TrainingOptions, TrainingState, train_epochs
 
 LOG = "train.jsonl"
 LIGHT = AugmentOptions(

@@ -17,10 +17,11 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_convert, box_iou
 
 from core.errors import CheckpointError, ConfigError, DataError
+from core.rows import PTQ, ResultRow
 from data import Batch, Sample
 from examples import retinanet, ssdlite
 from pipeline import CustomDetector
-from pipeline.evaluation.measuring import CustomMetrics, measure_custom, row_figures, row_value
+from pipeline.evaluation.measuring import CustomMetrics, measure_custom, row_figures
 from pipeline.user_code.dataset import open_own
 from pipeline.user_code.factories import load_factory
 from pipeline.user_code.network import CustomModel, load_state
@@ -384,6 +385,7 @@ def test_a_wrong_result_of_a_metric_is_named(monkeypatch: pytest.MonkeyPatch, re
 
 
 def test_the_value_of_a_row_is_the_metric_where_there_is_one() -> None:
-    assert row_value({"ap": 0.5, "extras": {}}) == 0.5
-    assert row_value({"ap": None, "extras": {"metric": 0.25}}) == 0.25
-    assert row_value({"ap": None, "extras": {}}) is None
+    assert ResultRow.of(PTQ, {"ap": 0.5}).value == 0.5
+    assert ResultRow.of(PTQ, {"metric": 0.25}).value == 0.25
+    assert ResultRow.of(PTQ, {"ap": 0.5, "ap_mask": 0.125}).value == 0.125
+    assert ResultRow.of(PTQ, {}).value is None
