@@ -16,14 +16,31 @@ from report.tables import finite
 
 MAX_POINTS = 2000  # per line; more cannot be told apart on a screen
 MAX_BARS = 40
-_NO_LOSS = ("ap", "validation", "share_", "gradient")  # beginnings of other figures
-_NOT_DRAWN = frozenset({"step", "epoch", "stage", "learning_rate", "lr", "seconds", "time"})
+SECTIONS = ("results", "training", "sensitivity", "placement", "time")  # of the page, in this order
+CURVES = (  # kind, label, what a key starts with; the last entry that fits takes the key
+    ("loss", "Loss", ("",)),
+    ("gradient", "Gradient norm", ("gradient",)),
+    ("ap", "Validation AP", ("ap", "validation")),
+    ("share", "Share of weights", ("share_",)),
+    ("rate", "Learning rate", ("learning_rate", "lr")),
+)
+_NOT_DRAWN = frozenset({"step", "epoch", "stage", "seconds", "time"})
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart: where it goes, what it says to a screen reader, and its Plotly description."""
+    """One chart and its Plotly description.
 
+    Attributes:
+        section: the part of the page that shows it, one of SECTIONS.
+        key: unique name in the page.
+        title: what stands above it.
+        description: what a screen reader says.
+        traces: Plotly traces.
+        layout: Plotly layout.
+    """
+
+    section: str
     key: str
     title: str
     description: str
@@ -71,32 +88,27 @@ def accuracy_chart(rows: Sequence[ResultRow]) -> Chart | None:
         "yaxis": {"title": {"text": "AP"}, "tickformat": ".4f"},
         "showlegend": False,
     }
-    return Chart(
-        "accuracy", "Accuracy over latency", "AP and median latency of every timed row.", traces, layout
-    )
+    description = "AP and median latency of every timed row."
+    return Chart("results", "accuracy", "Accuracy over latency", description, traces, layout)
 
 
 def curve_charts(records: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Per training stage one chart of loss terms, one of validation results, one of shares, one of learning rates."""
+    """Return one chart per training stage and entry of CURVES that has figures."""
     stages: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         stages.setdefault(str(record.get("stage", "training")), []).append(record)
     charts: list[Chart] = []
     for number, (stage, items) in enumerate(stages.items()):
-        names = list(dict.fromkeys(key for item in items for key, value in item.items() if _is_number(value)))
-        loss = [name for name in names if name not in _NOT_DRAWN and not name.startswith(_NO_LOSS)]
-        results = [name for name in names if name.startswith(("ap", "validation"))]
-        shares = [name for name in names if name.startswith("share_")]
-        rates = [name for name in names if name in ("learning_rate", "lr")]
-        for kind, label, keys in (
-            ("loss", "Loss", loss),
-            ("gradient", "Gradient norm", [name for name in names if name.startswith("gradient")]),
-            ("ap", "Validation AP", results),
-            ("share", "Share of weights", shares),
-            ("rate", "Learning rate", rates),
-        ):
-            if keys:
-                charts.append(_lines(f"{kind}-{number}", f"{label}: {stage}", label.lower(), items, keys))
+        kinds: dict[str, list[str]] = {}
+        for name in dict.fromkeys(key for item in items for key, value in item.items() if _is_number(value)):
+            if name not in _NOT_DRAWN:
+                kind = next(kind for kind, _, starts in reversed(CURVES) if name.startswith(starts))
+                kinds.setdefault(kind, []).append(name)
+        charts += [
+            _lines(f"{kind}-{number}", f"{label}: {stage}", label.lower(), items, kinds[kind])
+            for kind, label, _ in CURVES
+            if kind in kinds
+        ]
     return charts
 
 
@@ -122,7 +134,7 @@ def _lines(
         "yaxis": {"title": {"text": label}, "exponentformat": "e"},
         "showlegend": len(names) > 1,
     }
-    return Chart(key, title, f"{title}, over training steps.", traces, layout)
+    return Chart("training", key, title, f"{title}, over training steps.", traces, layout)
 
 
 def stage_chart(stages: Sequence[Mapping[str, Any]]) -> Chart | None:
@@ -131,7 +143,8 @@ def stage_chart(stages: Sequence[Mapping[str, Any]]) -> Chart | None:
         return None
     names = [plain(stage["name"]) for stage in stages]
     seconds = [finite(float(stage["seconds"])) for stage in stages]
-    return _bars("stages", "Time per stage", "Seconds that each stage took.", names, seconds, "seconds")
+    bars = _bars(names, seconds, "seconds")
+    return Chart("time", "stages", "Time per stage", "Seconds that each stage took.", *bars)
 
 
 def sensitivity_chart(items: Sequence[Mapping[str, Any]] | None) -> Chart | None:
@@ -142,12 +155,13 @@ def sensitivity_chart(items: Sequence[Mapping[str, Any]] | None) -> Chart | None
     names = [plain(item["unit"]) for item in ranked]
     scores = [finite(float(item["score"])) for item in ranked]
     shown = f"The {len(ranked)} most sensitive of {len(items)} units."
-    return _bars("sensitivity", "Sensitivity", shown, names, scores, "score")
+    return Chart("sensitivity", "sensitivity", "Sensitivity", shown, *_bars(names, scores, "score"))
 
 
 def _bars(
-    key: str, title: str, description: str, names: list[str], values: list[float | None], label: str
-) -> Chart:
+    names: list[str], values: list[float | None], label: str
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return traces and layout of horizontal bars, the first name on top."""
     trace = {
         "type": "bar",
         "orientation": "h",
@@ -161,7 +175,7 @@ def _bars(
         "height": 120 + 22 * len(names),
         "showlegend": False,
     }
-    return Chart(key, title, description, [trace], layout)
+    return [trace], layout
 
 
 def placement_chart(items: Sequence[Mapping[str, Any]] | None) -> Chart | None:
@@ -188,9 +202,8 @@ def placement_chart(items: Sequence[Mapping[str, Any]] | None) -> Chart | None:
         "yaxis": {"title": {"text": "scale"}, "type": "log"},
         "showlegend": len(traces) > 1,
     }
-    return Chart(
-        "placement", "Scales", "Scale of every quantizer, in the order of the graph.", traces, layout
-    )
+    description = "Scale of every quantizer, in the order of the graph."
+    return Chart("placement", "placement", "Scales", description, traces, layout)
 
 
 def calibration_chart(convergence: Mapping[str, Any] | None) -> Chart | None:
@@ -217,13 +230,10 @@ def calibration_chart(convergence: Mapping[str, Any] | None) -> Chart | None:
         },
         "showlegend": True,
     }
-    return Chart(
-        "calibration",
-        "Calibration",
-        "Additional squared error of the tensors with the scales that fewer calibration images give.",
-        traces,
-        layout,
+    description = (
+        "Additional squared error of the tensors with the scales that fewer calibration images give."
     )
+    return Chart("placement", "calibration", "Calibration", description, traces, layout)
 
 
 def all_charts(data: ReportData) -> list[Chart]:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from core.errors import ReportError
 from core.rows import FLOAT, ResultRow, find_row, shipped_rows
-from report.charts import Chart, all_charts
+from report.charts import SECTIONS, Chart, all_charts
 from report.data import ReportData, reference_engine
 from report.tables import (
     LAYER_HEADINGS,
@@ -46,15 +46,14 @@ def render_html(data: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    charts = {chart.key: chart for chart in all_charts(data)}
+    charts = all_charts(data)
     return environment.get_template("report.html.j2").render(
         data=data,
         columns=columns_for(data.rows),
         cells=table_cells(data.rows),
         legend=LEGEND,
         tiles=headline(data.rows),
-        charts=charts,
-        curve_keys=[key for key in charts if key.split("-")[0] in ("loss", "ap", "rate")],
+        charts={section: [chart for chart in charts if chart.section == section] for section in SECTIONS},
         extras=extra_table(data.rows),
         sensitivity=dict_table(
             sorted(data.sensitivity or (), key=lambda item: -float(item["score"])), ("unit", "score")
@@ -71,7 +70,7 @@ def render_html(data: ReportData) -> str:
         style=_own_file("style.css"),
         script=_own_file("charts.js"),
         plotly_js=Markup(_plotly_js()) if charts else "",
-        chart_json=chart_json(charts.values()),
+        chart_json=chart_json(charts) if charts else "",
         text=cell_text,
     )
 

@@ -1,32 +1,63 @@
 // Draws the charts with the page's own colours, and again when the reader switches between light and dark.
+// A chart that cannot be drawn is named in the page; the others are drawn all the same.
 (function () {
   "use strict";
-  const charts = JSON.parse(document.getElementById("chart-data").textContent);
 
   function colours() {
     const style = getComputedStyle(document.documentElement);
     const read = (name) => style.getPropertyValue(name).trim();
     return {
-      ink: read("--ink"), soft: read("--soft"), line: read("--line"), panel: read("--panel"),
+      ink: read("--ink"), line: read("--line"), panel: read("--panel"),
       series: [1, 2, 3, 4, 5, 6].map((number) => read("--series-" + number)),
     };
   }
 
-  function draw() {
+  // Adds a visible line where the chart belongs, or at the end of the page where it has no place.
+  function tell(key, error) {
+    const place = document.getElementById("chart-" + key);
+    const line = document.createElement("p");
+    line.className = "not-drawn";
+    line.textContent = "Chart " + key + " was not drawn: " + ((error && error.message) || error);
+    if (place) place.replaceChildren(line);
+    else document.querySelector("main").append(line);
+  }
+
+  async function drawChart(chart, palette) {
+    const place = document.getElementById("chart-" + chart.key);
+    if (!place) throw new Error("the page has no element chart-" + chart.key + ".");
+    if (!Array.isArray(chart.traces) || !chart.traces.length) throw new Error("it has no traces.");
+    for (const { x, y } of chart.traces) {
+      if (!Array.isArray(x) || !Array.isArray(y) || x.length !== y.length) throw new Error("x and y of a trace are not lists of one length.");
+    }
+    const given = chart.layout || {};
+    const axis = { gridcolor: palette.line, zerolinecolor: palette.line, linecolor: palette.line, automargin: true };
+    const layout = {
+      margin: { t: 16, r: 24, b: 48, l: 64 }, height: 340, hoverlabel: { align: "left" }, legend: { orientation: "h", y: 1.12 },
+      ...given,
+      paper_bgcolor: palette.panel, plot_bgcolor: palette.panel, colorway: palette.series,
+      font: { color: palette.ink, family: getComputedStyle(document.body).fontFamily, size: 13 },
+      xaxis: { ...axis, ...given.xaxis }, yaxis: { ...axis, ...given.yaxis },
+    };
+    await Plotly.react(place, chart.traces, layout, {
+      displaylogo: false, displayModeBar: "hover", responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"],
+    });
+  }
+
+  async function draw() {
+    document.querySelectorAll(".not-drawn").forEach((line) => line.remove());
+    let charts = [];
+    try {
+      charts = Array.from(JSON.parse(document.getElementById("report-charts").textContent));
+    } catch (error) {
+      tell("data", error);
+    }
     const palette = colours();
     for (const chart of charts) {
-      const place = document.getElementById("chart-" + chart.key);
-      const axis = { gridcolor: palette.line, zerolinecolor: palette.line, linecolor: palette.line, automargin: true };
-      const layout = Object.assign(
-        { margin: { t: 16, r: 24, b: 48, l: 64 }, height: 340, hoverlabel: { align: "left" }, legend: { orientation: "h", y: 1.12 } },
-        chart.layout,
-        {
-          paper_bgcolor: palette.panel, plot_bgcolor: palette.panel, colorway: palette.series,
-          font: { color: palette.ink, family: getComputedStyle(document.body).fontFamily, size: 13 },
-          xaxis: Object.assign({}, axis, chart.layout.xaxis), yaxis: Object.assign({}, axis, chart.layout.yaxis),
-        }
-      );
-      Plotly.react(place, chart.traces, layout, { displaylogo: false, displayModeBar: "hover", responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"] });
+      try {
+        await drawChart(chart, palette);
+      } catch (error) {
+        tell(chart && chart.key, error);
+      }
     }
   }
 

@@ -11,6 +11,7 @@ import pytest
 from main_job import TINY, run_entry
 
 from models import load_detector
+from tests.browser.chromium import report_page
 
 ROW_KEYS = {
     "name",
@@ -55,6 +56,19 @@ def test_report_holds_every_row_and_stage(finished_run: Path) -> None:
     assert report["image_size"] == 96
     assert report["versions"]["torch"]
     assert report["machine"]["processor"]
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_the_report_draws_every_chart(finished_run: Path, tmp_path: Path, width: int) -> None:
+    with report_page(tmp_path / "profile") as page:
+        counts = page.open(finished_run / "runs/demo/latest/report.html", width)
+        assert {place.removeprefix("chart-") for place in counts["places"]} == {
+            "accuracy", "loss-0", "gradient-0", "rate-0", "loss-1", "gradient-1", "ap-1", "share-1", "rate-1",
+            "sensitivity", "placement", "stages",
+        }  # fmt: skip
+        assert counts["drawn"] == counts["places"]
+        assert counts["notes"] == []
+        assert page.problems() == []
 
 
 def test_report_says_what_the_model_costs_and_what_of_it_is_int8(finished_run: Path) -> None:

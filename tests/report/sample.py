@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -32,13 +33,33 @@ def sample_rows() -> list[ResultRow]:
     ]
 
 
+def curves(stage: str, validated_epochs: int) -> list[dict[str, Any]]:
+    """Return 200 records with the keys that the stages write, the last ones of the epochs with a validation."""
+    records: list[dict[str, Any]] = []
+    for step in range(0, 400, 2):
+        record = {
+            "stage": stage,
+            "step": step,
+            "epoch": step // 100,
+            "learning_rate": 1e-4 * (1 - step / 400),
+            "gradient_norm": 12.0 / (1 + step),
+            "seconds": 0.4,
+            "box": 1.2 * math.exp(-step / 200),
+            "cls": 0.6 * math.exp(-step / 150),
+            "distillation": 0.1,
+        }
+        if step % 100 == 98 and step // 100 < validated_epochs:
+            record |= {"validation": 0.59 + step / 1e5, "share_oscillating": 0.058, "share_frozen": 0.0}
+        records.append(record)
+    return records
+
+
 def sample_data() -> ReportData:
     boxes = [[10, 10, 60, 70, 0.9, 0], [30, 20, 150, 110, 0.4, 1]]
     shown = [
         (name, draw_detections(picture(1), boxes, ["cell", EVIL]))
         for name in ("float", "engine:openvino:int8")
     ]
-    steps = range(0, 400, 2)
     return ReportData(
         experiment="sample",
         weights="weights.pt",
@@ -47,19 +68,7 @@ def sample_data() -> ReportData:
         versions={"torch": "2.15.0", EVIL: "1"},
         machine={"cpu": "two cores", "gpu": None},
         stages=[{"name": "float", "seconds": 12.5}, {"name": "finetune", "seconds": 130.0}],
-        curves=[
-            {
-                "stage": "finetune",
-                "step": step,
-                "epoch": step // 100,
-                "learning_rate": 1e-4 * (1 - step / 400),
-                "box": 1.2 * math.exp(-step / 200),
-                "cls": 0.6 * math.exp(-step / 150),
-                "distill": 0.1,
-            }
-            for step in steps
-        ]
-        + [{"stage": "finetune", "step": 100 * epoch, "ap": 0.59 + 0.002 * epoch} for epoch in range(1, 5)],
+        curves=[*curves("train", 0), *curves("finetune", 4)],
         detections=[DetectionPanel(EVIL, shown)],
         sensitivity=[{"unit": f"backbone.block{n}", "score": 1.0 / n} for n in range(1, 60)]
         + [{"unit": EVIL, "score": 0.001}],

@@ -135,7 +135,8 @@ def test_html_holds_plotly_once_and_draws_every_chart(page: Page) -> None:
     places = {attributes["id"] for attributes in page.all("div") if attributes.get("class") == "plot"}
     assert places == {f"chart-{chart['key']}" for chart in charts}
     assert {chart["key"] for chart in charts} == {
-        "accuracy", "loss-0", "ap-0", "rate-0", "sensitivity", "placement", "calibration", "stages",
+        "accuracy", "loss-0", "gradient-0", "rate-0", "loss-1", "gradient-1", "ap-1", "share-1", "rate-1",
+        "sensitivity", "placement", "calibration", "stages",
     }  # fmt: skip
     settling = next(chart for chart in charts if chart["key"] == "calibration")
     assert [(trace["x"], trace["y"]) for trace in settling["traces"]] == [
@@ -143,7 +144,7 @@ def test_html_holds_plotly_once_and_draws_every_chart(page: Page) -> None:
         ([8, 16, 32], [0.1, 0.01, 0.0]),
     ]
     loss = next(chart for chart in charts if chart["key"] == "loss-0")
-    assert [trace["name"] for trace in loss["traces"]] == ["box", "cls", "distill"]
+    assert [trace["name"] for trace in loss["traces"]] == ["box", "cls", "distillation"]
     assert len(loss["traces"][0]["x"]) == 200
 
 
@@ -158,7 +159,7 @@ def test_a_malicious_name_stays_text(page: Page, written: tuple[dict, str, str])
 
 def test_chart_data_cannot_end_its_script() -> None:
     traces = [{"name": EVIL + "&amp;"}]
-    text = chart_json([Chart("a", "title", "description", traces, {})])
+    text = chart_json([Chart("time", "a", "title", "description", traces, {})])
     assert not set("<>&") & set(text)
     assert json.loads(text)[0]["traces"] == traces
 

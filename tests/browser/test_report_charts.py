@@ -1,0 +1,106 @@
+"""report.html in a real browser: every place gets its chart, at both widths, without an error or a request."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from report import write_report
+from tests.browser.chromium import ReportPage, report_page
+from tests.report.sample import sample_data
+
+CHARTS = {
+    "accuracy", "loss-0", "gradient-0", "rate-0", "loss-1", "gradient-1", "ap-1", "share-1", "rate-1",
+    "sensitivity", "placement", "calibration", "stages",
+}  # fmt: skip
+CHART_DATA = re.compile(r'(<script type="application/json" id="report-charts">)(.*?)(</script>)', re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReportPage]:
+    with report_page(tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(tmp_path_factory.mktemp("run"), sample_data()).html
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_every_place_has_its_chart(page: ReportPage, report: Path, width: int) -> None:
+    counts = page.open(report, width)
+    assert {place.removeprefix("chart-") for place in counts["places"]} == CHARTS
+    assert counts["drawn"] == counts["places"]
+    assert counts["notes"] == []
+    assert page.problems() == []
+    assert page.run("return document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
+
+
+def test_charts_that_cannot_be_drawn_are_named_and_stop_no_other(
+    page: ReportPage, report: Path, tmp_path: Path
+) -> None:
+    text = report.read_text(encoding="utf-8")
+    charts = {chart["key"]: chart for chart in json.loads(CHART_DATA.search(text)[2])}  # type: ignore[index]
+    charts["accuracy"]["traces"] = None
+    charts["loss-0"]["traces"][0]["y"].append(1.0)
+    charts["gradient-0"]["traces"][0] |= {"x": None, "y": None}
+    charts["rate-0"]["traces"][0] = None
+    charts["loss-1"]["key"] = "elsewhere"
+    charts["ap-1"]["layout"] = None  # Plotly's own layout will do
+    charts["stages"] = None
+    spoilt = tmp_path / "report.html"
+    changed = json.dumps(list(charts.values()))
+    spoilt.write_text(CHART_DATA.sub(lambda match: match[1] + changed + match[3], text), encoding="utf-8")
+    counts = page.open(spoilt)
+    lost = {"accuracy", "loss-0", "gradient-0", "rate-0", "loss-1", "stages"}
+    assert set(counts["drawn"]) == {f"chart-{key}" for key in CHARTS - lost}
+    named = [re.match(r"Chart (\S+) was not drawn: \S+", note)[1] for note in counts["notes"]]  # type: ignore[index]
+    assert sorted(named) == ["accuracy", "elsewhere", "gradient-0", "loss-0", "null", "rate-0"]
+    assert page.problems() == []
+
+
+def test_unreadable_chart_data_is_told(page: ReportPage, report: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "report.html"
+    text = report.read_text(encoding="utf-8")
+    broken.write_text(CHART_DATA.sub(lambda match: match[1] + "[{" + match[3], text), encoding="utf-8")
+    page.load(broken)
+    page.until("return document.querySelector('.not-drawn')")
+    assert page.counts()["notes"][0].startswith("Chart data was not drawn: ")
+    assert page.problems() == []
+
+
+def test_a_point_tells_its_figures_when_pointed_at(page: ReportPage, report: Path) -> None:
+    page.open(report)
+    page.run("document.getElementById('chart-sensitivity').scrollIntoView({block: 'center'})")
+    middle = page.run(
+        "const r = document.querySelector('#chart-sensitivity .bars .point path').getBoundingClientRect();"
+        "return [r.x + r.width / 2, r.y + r.height / 2]"
+    )
+    page.move_mouse(*middle)
+    page.until("return document.querySelector('#chart-sensitivity .hovertext')")
+    told = page.run("return document.querySelector('#chart-sensitivity .hovertext')?.textContent")
+    assert told == "backbone.block11.0000 score"
+
+
+def test_charts_follow_the_width_of_the_window(page: ReportPage, report: Path) -> None:
+    width_of = "document.querySelector('#chart-accuracy .main-svg').getBoundingClientRect().width"
+    page.open(report, 1440)
+    wide = page.run(f"return {width_of}")
+    page.resize(390)
+    page.until(f"return {width_of} < 390")
+    assert page.run(f"return {width_of}") < 390 < wide
+
+
+def test_charts_follow_light_and_dark(page: ReportPage, report: Path) -> None:
+    page.open(report, scheme="light")
+    background = "document.querySelector('#chart-stages').layout.paper_bgcolor"
+    assert page.run(f"return {background}") == "#ffffff"
+    page.set_scheme("dark")
+    page.until(f"return {background} !== '#ffffff'")
+    assert page.run(f"return {background}") == "#1c2024"
+    assert page.problems() == []
