@@ -71,13 +71,11 @@ def accuracy_chart(rows: Sequence[ResultRow]) -> Chart | None:
     traces = [
         {
             "type": "scatter",
-            "mode": "markers+text",
+            "mode": "markers",
             "name": plain(row.name),
             "x": [row.latency_ms_median],
             "y": [row.ap],
-            "text": [plain(row.name)],
-            "textposition": "top center",
-            "hovertemplate": "%{text}<br>%{x:.2f} ms<br>AP %{y:.4f}<extra></extra>",
+            "hovertemplate": f"{plain(row.name)}<br>%{{x:.2f}} ms<br>AP %{{y:.4f}}<extra></extra>",
             "marker": {"size": 12},
             "cliponaxis": False,
         }
@@ -86,7 +84,7 @@ def accuracy_chart(rows: Sequence[ResultRow]) -> Chart | None:
     layout = {
         "xaxis": {"title": {"text": "median latency [ms]"}, "rangemode": "tozero"},
         "yaxis": {"title": {"text": "AP"}, "tickformat": ".4f"},
-        "showlegend": False,
+        "showlegend": True,
     }
     description = "AP and median latency of every timed row."
     return Chart("results", "accuracy", "Accuracy over latency", description, traces, layout)
@@ -105,7 +103,7 @@ def curve_charts(records: Sequence[Mapping[str, Any]]) -> list[Chart]:
                 kind = next(kind for kind, _, starts in reversed(CURVES) if name.startswith(starts))
                 kinds.setdefault(kind, []).append(name)
         charts += [
-            _lines(f"{kind}-{number}", f"{label}: {stage}", label.lower(), items, kinds[kind])
+            _lines(f"{kind}-{number}", f"{label}: {stage}", label[0].lower() + label[1:], items, kinds[kind])
             for kind, label, _ in CURVES
             if kind in kinds
         ]
@@ -131,7 +129,7 @@ def _lines(
         )
     layout = {
         "xaxis": {"title": {"text": "step"}},
-        "yaxis": {"title": {"text": label}, "exponentformat": "e"},
+        "yaxis": {"title": {"text": label}},
         "showlegend": len(names) > 1,
     }
     return Chart("training", key, title, f"{title}, over training steps.", traces, layout)

@@ -1,7 +1,10 @@
-// Draws the charts with the page's own colours, and again when the reader switches between light and dark.
+// Draws the charts with the page's own colours, and again when the page changes between light and dark or wide and narrow.
 // A chart that cannot be drawn is named in the page; the others are drawn all the same.
 (function () {
   "use strict";
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const narrow = window.matchMedia("(max-width: 40rem)");
+  const LABEL = 20; // characters of a bar's name on a narrow page; the whole name is in the table and shown on hover
 
   function colours() {
     const style = getComputedStyle(document.documentElement);
@@ -30,16 +33,20 @@
       if (!Array.isArray(x) || !Array.isArray(y) || x.length !== y.length) throw new Error("x and y of a trace are not lists of one length.");
     }
     const given = chart.layout || {};
-    const axis = { gridcolor: palette.line, zerolinecolor: palette.line, linecolor: palette.line, automargin: true };
+    const axis = { gridcolor: palette.line, zerolinecolor: palette.line, linecolor: palette.line, automargin: true, exponentformat: "e" };
     const layout = {
-      margin: { t: 16, r: 24, b: 48, l: 64 }, height: 340, hoverlabel: { align: "left" }, legend: { orientation: "h", y: 1.12 },
+      margin: { t: 36, r: 24, b: 48, l: 64 }, height: 360, hoverlabel: { align: "left" }, legend: { orientation: "h", yref: "container", y: 0 },
       ...given,
       paper_bgcolor: palette.panel, plot_bgcolor: palette.panel, colorway: palette.series,
       font: { color: palette.ink, family: getComputedStyle(document.body).fontFamily, size: 13 },
       xaxis: { ...axis, ...given.xaxis }, yaxis: { ...axis, ...given.yaxis },
     };
+    if (narrow.matches && layout.yaxis.type === "category") {
+      layout.yaxis.tickvals = chart.traces[0].y;
+      layout.yaxis.ticktext = chart.traces[0].y.map((name) => (name.length > LABEL ? "…" + name.slice(1 - LABEL) : name));
+    }
     await Plotly.react(place, chart.traces, layout, {
-      displaylogo: false, displayModeBar: "hover", responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"],
+      displaylogo: false, responsive: true, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
     });
   }
 
@@ -62,5 +69,5 @@
   }
 
   draw();
-  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  for (const query of [dark, narrow]) query.addEventListener("change", draw);
 })();
