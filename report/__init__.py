@@ -1,4 +1,4 @@
-"""The report room: tables, charts and pictures of one run, as JSON, Markdown and one HTML file.
+"""Tables, charts and pictures of one run, as JSON, Markdown and one HTML file.
 
 It takes plain data (`ReportData`) and knows nothing of models, datasets or engines.
 """

@@ -1,4 +1,4 @@
-"""What a report is made of: plain data, so that this room needs to know no other.
+"""What a report is made of: plain data, so that this package needs no other.
 
 The pipeline fills these in; nothing here computes a metric or reads a run directory.
 """

@@ -149,7 +149,7 @@ def _draw_box(
     thickness: int,
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
-    """Draw one rectangle and, above it where there is room, its label on a filled ground."""
+    """Draw one rectangle and, above it where the picture has space, its label on a filled ground."""
     left, right = sorted((float(box[0]), float(box[2])))
     top, bottom = sorted((float(box[1]), float(box[3])))
     draw.rectangle((left, top, right, bottom), outline=colour, width=thickness)

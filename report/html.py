@@ -22,11 +22,12 @@ from report.data import ReportData, reference_engine
 from report.tables import (
     LAYER_HEADINGS,
     LEGEND,
-    MEGABYTE,
+    MISSING,
+    cell_text,
     columns_for,
-    finite,
     layer_lines,
     model_facts,
+    seconds_text,
     table_cells,
 )
 
@@ -72,6 +73,7 @@ def render_html(data: ReportData) -> str:
         plotly_js=Markup(_plotly_js()) if charts else "",
         chart_json=chart_json(charts) if charts else "",
         text=cell_text,
+        seconds=seconds_text,
     )
 
 
@@ -101,21 +103,6 @@ def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def cell_text(value: object) -> str:
-    """Write one value of a free table: short numbers, words for nothing, lists with commas."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {cell_text(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(cell_text(item) for item in value)
-    return str(value)
-
-
 def dict_table(items: Iterable[Mapping[str, Any]], first: Sequence[str]) -> dict[str, Any]:
     """Return {"keys": column names, `first` leading, "lines": values}: the union of all items' keys."""
     listed = list(items)
@@ -129,28 +116,33 @@ def extra_table(rows: Sequence[ResultRow]) -> dict[str, Any]:
 
 
 def headline(rows: Sequence[ResultRow]) -> list[dict[str, str]]:
-    """Return the few figures a reader looks for first, each as label, value and remark."""
+    """Return the few figures a reader looks for first, each as label, value and remark, written as in the table."""
+    columns = columns_for(rows)
+    cells = {
+        name: {column.key: cell for column, cell in zip(columns, line, strict=True)}
+        for name, line in table_cells(rows)
+    }
+    score = columns[0]
     base, shipped = find_row(rows, FLOAT), best_int8_engine(rows)
-    tiles: list[dict[str, str]] = []
-    if base is not None and finite(base.ap) is not None:
-        tiles.append({"label": "Float AP", "value": f"{base.ap:.4f}", "remark": "the reference"})
+    tiles: list[tuple[str, str, str]] = []
+    if base is not None:
+        tiles.append((f"Float {score.heading}", cells[base.name][score.key].text, "the reference"))
     result = shipped or next(iter(shipped_rows(rows)), None)
-    if result is not None and result.ap is not None and finite(result.ap) is not None:
-        remark = result.name
-        if base is not None and base.ap is not None and finite(base.ap) is not None:
-            remark = f"{result.ap - base.ap:+.4f} against float, {result.name}"
-        tiles.append({"label": "INT8 AP", "value": f"{result.ap:.4f}", "remark": remark})
-    rival = reference_engine(rows, shipped) if shipped is not None else None
-    if shipped is not None and rival is not None and shipped.latency_ms_median and rival.latency_ms_median:
-        gain = rival.latency_ms_median / shipped.latency_ms_median
-        remark = f"{shipped.latency_ms_median:.2f} ms against {rival.latency_ms_median:.2f} ms, {rival.name}"
-        tiles.append({"label": "Speed", "value": f"{gain:.2f}x", "remark": remark})
-    if shipped is not None and shipped.size_bytes:
-        remark = shipped.name
-        if rival is not None and rival.size_bytes:
-            remark = f"{shipped.size_bytes / rival.size_bytes:.0%} of {rival.name}"
-        tiles.append({"label": "Size", "value": f"{shipped.size_bytes / MEGABYTE:.2f} MB", "remark": remark})
-    return tiles
+    if result is not None:
+        cell = cells[result.name][score.key]
+        against = f"{cell.difference} against float, " if cell.difference else ""
+        tiles.append((f"INT8 {score.heading}", cell.text, against + result.name))
+    if shipped is not None:
+        rival = reference_engine(rows, shipped)
+        cell, size = (cells[shipped.name][key] for key in ("latency_ms_median", "size_bytes"))
+        if rival is not None and cell.difference:
+            latency = cells[rival.name]["latency_ms_median"].text
+            tiles.append(("Speed", cell.difference, f"{cell.text} ms against {latency} ms, {rival.name}"))
+        of = f"{size.difference} of {(rival or FLOAT).name}" if size.difference else shipped.name
+        tiles.append(("Size", size.text if size.text == MISSING else f"{size.text} MB", of))
+    return [
+        dict(zip(("label", "value", "remark"), tile, strict=True)) for tile in tiles if tile[1] != MISSING
+    ]
 
 
 def best_int8_engine(rows: Sequence[ResultRow]) -> ResultRow | None:

@@ -52,8 +52,28 @@ def finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else value
 
 
+def cell_text(value: object) -> str:
+    """Write any value in a cell: floats with six digits, yes and no, lists with commas, MISSING for None."""
+    if value is None:
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {cell_text(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(cell_text(item) for item in value)
+    return str(value)
+
+
+def seconds_text(seconds: float) -> str:
+    """Write a duration in seconds."""
+    return f"{float(seconds):.1f}"
+
+
 def _figure(row: ResultRow, key: str) -> float | None:
-    """Return a row's figure of that name; `metric` and `ap_mask` stand among the extras."""
+    """Return a row's figure of that name; `metric` and `ap_mask` are extras."""
     return finite(row.extras.get(key) if key in (METRIC, MASK_AP) else getattr(row, key))
 
 
@@ -128,9 +148,9 @@ LEGEND = (
 
 
 def columns_for(rows: Sequence[ResultRow]) -> tuple[Column, ...]:
-    """Return the columns of a table: COLUMNS, with mask AP in the place of AP50 where there are masks.
+    """Return the columns of a table, the deciding score first.
 
-    A user's metric stands in the place of an AP that nobody measured.
+    COLUMNS; with masks, mask AP and no AP50; with a user's metric, that metric and no AP that nobody measured.
     """
     if any(MASK_AP in row.extras for row in rows):
         return (MASK_COLUMN, *(column for column in COLUMNS if column.key != "ap50"))

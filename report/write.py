@@ -10,16 +10,18 @@ from typing import Any
 
 from core.files import write_text
 from report.data import ReportData
-from report.html import cell_text, render_html
+from report.html import render_html
 from report.tables import (
     LAYER_HEADINGS,
     LEGEND,
+    cell_text,
     escape_markdown,
     finite,
     layer_lines,
     markdown_results,
     markdown_table,
     model_facts,
+    seconds_text,
 )
 
 MOST_EXPENSIVE = 20  # layers listed in report.md; the other reports have all
@@ -111,10 +113,10 @@ def to_markdown(data: ReportData) -> str:
         ]
     if data.sensitivity:
         ranked = sorted(data.sensitivity, key=lambda item: -float(item["score"]))[:20]
-        lines = [[item["unit"], f"{float(item['score']):.5g}"] for item in ranked]
+        lines = [[item["unit"], cell_text(float(item["score"]))] for item in ranked]
         parts += ["## Sensitivity: the twenty first", markdown_table(["Unit", "Score"], lines)]
     if data.stages:
-        lines = [[stage["name"], f"{float(stage['seconds']):.1f}"] for stage in data.stages]
+        lines = [[stage["name"], seconds_text(stage["seconds"])] for stage in data.stages]
         parts += ["## Time per stage", markdown_table(["Stage", "Seconds"], lines)]
     for title, content in (("Machine", data.machine), ("Versions", data.versions)):
         if content:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from core.errors import ReportError
 from core.files import write_text
+from core.rows import FLOAT, ResultRow, engine_key
 from report import DetectionPanel, ReportData, write_report
 from report.charts import Chart
 from report.html import chart_json, headline
@@ -223,3 +224,15 @@ def test_headline_figures() -> None:
     assert tiles["INT8 AP"] == ("0.5990", "+0.0006 against float, engine:openvino:int8")
     assert tiles["Speed"][0] == "2.00x"
     assert tiles["Size"] == ("2.00 MB", "25% of engine:openvino:f32")
+
+
+def test_headline_shows_the_score_that_decides() -> None:
+    rows = [
+        ResultRow(FLOAT, ap=0.6, extras={"ap_mask": 0.5}),
+        ResultRow(engine_key("openvino", "int8"), ap=0.6, extras={"ap_mask": 0.49}),
+    ]
+    tiles = {tile["label"]: (tile["value"], tile["remark"]) for tile in headline(rows)}
+    assert tiles == {
+        "Float Mask AP": ("0.5000", "the reference"),
+        "INT8 Mask AP": ("0.4900", "-0.0100 against float, engine:openvino:int8"),
+    }
