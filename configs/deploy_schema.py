@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from configs.setting import setting
+from core.runtimes import PRECISION_NAMES, RUNTIMES
+from core.targets import HIGHEST_OPSET, LOWEST_OPSET, OUTPUTS, SCALE_TYPES, TARGETS
 
-TARGETS = ("openvino", "onnxruntime", "trt10", "trt11")
-RUNTIMES = ("openvino", "onnxruntime", "tensorrt")
-PRECISIONS = ("f32", "f16", "bf16")
 HINTS = ("f32", "bf16", "auto")
-OUTPUTS = ("decoded", "raw", "onnx_nms", "efficient_nms")
-SCALE_TYPES = ("fp16", "fp32")
 
 
 @dataclass
@@ -40,7 +37,10 @@ class GraphConfig:
     nms: NMSConfig = field(default_factory=NMSConfig)
     scale_type: str = setting("fp16", "For trt11: type of the Q/DQ scales", choices=SCALE_TYPES)
     opset: int | None = setting(
-        None, "ONNX operator set; none takes the target's (docs/deployment.md)", minimum=13, maximum=23
+        None,
+        "ONNX operator set; none takes the target's (docs/deployment.md)",
+        minimum=LOWEST_OPSET,
+        maximum=HIGHEST_OPSET,
     )
     range_images: int = setting(
         32,
@@ -59,7 +59,7 @@ class DeployConfig(GraphConfig):
     float_precisions: list[str] = setting(
         ["f32"],
         "Precisions of the float engines that INT8 is compared with, where the machine has them",
-        choices=PRECISIONS,
+        choices=PRECISION_NAMES,
     )
     int8_hint: str = setting(
         "f32",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import field
 from typing import Any
 
@@ -12,7 +12,7 @@ def setting(
     description: str,
     *,
     unit: str = "",
-    choices: Sequence[str] = (),
+    choices: Collection[str] = (),
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
@@ -24,7 +24,7 @@ def setting(
         default: The value without any YAML or command line; a list or dict is copied per instance.
         description: What the setting does, for the documentation.
         unit: Physical unit or scale, for the documentation ("pixels", "seconds", "images").
-        choices: Allowed strings; for a list setting, allowed items.
+        choices: Allowed strings; for a list setting, allowed items. A registry is asked each time it is needed.
         minimum: Smallest allowed number (inclusive).
         maximum: Largest allowed number (inclusive).
         above: The number must be greater than this.
@@ -33,7 +33,7 @@ def setting(
     metadata = {
         "description": description,
         "unit": unit,
-        "choices": tuple(choices),
+        "choices": choices,
         "minimum": minimum,
         "maximum": maximum,
         "above": above,

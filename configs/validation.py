@@ -10,9 +10,12 @@ import dataclasses
 import re
 from typing import Any
 
+from configs.deploy_schema import DeployConfig
 from configs.schema import STAGES, Config
 from core.errors import ConfigError
 from core.names import closest
+from core.runtimes import RUNTIMES, RuntimeEntry
+from core.targets import TARGETS
 
 
 def validate(config: Any) -> None:
@@ -128,26 +131,42 @@ def _deploy_problems(config: Config) -> list[str]:
     """Check that the graph's outputs and target are what the runtimes can use."""
     deploy = config.deploy
     problems: list[str] = []
-    is_for_tensorrt = deploy.target.startswith("trt")
-    if "tensorrt" in deploy.runtimes and not is_for_tensorrt:
+    if deploy.target not in TARGETS or not set(deploy.runtimes) <= set(RUNTIMES):
+        return problems  # named before, as values that are no choice
+    if deploy.outputs not in TARGETS[deploy.target].outputs:
+        able = [f"deploy={name}" for name, target in TARGETS.items() if deploy.outputs in target.outputs]
         problems.append(
-            f"deploy.runtimes names tensorrt, but deploy.target={deploy.target}: expected trt10 (TensorRT 8.6 to 10) "
-            "or trt11; deploy=trt10 sets both."
+            f"deploy.outputs={deploy.outputs}: graphs for {deploy.target} cannot have it; use {' or '.join(able)}, or "
+            f"one of deploy.outputs={', '.join(TARGETS[deploy.target].outputs)}."
         )
-    if "tensorrt" in deploy.runtimes and "bf16" in deploy.float_precisions:
-        problems.append("deploy.float_precisions=[bf16] with tensorrt: expected f16 or f32.")
-    if deploy.outputs == "efficient_nms" and (not is_for_tensorrt or set(deploy.runtimes) - {"tensorrt"}):
-        problems.append(
-            "deploy.outputs=efficient_nms is TensorRT's plugin: expected deploy=trt10 or deploy=trt11; other runtimes "
-            "run deploy.outputs=onnx_nms."
-        )
-    if deploy.outputs == "onnx_nms" and "tensorrt" in deploy.runtimes:
-        problems.append(
-            "deploy.outputs=onnx_nms with tensorrt: the number of detections is known only after the run, which this "
-            "runtime does not take; use deploy.outputs=efficient_nms."
-        )
+    for runtime in (RUNTIMES[name] for name in deploy.runtimes):
+        problems += _runtime_problems(deploy, runtime)
     if deploy.outputs == "raw" and config.model.factory is not None:
         problems.append(
             "deploy.outputs=raw with a network of your own: its level maps are not known; use deploy.outputs=decoded."
+        )
+    return problems
+
+
+def _runtime_problems(deploy: DeployConfig, runtime: RuntimeEntry) -> list[str]:
+    """Check that one runtime takes the target, the float precisions and the form of the outputs."""
+    problems: list[str] = []
+    name = runtime.name
+    targets = " or ".join(runtime.targets)
+    if len(runtime.targets) > 1 and deploy.target not in runtime.targets:
+        problems.append(
+            f"deploy.runtimes names {name}, but deploy.target={deploy.target}: expected {targets}; "
+            f"deploy={runtime.targets[0]} sets both."
+        )
+    unknown = [p for p in runtime.float_engines(deploy.float_precisions) if p not in runtime.float_precisions]
+    if unknown:
+        problems.append(
+            f"deploy.float_precisions=[{', '.join(unknown)}] with {name}: expected "
+            f"{' or '.join(sorted(runtime.float_precisions))}."
+        )
+    if deploy.outputs not in runtime.outputs:
+        problems.append(
+            f"deploy.outputs={deploy.outputs} with {name}: expected "
+            f"{' or '.join(f'deploy.outputs={form}' for form in runtime.outputs)}."
         )
     return problems

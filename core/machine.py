@@ -8,14 +8,13 @@ import re
 from importlib import metadata
 from pathlib import Path
 
+from core.runtimes import RUNTIMES
+
 CPU_INFO = Path("/proc/cpuinfo")
 INSTRUCTIONS = (
     "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp",
 )  # fmt: skip
-PACKAGES = (
-    "torch", "torchvision", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx-cu12", "numpy",
-    "pycocotools", "hotcoco",
-)  # fmt: skip
+PACKAGES = ("torch", "torchvision", "onnx", "tensorrt-rtx-cu12", "numpy", "pycocotools", "hotcoco")
 
 
 def describe_machine() -> dict[str, object]:
@@ -38,7 +37,7 @@ def describe_machine() -> dict[str, object]:
 def describe_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that a figure may depend on; absent ones are left out."""
     versions = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *(runtime.library for runtime in RUNTIMES.values())):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

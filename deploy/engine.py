@@ -20,8 +20,10 @@ import numpy as np
 from core.command import reports_errors, run_command
 from core.errors import DeployError
 from core.files import write_text
+from core.runtimes import RUNTIMES
 from deploy.graph.drawing import Box, draw_boxes
-from deploy.runtimes.build import RUNTIMES, build_engine
+from deploy.runtimes.base import EngineRequest
+from deploy.runtimes.engines import build_engine
 from deploy.runtimes.tensorrt import TensorRTRuntime
 from deploy.runtimes.tensorrt_api import import_tensorrt, rules_of
 from deploy.runtimes.tensorrt_builder import PRECISIONS, BuildOptions
@@ -53,9 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build(options: argparse.Namespace) -> Path:
-    source: Path = options.model
-    if options.runtime != "tensorrt":
-        return build_engine(options.runtime, source, options.folder)
     build = BuildOptions(
         precision=options.precision,
         best_batch=options.best_batch,
@@ -64,7 +63,8 @@ def _build(options: argparse.Namespace) -> Path:
         timing_cache=options.timing_cache,
         optimization_level=options.level,
     )
-    return build_engine("tensorrt", source, options.folder, build)
+    request = EngineRequest(options=build if options.runtime == TensorRTRuntime.name else None)
+    return build_engine(options.runtime, options.model, options.folder, request)
 
 
 def _layers(options: argparse.Namespace) -> None:
@@ -114,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("model", type=Path)
     build.add_argument("folder", type=Path)
     build.add_argument("--runtime", choices=RUNTIMES, default="tensorrt")
-    build.add_argument("--precision", choices=PRECISIONS, default="int8")
+    build.add_argument(
+        "--precision", choices=PRECISIONS, default="int8", help="this and the rest: TensorRT's"
+    )
     build.add_argument("--best-batch", type=int, default=1, help="batch the kernels are chosen for")
     build.add_argument("--max-batch", type=int, default=16)
     build.add_argument("--workspace", type=int, default=4096, help="MiB")

@@ -1,4 +1,4 @@
-"""torch module -> ONNX file for one target: the only place where this room touches torch's exporter.
+"""torch module -> ONNX file for one target: the only file that calls torch's exporter.
 
 The TorchScript exporter (`dynamo=False`) is used on purpose. It writes `fake_quantize_*` as Q/DQ at any opset
 from 13 on, needs no extra package, and traces per-channel fake quantization with scales computed from the
@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 import onnx
 import torch
@@ -22,22 +21,15 @@ from onnx import ModelProto
 from torch import nn
 
 from core.errors import DeployError
+from core.registry import resolve
+from core.targets import SCALE_TYPES, TARGETS, Target
 from deploy.graph import passes
-from deploy.graph.model import Graph, opset_of, save_onnx
-from deploy.graph.passes import GraphPass, PassCount, count_qdq, run_pass
+from deploy.graph.model import opset_of, save_onnx
+from deploy.graph.passes import GraphPass, PassCount, PassRequest, TargetPasses, count_qdq, run_pass
 from deploy.parity.outputs import CompareReport, compare_arrays
 from deploy.runtimes.base import FloatArray
-from deploy.runtimes.onnxruntime import record_histograms, run_model
-from deploy.targets.integer import Histogram, integer_operators, preactivations
+from deploy.runtimes.onnxruntime import run_model
 from deploy.targets.outputs import NMSOptions, output_pass
-from deploy.targets.typed import SCALE_TYPES, TYPED_OPSETS, strongly_typed
-from deploy.targets.unsigned import unsigned_activations
-
-Target = Literal["openvino", "onnxruntime", "trt10", "trt11"]
-TARGETS: tuple[Target, ...] = get_args(Target)
-OPSETS: Mapping[str, int] = {"openvino": 17, "onnxruntime": 17, "trt10": 17, "trt11": 19}
-LOWEST_OPSET, HIGHEST_OPSET = 13, 23
-"""trt10 has to be readable by TensorRT 8.6 (opset 17 at most); FP16 scales for trt11 came with opset 19."""
 
 COMMON_PASSES: tuple[GraphPass, ...] = (
     passes.drop_identities,
@@ -48,11 +40,6 @@ COMMON_PASSES: tuple[GraphPass, ...] = (
     passes.merge_identical,
     passes.name_quantizers,
 )
-
-TARGET_PASSES: Mapping[str, tuple[GraphPass, ...]] = {
-    "openvino": (unsigned_activations,),
-    "onnxruntime": (unsigned_activations,),  # and integer_operators, see _for_onnxruntime
-}
 
 
 @dataclass(frozen=True)
@@ -67,7 +54,7 @@ class ExportReport:
         num_int8_weights: INT8 initializers that a DQ reads.
         size_bytes: size of the file.
         passes: Q/DQ counts before and after every pass, in order.
-        parity: onnxruntime with `images` only: the file against the same graph before `integer_operators`.
+        parity: targets that measure ranges, with `images` only: the file against the graph before the target's passes.
     """
 
     path: Path
@@ -85,7 +72,7 @@ def export_onnx(
     module: nn.Module,
     path: Path,
     image_size: tuple[int, int],
-    target: Target,
+    target: str,
     metadata: Mapping[str, str] | None = None,
     output_names: Sequence[str] = ("output0",),
     dynamic_batch: bool = True,
@@ -105,15 +92,15 @@ def export_onnx(
             the range (-128, 127).
         path: file to write.
         image_size: (height, width) in pixels.
-        target: engine the graph is for.
+        target: what the graph is written for, a name in `core.targets.TARGETS`.
         metadata: strings to store in the file (class names, stride, preprocessing ...); `octet.target`,
             `octet.quantized`, `octet.outputs` and `octet.image_size` are added.
         output_names: names of the graph's outputs.
         dynamic_batch: leave the batch open; otherwise it is 1.
         quantized: whether Q/DQ nodes have to be there (True) or must not be (False).
         dynamic_size: leave height and width open as well; the shape arithmetic then stays in the graph.
-        images: batches for the onnxruntime target, float32 [B, 3, H, W] in [0, 1]: conv results get the range they
-            have there (a normal distribution is assumed without images), and the first batch measures the parity.
+        images: batches for targets that measure ranges, float32 [B, 3, H, W] in [0, 1]: conv results get the range
+            they have there (a normal distribution is assumed without images), and the first batch measures the parity.
         scale_type: for trt11, type of the scale tensors, "fp16" or "fp32"; see `deploy.targets.typed`.
         outputs: "decoded" (default), "raw", "onnx_nms" or "efficient_nms"; see `deploy.targets.outputs`.
         nms: thresholds for the last two.
@@ -123,25 +110,21 @@ def export_onnx(
         DeployError: unknown target, wrong opset in the result, Q/DQ missing or unexpected, or a pass that
             lost some.
     """
-    if target not in TARGETS:
-        raise DeployError(f"Unknown target '{target}'; expected one of {', '.join(TARGETS)}.")
+    entry = TARGETS[target]
     if scale_type not in SCALE_TYPES:
         raise DeployError(f"Unknown scale type '{scale_type}'; expected one of {', '.join(SCALE_TYPES)}.")
-    opset = target_opset(target, scale_type, opset)
-    change_outputs = output_pass(outputs, nms or NMSOptions(), target)
+    opset = entry.opset_for(scale_type, opset)
+    change_outputs = output_pass(outputs, nms or NMSOptions(), entry)
     model = _trace(module, image_size, opset, tuple(output_names), dynamic_batch, dynamic_size)
     counts = [run_pass(model, graph_pass) for graph_pass in (*COMMON_PASSES, change_outputs)]
-    counts += [run_pass(model, graph_pass) for graph_pass in target_passes(target, scale_type)]
-    parity = None
-    if target == "onnxruntime" and quantized:
-        count, parity = _for_onnxruntime(model, images, len(output_names))
-        counts.append(count)
+    request = PassRequest(scale_type, images if quantized and entry.wants_images else ())
+    target_counts, parity = _run_target_passes(model, entry, request)
+    counts += target_counts
     _check_result(model, target, opset, quantized)
     facts = {
         "target": target,
-        "quantized": str(
-            quantized
-        ).lower(),  # tells a graph of ours from a float one that another tool quantized
+        # tells a graph of ours from a float one that another tool quantized
+        "quantized": str(quantized).lower(),
         "outputs": outputs,
         "image_size": f"{image_size[0]}x{image_size[1]}",
     }
@@ -161,45 +144,19 @@ def export_onnx(
     )
 
 
-def target_passes(target: str, scale_type: str = "fp16") -> tuple[GraphPass, ...]:
-    """Passes that only this target needs, in order, after the common ones."""
-    if target == "trt11":
-        return (strongly_typed(scale_type),)
-    return TARGET_PASSES.get(target, ())
-
-
-def target_opset(target: str, scale_type: str = "fp16", wanted: int | None = None) -> int:
-    """Operator set version of a target's files: its own, or the `wanted` one.
-
-    Raises:
-        DeployError: the target's graph cannot be written in the wanted one.
-    """
-    own = TYPED_OPSETS[scale_type] if target == "trt11" else OPSETS[target]
-    if wanted is None:
-        return own
-    lowest = own if target == "trt11" else LOWEST_OPSET
-    if not lowest <= wanted <= HIGHEST_OPSET:
-        scales = f" with {scale_type} scales" if target == "trt11" else ""
-        raise DeployError(
-            f"opset={wanted}: target {target}{scales} is written in opset {lowest} to {HIGHEST_OPSET}; leave it out "
-            f"for {own}."
-        )
-    return wanted
-
-
-def _for_onnxruntime(
-    model: ModelProto, images: Sequence[FloatArray], num_outputs: int
-) -> tuple[PassCount, CompareReport | None]:
-    """Run `integer_operators` with the ranges seen on `images`, and compare with the graph before it."""
-    histograms, before = {}, None
-    if images:
-        recorded = record_histograms(model, preactivations(Graph(model)), images)
-        histograms = {name: Histogram(*parts) for name, parts in recorded.items()}
-        before = run_model(model, images[0])
-    count = run_pass(model, integer_operators(histograms))
-    if before is None or num_outputs != 1 or before.ndim != 3:
-        return count, None
-    return count, compare_arrays(run_model(model, images[0]), before, label="the onnxruntime graph")
+def _run_target_passes(
+    model: ModelProto, target: Target, request: PassRequest
+) -> tuple[list[PassCount], CompareReport | None]:
+    """Run the passes of a target; with images, compare the result with the graph before them."""
+    if target.passes is None:
+        return [], None
+    target_passes: TargetPasses = resolve(target.passes)
+    images = request.images[0] if request.images else None
+    before = None if images is None else run_model(model, images)
+    counts = [run_pass(model, graph_pass) for graph_pass in target_passes(model, request)]
+    if images is None or before is None or len(model.graph.output) != 1 or before.ndim != 3:
+        return counts, None
+    return counts, compare_arrays(run_model(model, images), before, label=f"the {target.name} graph")
 
 
 def _trace(
@@ -218,9 +175,8 @@ def _trace(
     module.eval()
     try:
         with torch.no_grad(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
-            warnings.simplefilter(
-                "ignore"
-            )  # tracer remarks on Python values and the exporter's deprecation notice
+            # tracer remarks on Python values and the exporter's deprecation notice
+            warnings.simplefilter("ignore")
             file = Path(folder) / "traced.onnx"
             torch.onnx.export(
                 module,
@@ -238,8 +194,7 @@ def _trace(
     if len(model.graph.output) != len(output_names):
         raise DeployError(
             f"The module gives {len(model.graph.output)} outputs, {len(output_names)} names were given "
-            f"{output_names}; "
-            "name every output."
+            f"{output_names}; name every output."
         )
     if opset_of(model) != opset:
         raise DeployError(
@@ -264,14 +219,13 @@ def _check_result(model: ModelProto, target: str, opset: int, quantized: bool) -
     if quantized and not (num_quantize and num_dequantize):
         raise DeployError(
             f"The graph for {target} has {num_quantize} Q and {num_dequantize} DQ nodes: its fake "
-            "quantizers are off or were "
-            "traced away. Switch them to 'quantize' before the export, or export with quantized=False."
+            "quantizers are off or were traced away. Switch them to 'quantize' before the export, or export with "
+            "quantized=False."
         )
     if not quantized and (num_quantize or num_dequantize):
         raise DeployError(
-            f"A float export has {num_quantize} Q and {num_dequantize} DQ nodes; switch the fake quantizers "
-            "off, or export "
-            "with quantized=True."
+            f"A float export has {num_quantize} Q and {num_dequantize} DQ nodes; switch the fake quantizers off, or "
+            "export with quantized=True."
         )
     if opset_of(model) != opset:
         raise DeployError(f"The graph for {target} has opset {opset_of(model)}; {opset} is wanted.")

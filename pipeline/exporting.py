@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
 from configs.compose import read
 from configs.schema import ExportConfig
 from core.errors import ConfigError
+from core.runtimes import runtime_for
+from core.targets import TARGETS
 from deploy import build_engine
-from deploy.export import target_opset
 from pipeline.job import Job
 from pipeline.run.directory import CONFIG, Run
 from pipeline.run.progress import say
-from pipeline.stages.export import Target, export_quantized
+from pipeline.stages.export import export_quantized
 
 SHARED = ("target", "dynamic_batch", "dynamic_size", "outputs", "nms", "scale_type", "opset", "range_images")
 
@@ -29,23 +29,24 @@ def run_export(request: ExportConfig) -> Path:
     run = Run.open(Path(request.run))
     config = read(run.path(CONFIG))
     config.device = request.device
-    target = cast(Target, request.target)
+    target = request.target
     for name in SHARED:
         setattr(config.deploy, name, getattr(request, name))
-    if request.build and target in {"trt10", "trt11"}:
+    runtime = runtime_for(target) if request.build else None
+    if runtime is not None and runtime.built_by is not None:
         raise ConfigError(
-            f"build=true: TensorRT engines are built by scripts/val_trt.sh in NVIDIA's container; export "
-            f"target={target} without build=true"
+            f"build=true: {runtime.title} engines are built by {runtime.built_by}; export target={target} without "
+            "build=true"
         )
-    if request.outputs == "efficient_nms" and target not in {"trt10", "trt11"}:
+    if request.outputs not in TARGETS[target].outputs:
         raise ConfigError(
-            f"outputs=efficient_nms is TensorRT's plugin: target={target} runs outputs=onnx_nms"
+            f"outputs={request.outputs}: target={target} runs outputs={', '.join(TARGETS[target].outputs)}"
         )
     path = Path(request.output) if request.output else run.path("export") / f"model-{target}.onnx"
     job = Job(config, run)
-    target_opset(target, request.scale_type, request.opset)
+    TARGETS[target].opset_for(request.scale_type, request.opset)
     report = export_quantized(job, target, path)
-    if request.build:
-        say(f"engine: {build_engine(target, path, path.parent)}")
+    if runtime is not None:
+        say(f"engine: {build_engine(runtime.name, path, path.parent)}")
     print(report.path)
     return report.path

@@ -21,10 +21,11 @@ import torch
 from core.command import reports_errors
 from core.errors import DataError
 from core.files import write_json
+from core.runtimes import RUNTIMES
 from pipeline.evaluation.engine_outputs import match_detections
 from pipeline.prediction.predictors import (
     FLOAT,
-    RUNTIMES,
+    TORCH,
     Options,
     Predictor,
     Seen,
@@ -181,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, help="run directory, .onnx, .xml, .engine, or a float checkpoint")
     parser.add_argument("source", type=Path, help="image, folder of images, or video")
     parser.add_argument(
-        "--runtime", choices=RUNTIMES, help="default: the run's, or what the file was made for"
+        "--runtime", choices=(TORCH, *RUNTIMES), help="default: the run's, or what the file was made for"
     )
     parser.add_argument(
         "--compare", metavar="float|MODEL", help="draw a second model beside it, count matching boxes"

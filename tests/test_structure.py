@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from core.runtimes import RUNTIMES
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("models", "data", "quant", "training", "deploy", "report")
 SHARED = "core"  # all may import it; it imports none
@@ -17,7 +19,7 @@ PIPELINE = "pipeline"
 OWN = (*PACKAGES, SHARED, PIPELINE, "configs")
 ENTRIES = ("train_qat.py", "export.py")
 CONFIG_LIBRARIES = ("hydra", "omegaconf")
-ONE_FILE_ONLY = ("tensorrt", "openvino", "onnxruntime", "pycocotools")
+ONE_FILE_ONLY = (*(runtime.library for runtime in RUNTIMES.values()), "pycocotools")
 MAX_ENTRY_LINES = 60
 
 

@@ -4,14 +4,13 @@
     python -m deploy.benchmark --compare float.onnx@openvino:bf16 int8.onnx@openvino
 
 A model is a path, with @RUNTIME and :PRECISION behind it where they differ from the options. Without a runtime the file
-decides: .xml is OpenVINO's, .engine TensorRT's, an .onnx goes to ONNX Runtime where it was exported for that, else to
+decides: .xml is OpenVINO's, .engine TensorRT's, an .onnx goes to the runtime that it was exported for, else to
 OpenVINO. Exit code 3 when a model cannot be loaded or run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,18 +24,13 @@ from core.command import reports_errors
 from core.errors import DeployError
 from core.files import write_json, write_text
 from core.machine import describe_machine
+from core.runtimes import RUNTIMES
 from deploy.benchmark.layers import draw_layers, format_layers
 from deploy.benchmark.pinning import PINNINGS, pin_process
 from deploy.benchmark.scenarios import SCENARIOS, run_scenario
 from deploy.benchmark.timing import LatencyReport, benchmark_alternately
-from deploy.graph.model import load_onnx, stored_metadata
-from deploy.runtimes.base import Runtime
-from deploy.runtimes.onnxruntime import ONNXRuntime
-from deploy.runtimes.openvino import PRECISIONS, OpenVINORuntime, input_size
-from deploy.runtimes.tensorrt import TensorRTRuntime
-from deploy.runtimes.tensorrt_builder import sidecar_path
-
-RUNTIMES = ("openvino", "onnxruntime", "tensorrt")
+from deploy.runtimes.base import EngineRequest, Runtime
+from deploy.runtimes.engines import find_image_size, open_engine, runtime_of
 
 
 @dataclass(frozen=True)
@@ -57,17 +51,9 @@ def parse_spec(text: str, runtime: str | None, precision: str | None) -> ModelSp
     """Read PATH[@RUNTIME[:PRECISION]]; raises DeployError on an unknown runtime or an unreadable .onnx file."""
     path, _, rest = text.partition("@")
     name, _, hint = rest.partition(":")
-    if name and name not in RUNTIMES:
-        raise DeployError(f"Unknown runtime '{name}' in '{text}'; expected one of {', '.join(RUNTIMES)}.")
+    if name:
+        RUNTIMES[name]  # an unknown one raises
     return ModelSpec(Path(path), name or runtime or runtime_of(Path(path)), hint or precision)
-
-
-def runtime_of(path: Path, otherwise: str = "openvino") -> str:
-    """The runtime that a file is made for; `otherwise` for an .onnx file that was exported for neither CPU runtime."""
-    if path.suffix == ".onnx":
-        target = stored_metadata(load_onnx(path)).get("octet.target")
-        return target if target in ("openvino", "onnxruntime") else otherwise
-    return "tensorrt" if path.suffix == ".engine" else "openvino"
 
 
 @reports_errors
@@ -89,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ---------------------------------------------------------------------------------------------------------- one model
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     spec = parse_spec(options.model, options.runtime, options.precision)
-    sizes = options.shapes or [find_image_size(spec.path)]
+    sizes = options.shapes or [image_size(spec.path)]
     shapes = [(batch, 3, *size) for size in sizes for batch in options.batch]
     static = options.scenario != "elastic" and not options.dynamic
     rows: list[dict[str, Any]] = []
@@ -153,7 +139,7 @@ def _per_layer(
 # ---------------------------------------------------------------------------------------------------------- comparison
 def _compare(options: argparse.Namespace) -> dict[str, Any]:
     specs = [parse_spec(text, options.runtime, options.precision) for text in options.compare]
-    size = (options.shapes or [find_image_size(specs[0].path)])[0]
+    size = (options.shapes or [image_size(specs[0].path)])[0]
     rows: list[dict[str, Any]] = []
     for batch in options.batch:
         shape = (batch, 3, *size)
@@ -180,44 +166,25 @@ def load_runtime(
     profile: Path | None = None,
 ) -> Runtime:
     """Load a model for a fixed shape, or dynamic when `shape` is None."""
-    match spec.runtime:
-        case "openvino":
-            return OpenVINORuntime(
-                spec.path,
-                precision_hint=spec.precision,
-                threads=options.threads,
-                batch=shape[0] if shape else None,
-                image_size=shape[2:] if shape else None,
-                streams=options.streams,
-                pinning={"none": None, "core": True, "numa": False}[options.pin],
-                profile=profile is not None,
-            )
-        case "onnxruntime":
-            return ONNXRuntime(
-                spec.path, threads=options.threads, provider=spec.precision or "cpu", profile_prefix=profile
-            )
-        case "tensorrt":
-            return TensorRTRuntime(spec.path, use_cuda_graph=options.graph, profile=profile is not None)
-    raise DeployError(f"Unknown runtime '{spec.runtime}'; expected one of {', '.join(RUNTIMES)}.")
+    request = EngineRequest(
+        variant=spec.precision,
+        threads=options.threads,
+        batch=shape[0] if shape else None,
+        image_size=shape[2:] if shape else None,
+        streams=options.streams,
+        pinning={"none": None, "core": True, "numa": False}[options.pin],
+        cuda_graph=options.graph,
+        profile=profile,
+    )
+    return open_engine(spec.runtime, spec.path, request)
 
 
-def find_image_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
     """(height, width) from a file's input shape or metadata; raises DeployError where neither tells."""
-    stored = ""
-    if path.suffix == ".onnx":
-        model = load_onnx(path)
-        dims = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
-        if len(dims) == 4 and all(dims[2:]):
-            return dims[2], dims[3]
-        stored = stored_metadata(model).get("octet.image_size", "")
-    elif path.suffix == ".xml" and (size := input_size(path)) is not None:
-        return size
-    elif path.suffix == ".engine" and sidecar_path(path).is_file():
-        stored = json.loads(sidecar_path(path).read_text()).get("metadata", {}).get("octet.image_size", "")
-    height, _, width = stored.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
+    size = find_image_size(path)
+    if size is None:
         raise DeployError(f"{path} does not tell its image size; pass --shapes HEIGHTxWIDTH.")
-    return int(height), int(width)
+    return size
 
 
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:
@@ -264,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compare", nargs="+", metavar="MODEL", help="time these alternately in one run")
     parser.add_argument("--runtime", choices=RUNTIMES, help="left out: the file's own")
     parser.add_argument(
-        "--precision", help=f"OpenVINO's hint ({', '.join(PRECISIONS)}) or ONNX Runtime's provider"
+        "--precision", help="OpenVINO's hint (f32, bf16, f16, auto) or ONNX Runtime's provider"
     )
     parser.add_argument("--scenario", choices=SCENARIOS, default="sync")
     parser.add_argument("--batch", type=_numbers, default=[1], help="batch sizes, such as 1,4,8,12")

@@ -13,10 +13,10 @@ from pathlib import Path
 from core.command import reports_errors
 from core.errors import EXIT_GATE
 from core.files import write_json, write_text
+from core.targets import TARGETS
 from deploy.check.report import CheckReport, inspect_graph
 from deploy.check.svg import draw_graph
 from deploy.check.view import View
-from deploy.export import TARGETS
 from deploy.graph.model import load_onnx
 
 

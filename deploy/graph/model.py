@@ -33,6 +33,12 @@ def stored_metadata(model: ModelProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
+def parse_size(text: str) -> tuple[int, int] | None:
+    """(height, width) of "640x480", as `octet.image_size` stores it; None for any other text."""
+    height, _, width = text.partition("x")
+    return (int(height), int(width)) if height.isdecimal() and width.isdecimal() else None
+
+
 def load_onnx(path: Path, max_bytes: int = MAX_ONNX_BYTES) -> ModelProto:
     """Read an ONNX file with its external data, after checking both.
 

@@ -10,11 +10,12 @@ Legend: Q QuantizeLinear, DQ DequantizeLinear.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 from onnx.reference import ReferenceEvaluator
 
@@ -57,6 +58,23 @@ class PassCount:
 
 
 GraphPass = Callable[[Graph], PassResult]
+
+
+@dataclass(frozen=True)
+class PassRequest:
+    """What the passes of a target depend on, besides the graph.
+
+    Attributes:
+        scale_type: type of the scale tensors, one of `core.targets.SCALE_TYPES`.
+        images: batches float32 [B, 3, H, W] in [0, 1] to measure ranges on; may be empty.
+    """
+
+    scale_type: str = "fp16"
+    images: Sequence[NDArray[np.float32]] = ()
+
+
+TargetPasses = Callable[[ModelProto, PassRequest], Iterable[GraphPass]]
+"""What `core.targets.Target.passes` names. A pass has been run on the model when the next one is asked for."""
 
 
 def count_qdq(model: ModelProto) -> tuple[int, int]:

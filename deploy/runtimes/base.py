@@ -1,4 +1,4 @@
-"""One interface for every engine, so that evaluation, parity checks and timing are written once."""
+"""One interface for every runtime, so that building, evaluation, parity checks and timing are written once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from core.errors import DeployError
 
 FloatArray = NDArray[np.float32]
-
-
 Worker = Callable[[FloatArray], dict[str, FloatArray]]
 
 
@@ -30,11 +28,46 @@ class LayerTime:
     milliseconds: float
 
 
-class Runtime(ABC):
-    """A loaded engine.
+@dataclass(frozen=True)
+class EngineRequest:
+    """What an engine is built and loaded for; a runtime uses what concerns it. None leaves a choice to the runtime.
 
     Attributes:
-        name: runtime's name: "openvino", "onnxruntime", "tensorrt".
+        precision: "int8" for a quantized graph; for a float one "f32", "f16" or "bf16".
+        int8_hint: float precision of the float part of an INT8 engine, where it is chosen on loading; or "auto".
+        variant: what the benchmark command names behind a runtime: OpenVINO's precision hint, or ONNX Runtime's
+            provider.
+        batch: fixed batch; None leaves it as the file has it.
+        image_size: (height, width) in pixels.
+        threads: CPU threads.
+        streams: calls that run at the same time.
+        pinning: bind threads to cores.
+        cuda_graph: record calls as CUDA graphs.
+        profile: path prefix for profiles, for `Runtime.layer_times`; None keeps no times.
+        cache: folder for what makes later builds faster, such as timings of kernels.
+        options: build options of the runtime's own, such as `tensorrt_builder.BuildOptions`; they replace what would
+            follow from the other attributes.
+    """
+
+    precision: str | None = None
+    int8_hint: str | None = None
+    variant: str | None = None
+    batch: int | None = None
+    image_size: tuple[int, int] | None = None
+    threads: int | None = None
+    streams: int = 1
+    pinning: bool | None = None
+    cuda_graph: bool = False
+    profile: Path | None = None
+    cache: Path | None = None
+    options: Any = None
+
+
+class Runtime(ABC):
+    """A loaded engine, and how engines of this kind are built and opened.
+
+    Attributes:
+        name: the runtime's name in `core.runtimes.RUNTIMES`.
         precision: "int8" for a Q/DQ graph, otherwise the float precision that was asked for: "fp32", "bf16",
             "fp16".
         path: the model file.
@@ -50,8 +83,34 @@ class Runtime(ABC):
 
     @classmethod
     @abstractmethod
-    def require(cls) -> None:
-        """Raise DeployError unless this machine has what the runtime needs; the message says how to get it."""
+    def require(cls, target: str | None = None) -> None:
+        """Raise DeployError unless this machine has what the runtime needs; the message says how to get it.
+
+        With a `target` it also raises where the installed version does not take graphs of that target.
+        """
+
+    @classmethod
+    @abstractmethod
+    def build(cls, onnx_path: Path, out_dir: Path, request: EngineRequest) -> Path:
+        """Build the engine of `onnx_path` in `out_dir`; returns its path.
+
+        Raises:
+            DeployError: the runtime's own refusal.
+        """
+
+    @classmethod
+    @abstractmethod
+    def open(cls, path: Path, request: EngineRequest) -> Self:
+        """Load an engine, or a file that the runtime reads as it is.
+
+        Raises:
+            DeployError: the runtime's own refusal.
+        """
+
+    @classmethod
+    def stored_size(cls, path: Path) -> tuple[int, int] | None:
+        """(height, width) of an engine's images where its file tells; never asked for .onnx files."""
+        return None
 
     @abstractmethod
     def infer_outputs(self, images: FloatArray) -> dict[str, FloatArray]:
@@ -89,6 +148,11 @@ class Runtime(ABC):
     @property
     def metadata(self) -> dict[str, str]:
         """What the exporter wrote into the file: class names, image size, form of the outputs and more."""
+        return {}
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What else a reader must know of figures of this engine, as plain data."""
         return {}
 
     @property

@@ -6,16 +6,17 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, helper, numpy_helper
 
 from core.errors import DeployError
+from core.files import write_bytes
 from deploy.graph.model import load_onnx, verify_onnx
 from deploy.graph.passes import count_qdq
-from deploy.runtimes.base import FloatArray, LayerTime, Runtime, check_images
+from deploy.runtimes.base import EngineRequest, FloatArray, LayerTime, Runtime, check_images
 from deploy.targets.outputs import plugin_hint
 
 PROVIDERS: Mapping[str, str] = {
@@ -73,9 +74,23 @@ class ONNXRuntime(Runtime):
         self.load_seconds = time.perf_counter() - start
 
     @classmethod
-    def require(cls) -> None:
+    def require(cls, target: str | None = None) -> None:
         """See `Runtime.require`."""
         _onnxruntime()
+
+    @classmethod
+    def build(cls, onnx_path: Path, out_dir: Path, request: EngineRequest) -> Path:
+        """ONNX Runtime reads ONNX itself: copy the file after checking it."""
+        verify_onnx(onnx_path)
+        destination = out_dir / onnx_path.name
+        if destination.resolve() != onnx_path.resolve():
+            write_bytes(destination, onnx_path.read_bytes())
+        return destination
+
+    @classmethod
+    def open(cls, path: Path, request: EngineRequest) -> Self:
+        """See `Runtime.open`; `variant` names the provider."""
+        return cls(path, request.threads, request.variant or "cpu", profile_prefix=request.profile)
 
     def infer_outputs(self, images: FloatArray) -> dict[str, FloatArray]:
         """See `Runtime.infer_outputs`."""
@@ -133,16 +148,6 @@ def _kernel_precision(arguments: Mapping[str, Any]) -> str:
     """The type of a kernel's first input, as the profile tells it."""
     inputs = arguments.get("input_type_shape") or [{}]
     return next(iter(inputs[0]), "")
-
-
-def optimized_graph(path: Path, destination: Path) -> Path:
-    """Write the graph ONNX Runtime really runs on the CPU, with its fused kernels."""
-    onnxruntime = _onnxruntime()
-    verify_onnx(path)
-    options = _session_options(onnxruntime, 1, True, None)
-    options.optimized_model_filepath = str(destination)
-    _create_session(onnxruntime, path, options, [PROVIDERS["cpu"]])
-    return destination
 
 
 def _session_options(

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from core.errors import DeployError
 from core.files import written_atomically
+from core.runtimes import INT8, PRECISION_NAMES
 from deploy.graph.model import verify_onnx
-from deploy.runtimes.base import FloatArray, LayerTime, Runtime, Worker, check_images
+from deploy.runtimes.base import EngineRequest, FloatArray, LayerTime, Runtime, Worker, check_images
 from deploy.targets.outputs import plugin_hint
 
-PRECISIONS: Mapping[str, str] = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 AUTO = "auto"
 
 
@@ -60,24 +59,6 @@ def _read_model(path: Path) -> Any:
         raise DeployError(f"OpenVINO cannot read {path}: {error}.{plugin_hint(error)}") from error
 
 
-def input_size(path: Path) -> tuple[int, int] | None:
-    """(height, width) of a model's images, None where the file leaves them open."""
-    shape = _read_model(path).inputs[0].partial_shape
-    if len(shape) != 4 or shape[2].is_dynamic or shape[3].is_dynamic:
-        return None
-    return shape[2].get_length(), shape[3].get_length()
-
-
-def build_openvino(onnx_path: Path, out_dir: Path) -> Path:
-    """Convert an ONNX file to OpenVINO IR, OUT_DIR/NAME.xml and .bin, without rounding float weights."""
-    model = _read_model(onnx_path)
-    path = out_dir / f"{onnx_path.stem}.xml"
-    with written_atomically(path.with_suffix(".bin"), path) as (weights, graph):
-        _openvino().save_model(model, str(graph), compress_to_fp16=False)
-        graph.with_suffix(".bin").replace(weights)
-    return path
-
-
 class OpenVINORuntime(Runtime):
     """An .onnx or .xml file compiled for the CPU.
 
@@ -108,9 +89,9 @@ class OpenVINORuntime(Runtime):
         profile: bool = False,
     ) -> None:
         hint = precision_hint or "f32"
-        if hint not in (*PRECISIONS, AUTO):
+        if hint not in (*PRECISION_NAMES, AUTO):
             raise DeployError(
-                f"Unknown precision hint '{hint}'; expected one of {', '.join((*PRECISIONS, AUTO))}."
+                f"Unknown precision hint '{hint}'; expected one of {', '.join((*PRECISION_NAMES, AUTO))}."
             )
         start = time.perf_counter()
         self.path = path
@@ -133,7 +114,7 @@ class OpenVINORuntime(Runtime):
         except RuntimeError as error:
             raise DeployError(f"OpenVINO cannot compile {path} with {config}: {error}") from error
         self.precision_hint = str(self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
-        self.precision = "int8" if _is_quantized(model) else PRECISIONS[self.precision_hint]
+        self.precision = INT8 if _is_quantized(model) else PRECISION_NAMES[self.precision_hint]
         self._request: Any = self._compiled.create_infer_request()
         self._profiled: dict[str, list[Any]] | None = {} if profile else None
         self.output_names = tuple(
@@ -143,9 +124,42 @@ class OpenVINORuntime(Runtime):
         self.load_seconds = time.perf_counter() - start
 
     @classmethod
-    def require(cls) -> None:
+    def require(cls, target: str | None = None) -> None:
         """See `Runtime.require`."""
         _openvino()
+
+    @classmethod
+    def build(cls, onnx_path: Path, out_dir: Path, request: EngineRequest) -> Path:
+        """Convert an ONNX file to OpenVINO IR, NAME.xml and NAME.bin, without rounding float weights."""
+        model = _read_model(onnx_path)
+        path = out_dir / f"{onnx_path.stem}.xml"
+        with written_atomically(path.with_suffix(".bin"), path) as (weights, graph):
+            _openvino().save_model(model, str(graph), compress_to_fp16=False)
+            graph.with_suffix(".bin").replace(weights)
+        return path
+
+    @classmethod
+    def open(cls, path: Path, request: EngineRequest) -> Self:
+        """See `Runtime.open`; the precision is a hint, for INT8 engines `int8_hint`."""
+        hint = request.int8_hint if request.precision == INT8 else request.precision
+        return cls(
+            path,
+            precision_hint=request.variant or hint,
+            threads=request.threads,
+            batch=request.batch,
+            image_size=request.image_size,
+            streams=request.streams,
+            pinning=request.pinning,
+            profile=request.profile is not None,
+        )
+
+    @classmethod
+    def stored_size(cls, path: Path) -> tuple[int, int] | None:
+        """See `Runtime.stored_size`."""
+        shape = _read_model(path).inputs[0].partial_shape
+        if len(shape) != 4 or shape[2].is_dynamic or shape[3].is_dynamic:
+            return None
+        return shape[2].get_length(), shape[3].get_length()
 
     def infer_outputs(self, images: FloatArray) -> dict[str, FloatArray]:
         """See `Runtime.infer_outputs`."""
@@ -208,21 +222,10 @@ class OpenVINORuntime(Runtime):
         """OpenVINO's version."""
         return {"openvino": str(_openvino().__version__)}
 
-    def layer_precisions(self) -> list[dict[str, str]]:
-        """What OpenVINO really runs, from its runtime model: name, type, precision of each layer."""
-        layers = []
-        for node in self._compiled.get_runtime_model().get_ordered_ops():
-            info = node.get_rt_info()
-            layers.append(
-                {
-                    "name": str(node.get_friendly_name()),
-                    "type": _text(info, "layerType"),
-                    "precision": _text(info, "runtimePrecision"),
-                    "primitive": _text(info, "primitiveType"),
-                    "original": _text(info, "originalLayersNames"),
-                }
-            )
-        return layers
+    @property
+    def details(self) -> dict[str, Any]:
+        """See `Runtime.details`: the precision of the float part."""
+        return {"precision_hint": self.precision_hint}
 
 
 def _metadata(model: Any) -> dict[str, str]:
@@ -231,10 +234,6 @@ def _metadata(model: Any) -> dict[str, str]:
         return {}
     stored = model.get_rt_info("framework").value
     return {str(key): str(value) for key, value in stored.items()} if isinstance(stored, dict) else {}
-
-
-def _text(info: Any, key: str) -> str:
-    return str(info[key].astype(str)) if key in info else ""
 
 
 def _fix_shape(model: Any, batch: int | None, image_size: tuple[int, int] | None) -> str:

@@ -11,16 +11,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from core.errors import DeployError
 from core.files import write_json
-from deploy.runtimes.base import FloatArray, LayerTime, Runtime, check_images
-from deploy.runtimes.tensorrt_api import import_tensorrt, make_logger, rules_of
-from deploy.runtimes.tensorrt_builder import gpu_name, sidecar_path
+from deploy.graph.model import parse_size
+from deploy.runtimes.base import EngineRequest, FloatArray, LayerTime, Runtime, check_images
+from deploy.runtimes.tensorrt_api import check_target, import_tensorrt, make_logger, rules_of
+from deploy.runtimes.tensorrt_builder import BuildOptions, build_tensorrt, gpu_name, sidecar_path
 
 MAX_GRAPHS = 8
 
@@ -135,10 +136,29 @@ class TensorRTRuntime(Runtime):
         self.load_seconds = time.perf_counter() - start
 
     @classmethod
-    def require(cls) -> None:
+    def require(cls, target: str | None = None) -> None:
         """See `Runtime.require`."""
         rules_of(str(import_tensorrt().__version__))
         CudaDevice()
+        if target is not None:
+            check_target(target)
+
+    @classmethod
+    def build(cls, onnx_path: Path, out_dir: Path, request: EngineRequest) -> Path:
+        """NAME.engine with NAME.engine.json, built on the GPU it is to run on."""
+        return build_tensorrt(onnx_path, out_dir, request.options or BuildOptions.of(request))
+
+    @classmethod
+    def open(cls, path: Path, request: EngineRequest) -> Self:
+        """See `Runtime.open`."""
+        return cls(path, use_cuda_graph=request.cuda_graph, profile=request.profile is not None)
+
+    @classmethod
+    def stored_size(cls, path: Path) -> tuple[int, int] | None:
+        """See `Runtime.stored_size`: from the metadata in the sidecar."""
+        sidecar = sidecar_path(path)
+        stored = json.loads(sidecar.read_text()).get("metadata", {}) if sidecar.is_file() else {}
+        return parse_size(stored.get("octet.image_size", ""))
 
     # ----------------------------------------------------------------------------------------------------- inference
     def infer_outputs(self, images: FloatArray) -> dict[str, FloatArray]:

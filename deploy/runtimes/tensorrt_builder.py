@@ -18,9 +18,13 @@ import torch
 
 from core.errors import DeployError
 from core.files import write_bytes, write_json
-from deploy.graph.model import load_onnx, opset_of, stored_metadata, verify_onnx
-from deploy.graph.passes import count_qdq
+from core.runtimes import PRECISION_NAMES
+from core.targets import TARGETS
+from deploy.graph.model import load_onnx, opset_of, save_onnx, stored_metadata, verify_onnx
+from deploy.graph.passes import count_qdq, run_pass
+from deploy.runtimes.base import EngineRequest
 from deploy.runtimes.tensorrt_api import VersionRules, import_tensorrt, make_logger, rules_of
+from deploy.targets.typed import strongly_typed
 
 LOGGER = logging.getLogger(__name__)
 PRECISIONS = ("int8", "fp16", "fp32")
@@ -35,7 +39,8 @@ class BuildOptions:
             types count.
         strongly_typed: None takes it from the file: exports for trt11 are.
         min_batch, best_batch, max_batch: batch sizes of the optimization profile, where the file leaves the batch
-        open. min_size, best_size, max_size: (height, width) where the file leaves them open.
+            open.
+        min_size, best_size, max_size: (height, width) where the file leaves them open.
         workspace_bytes: memory the builder may try kernels with.
         timing_cache: file with kernel timings, read if it is there and written back; makes later builds fast.
         optimization_level: 0 to 5, None for TensorRT's default.
@@ -53,6 +58,19 @@ class BuildOptions:
     timing_cache: Path | None = None
     optimization_level: int | None = None
 
+    @classmethod
+    def of(cls, request: EngineRequest) -> BuildOptions:
+        """Options for what is asked of any runtime: one batch and one size where they are named."""
+        wanted = request.precision or "int8"
+        options: dict[str, Any] = {"precision": PRECISION_NAMES.get(wanted, wanted)}
+        if request.batch is not None:
+            options |= {"best_batch": request.batch, "max_batch": request.batch}
+        if request.image_size is not None:
+            options |= dict.fromkeys(("min_size", "best_size", "max_size"), request.image_size)
+        if request.cache is not None:
+            options["timing_cache"] = request.cache / "timing.cache"
+        return cls(**options)
+
 
 @dataclass(frozen=True)
 class GraphFacts:
@@ -68,6 +86,8 @@ class GraphFacts:
 def build_tensorrt(onnx_path: Path, out_dir: Path, options: BuildOptions, trt: Any = None) -> Path:
     """Build OUT_DIR/NAME.engine and its sidecar; returns the engine's path.
 
+    A version without an FP16 flag gets an FP16 graph for precision "fp16", see `write_half`.
+
     Args:
         onnx_path: file exported for trt10 or trt11, or any other that TensorRT reads.
         out_dir: folder for the engine.
@@ -79,6 +99,8 @@ def build_tensorrt(onnx_path: Path, out_dir: Path, options: BuildOptions, trt: A
     """
     trt = import_tensorrt() if trt is None else trt
     rules = rules_of(trt.__version__)
+    if options.precision == "fp16" and rules.always_strongly_typed:
+        onnx_path = write_half(onnx_path, out_dir / "fp16" / onnx_path.name)
     facts = read_facts(onnx_path)
     is_typed = decide_typing(rules, facts, options, trt.__version__)
     start = time.perf_counter()
@@ -116,6 +138,23 @@ def build_tensorrt(onnx_path: Path, out_dir: Path, options: BuildOptions, trt: A
     return path
 
 
+def write_half(source: Path, destination: Path) -> Path:
+    """Write a float graph in FP16 with an FP32 decode, for TensorRT versions without an FP16 flag.
+
+    Raises:
+        DeployError: the graph is quantized; such graphs are exported for trt11.
+    """
+    model = load_onnx(source)
+    if any(count_qdq(model)):
+        raise DeployError(f"{source} is quantized; export it with target=trt11 in place of --precision fp16.")
+    run_pass(model, strongly_typed("fp16"))
+    for entry in model.metadata_props:
+        if entry.key == "octet.target":
+            entry.value = "trt11"
+    save_onnx(model, destination)
+    return destination
+
+
 def sidecar_path(engine: Path) -> Path:
     """Where an engine's JSON lies."""
     return engine.with_name(f"{engine.name}.json")
@@ -145,7 +184,7 @@ def decide_typing(rules: VersionRules, facts: GraphFacts, options: BuildOptions,
         raise DeployError(
             f"Unknown precision '{options.precision}'; expected one of {', '.join(PRECISIONS)}."
         )
-    if facts.is_quantized and facts.target in ("openvino", "onnxruntime"):
+    if facts.is_quantized and facts.target in TARGETS and not TARGETS[facts.target].signed_only:
         raise DeployError(
             f"This graph was exported for {facts.target} (unsigned activations), which TensorRT does not take; export "
             f"it with target={'trt11' if rules.always_strongly_typed else 'trt10'}."

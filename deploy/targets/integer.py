@@ -19,15 +19,17 @@ Steps 3 and 5 change results by a rounding; the export's report says by how much
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto, helper
+from onnx import ModelProto, NodeProto, helper
 
 from deploy.graph.model import Graph
-from deploy.graph.passes import GraphPass, PassResult
+from deploy.graph.passes import GraphPass, PassRequest, PassResult
+from deploy.runtimes.onnxruntime import record_histograms
+from deploy.targets.unsigned import unsigned_activations
 
 TRANSPARENT = frozenset(
     {"Concat", "Split", "Slice", "MaxPool", "Resize", "Reshape", "Transpose", "Flatten", "Squeeze"}
@@ -67,6 +69,14 @@ class Grid:
 
 
 SIGMOID_GRID = Grid(1 / 256, 0)
+
+
+def passes(model: ModelProto, request: PassRequest) -> Iterator[GraphPass]:
+    """The passes of the target onnxruntime: unsigned codes, then `integer_operators` with ranges seen on the images."""
+    yield unsigned_activations
+    tensors = preactivations(Graph(model)) if request.images else []
+    recorded = record_histograms(model, tensors, request.images)
+    yield integer_operators({name: Histogram(*parts) for name, parts in recorded.items()})
 
 
 def integer_operators(histograms: Mapping[str, Histogram] | None = None) -> GraphPass:

@@ -20,10 +20,10 @@ import numpy as np
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from core.errors import DeployError
+from core.targets import OUTPUTS, Target
 from deploy.graph.model import Graph, tensor_shapes
 from deploy.graph.passes import GraphPass, PassResult
 
-OUTPUTS = ("raw", "decoded", "onnx_nms", "efficient_nms")
 DECODED = "output0"
 PLUGIN_DOMAIN = "TRT"
 PLUGIN = "EfficientNMS_TRT"
@@ -45,15 +45,15 @@ class NMSOptions:
 
 
 def output_pass(
-    outputs: str, options: NMSOptions, target: str, strides: Sequence[int] = (8, 16, 32)
+    outputs: str, options: NMSOptions, target: Target, strides: Sequence[int] = (8, 16, 32)
 ) -> GraphPass:
     """The pass for one of `OUTPUTS`; raises DeployError on an unknown name or one that the target cannot run."""
     if outputs not in OUTPUTS:
         raise DeployError(f"Unknown outputs '{outputs}'; expected one of {', '.join(OUTPUTS)}.")
-    if outputs == "efficient_nms" and not target.startswith("trt"):
-        raise DeployError(
-            f"outputs=efficient_nms is TensorRT's plugin; target {target} runs outputs=onnx_nms."
-        )
+    if outputs not in target.outputs:
+        plugin = "outputs=efficient_nms is TensorRT's plugin; " if outputs == "efficient_nms" else ""
+        able = " or ".join(f"outputs={form}" for form in target.outputs)
+        raise DeployError(f"{plugin}target {target.name} runs {able}, not {outputs}.")
 
     def change_outputs(graph: Graph) -> PassResult:
         if outputs == "decoded":

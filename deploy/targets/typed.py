@@ -15,18 +15,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from onnx import NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from core.errors import DeployError
+from core.targets import SCALE_TYPES
 from deploy.graph.model import Array, Graph
-from deploy.graph.passes import GraphPass, PassResult
+from deploy.graph.passes import GraphPass, PassRequest, PassResult
 
-SCALE_TYPES = ("fp16", "fp32")
-TYPED_OPSETS: Mapping[str, int] = {"fp16": 19, "fp32": 23}
 COMPUTE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "QuantizeLinear", "DequantizeLinear"})
 KEEPS_FLOAT32: Mapping[str, tuple[int, ...]] = {"Resize": (1, 2)}  # roi and scales
 HALF_MAX = float(np.finfo(np.float16).max)
 HALF_TINY = np.float16(2**-24)
+
+
+def passes(model: ModelProto, request: PassRequest) -> list[GraphPass]:
+    """The passes of the target trt11."""
+    return [strongly_typed(request.scale_type)]
 
 
 def strongly_typed(scale_type: str = "fp16") -> GraphPass:

@@ -9,12 +9,18 @@ by itself is right. With the zero point written into the file both runtimes comp
 from __future__ import annotations
 
 import numpy as np
+from onnx import ModelProto
 
 from core.errors import DeployError
 from deploy.graph.model import Graph
-from deploy.graph.passes import PassResult
+from deploy.graph.passes import GraphPass, PassRequest, PassResult
 
 ZERO_POINT = 128
+
+
+def passes(model: ModelProto, request: PassRequest) -> list[GraphPass]:
+    """The passes of the target openvino."""
+    return [unsigned_activations]
 
 
 def unsigned_activations(graph: Graph) -> PassResult:

@@ -1,6 +1,6 @@
 """What engines give, as detections: one reader for every form of output that `deploy.targets.outputs` names.
 
-decoded and raw go through this house's own decode and NMS, with the thresholds of the evaluation. onnx_nms and
+decoded and raw go through this project's own decode and NMS, with the thresholds of the evaluation. onnx_nms and
 efficient_nms come with their NMS done in the graph, by the thresholds written there; they are only sorted and cut.
 """
 
@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
 from core.errors import DeployError
-from data import Found
-from deploy.runtimes.base import FloatArray
+from data import Found, Predict
+from deploy.runtimes.base import FloatArray, Runtime
 from models import Decode, non_max_suppression
 from pipeline.evaluation.suppression import suppress_overlaps
 
@@ -89,6 +90,18 @@ class OutputReader:
             return non_max_suppression(decoded, self.confidence, self.iou, self.max_detections)
         per_image = _of_plugin(outputs) if self.form == "efficient_nms" else _of_onnx(outputs, images)
         return [self._cut(found) for found in per_image[:images]]
+
+    def predictor(self, engine: Runtime, batch: int) -> Predict:
+        """Float images of at most `batch` to detections; a smaller batch is filled up with black images."""
+
+        def predict(images: Tensor) -> Sequence[Found]:
+            array = images.cpu().numpy()
+            missing = batch - len(array)
+            if missing > 0:
+                array = np.concatenate([array, np.zeros((missing, *array.shape[1:]), np.float32)])
+            return self.detections(engine.infer_outputs(array), len(images))
+
+        return predict
 
     def _prototypes(self, outputs: Mapping[str, FloatArray]) -> Tensor:
         second = next((array for index, array in enumerate(outputs.values()) if index == 1), None)

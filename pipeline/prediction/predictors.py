@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from configs.compose import read
 from core.errors import DeployError
+from core.runtimes import INT8, RUNTIMES
 from data import Found, Rle, decode_mask, letterbox, to_input, to_picture
-from deploy import ONNXRuntime, OpenVINORuntime, Runtime, TensorRTRuntime
-from deploy.benchmark.command import find_image_size, runtime_of
+from deploy import EngineRequest, Runtime, open_engine
+from deploy.runtimes.engines import find_image_size, runtime_of
 from models import fold_detector, load_detector
 from pipeline.evaluation.engine_outputs import OutputReader
 from pipeline.evaluation.suppression import suppress_overlaps
@@ -30,8 +31,7 @@ from pipeline.run.directory import CONFIG, Run
 from pipeline.stages.export import model_name, target_of
 
 TORCH = "torch"
-RUNTIMES = (TORCH, "openvino", "onnxruntime", "tensorrt")
-ENGINE_SUFFIXES = (".onnx", ".xml", ".engine")
+ENGINE_SUFFIXES = tuple(dict.fromkeys(end for entry in RUNTIMES.values() for end in entry.suffixes))
 FLOAT = "float"
 DEFAULT_SIZE = 640
 
@@ -64,7 +64,7 @@ class Options:
         confidence: scores must be greater, 0..1.
         iou: class-wise NMS threshold.
         max_detections: boxes kept in an image.
-        runtime: one of RUNTIMES; None takes the run's or the file's own.
+        runtime: a name in `core.runtimes.RUNTIMES`, or "torch"; None takes the run's or the file's own.
         size: side of the square input in pixels; None takes what the model says.
         threads: CPU threads; None takes all.
         device: where torch runs: cpu, cuda, auto.
@@ -122,7 +122,7 @@ def open_predictor(path: Path, options: Options) -> Predictor:
     if path.is_dir():
         return open_run(path, options)
     if path.suffix in ENGINE_SUFFIXES:
-        return open_engine(path, options)
+        return open_file(path, options)
     if options.runtime not in (None, TORCH):
         raise DeployError(
             f"--runtime {options.runtime} takes runs and {', '.join(ENGINE_SUFFIXES)} files; {path.name} is a "
@@ -141,13 +141,12 @@ def open_run(directory: Path, options: Options) -> Predictor:
     if runtime == TORCH:
         network, row = job.networks.best()
         return _of_job(job, network, f"{row} (torch)", options)
-    if runtime == "tensorrt":
-        engine = job.run.need("engines/tensorrt-int8/model.engine", "engine")
-    else:
-        name = model_name(job, target_of(job, runtime))
-        built = job.run.path("engines") / Path(name).with_suffix(".xml")
-        engine = built if runtime == "openvino" and built.is_file() else job.run.need(name, "export")
-    return open_engine(engine, options, runtime)
+    entry = RUNTIMES[runtime]
+    graph = model_name(job, target_of(job, runtime))
+    engine = job.run.path("engines") / entry.engine_name(graph, INT8)
+    if not engine.is_file():
+        engine = job.run.need(graph, "export") if entry.reads_onnx else job.run.need(str(engine), "engine")
+    return open_file(engine, options, runtime)
 
 
 def open_float(path: Path, options: Options) -> Predictor:
@@ -199,14 +198,15 @@ def _of_torch(
 
 
 # --------------------------------------------------------------------------------------------------------- engines
-def open_engine(path: Path, options: Options, runtime: str | None = None) -> Predictor:
+def open_file(path: Path, options: Options, runtime: str | None = None) -> Predictor:
     """Load an engine; class names, image size and form of the outputs come from its metadata.
 
     Raises:
         DeployError: a runtime that does not take the file, or a file that says too little.
     """
     size = (options.size, options.size) if options.size else _stored_size(path)
-    engine = _load(path, runtime or options.runtime, size, options.threads)
+    request = EngineRequest(batch=1, image_size=size, threads=options.threads)
+    engine = _load(path, runtime or options.runtime, request)
     masks = engine.metadata.get("task") == "segment"
     reader = options.reader(engine.metadata.get("octet.outputs", "decoded"), masks)
     names = read_names(engine.metadata.get("names", ""))
@@ -214,39 +214,21 @@ def open_engine(path: Path, options: Options, runtime: str | None = None) -> Pre
         outputs = engine.infer_outputs(np.zeros((1, 3, *size), np.float32))
         names = tuple(str(index) for index in range(reader.num_classes(outputs)))
 
-    def detect(images: Tensor) -> Sequence[Found]:
-        return reader.detections(engine.infer_outputs(images.numpy()), len(images))
-
-    return Predictor(f"{path.name} ({engine.name}, {engine.precision})", names, size, detect, engine.close)
+    label = f"{path.name} ({engine.name}, {engine.precision})"
+    return Predictor(label, names, size, reader.predictor(engine, 1), engine.close)
 
 
 def _stored_size(path: Path) -> tuple[int, int]:
-    try:
-        return find_image_size(path)
-    except DeployError as error:
-        if "does not tell its image size" in str(error):
-            raise DeployError(f"{path} does not tell its image size; pass --size PIXELS.") from error
-        raise
+    size = find_image_size(path)
+    if size is None:
+        raise DeployError(f"{path} does not tell its image size; pass --size PIXELS.")
+    return size
 
 
-def _load(path: Path, runtime: str | None, size: tuple[int, int], threads: int | None) -> Runtime:
-    if runtime is None or path.suffix != ".onnx":
-        natural = runtime_of(path, otherwise="onnxruntime")
-        if runtime not in (None, natural):
-            raise DeployError(f"--runtime {runtime} does not take {path.name}; {natural} does.")
-        runtime = natural
-    match runtime:
-        case "openvino":
-            return OpenVINORuntime(path, threads=threads, batch=1, image_size=size)
-        case "onnxruntime":
-            return ONNXRuntime(path, threads)
-        case "tensorrt" if path.suffix == ".engine":
-            return TensorRTRuntime(path)
-        case "tensorrt":
-            raise DeployError(
-                f"TensorRT runs engines, {path.name} is ONNX: build one with deploy.engine build."
-            )
-    raise DeployError(f"--runtime {runtime} does not take {path.name}; torch runs checkpoints and runs.")
+def _load(path: Path, runtime: str | None, request: EngineRequest) -> Runtime:
+    if runtime == TORCH:
+        raise DeployError(f"--runtime torch does not take {path.name}; torch runs checkpoints and runs.")
+    return open_engine(runtime or runtime_of(path, otherwise="onnxruntime"), path, request)
 
 
 def read_names(text: str) -> tuple[str, ...]:

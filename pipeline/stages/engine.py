@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-from torch import Tensor
-
 from core.rows import engine_key
-from data import Found, Predict
-from deploy import (
-    BuildOptions,
-    ONNXRuntime,
-    OpenVINORuntime,
-    Runtime,
-    TensorRTRuntime,
-    benchmark_alternately,
-    build_engine,
-)
-from deploy.runtimes.tensorrt_api import check_target
+from core.runtimes import INT8, RUNTIMES
+from data import Predict
+from deploy import EngineRequest, Runtime, benchmark_alternately, build_engine, open_engine
+from deploy.runtimes.engines import runtime_class
 from pipeline.evaluation.parity import check_parity, engine_row, reader_of
 from pipeline.job import Job
 from pipeline.networks import QUANTIZED
@@ -30,12 +16,7 @@ from pipeline.stages.export import FLOAT_ONNX, model_name, target_of
 from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
 from pipeline.stages.stage import Stage
 
-RUNTIMES: dict[str, type[Runtime]] = {
-    "openvino": OpenVINORuntime,
-    "onnxruntime": ONNXRuntime,
-    "tensorrt": TensorRTRuntime,
-}
-TENSORRT_PRECISIONS = {"f32": "fp32", "f16": "fp16"}
+ENGINES = "engines"  # folder of the run
 
 
 def check_runtimes(job: Job) -> None:
@@ -45,9 +26,7 @@ def check_runtimes(job: Job) -> None:
         DeployError: a runtime is missing, with the way to get it, or does not take the target.
     """
     for name in job.config.deploy.runtimes:
-        RUNTIMES[name].require()
-        if name == "tensorrt":
-            check_target(job.config.deploy.target)
+        runtime_class(name).require(target_of(job, name))
 
 
 def engine_stage(job: Job) -> None:
@@ -77,20 +56,13 @@ def engine_stage(job: Job) -> None:
                 batch=timing.batch,
                 timed_calls=timing.iterations,
                 parity=parity[engine_row(engine)],
-                **engine_extras(job, engine),
+                outputs=config.outputs,
+                **engine.details,
             )
             say(f"{engine_row(engine)}: median {timing.median_ms:.2f} ms, p99 {timing.p99_ms:.2f} ms")
     finally:
         for engine in engines:
             engine.close()
-
-
-def engine_extras(job: Job, engine: Runtime) -> dict[str, Any]:
-    """What else a reader must know of an engine's row: its outputs and, where it has one, its precision hint."""
-    extras: dict[str, Any] = {"outputs": job.config.deploy.outputs}
-    if isinstance(engine, OpenVINORuntime):
-        extras["precision_hint"] = engine.precision_hint
-    return extras
 
 
 def open_engines(job: Job, runtime: str) -> list[Runtime]:
@@ -100,60 +72,30 @@ def open_engines(job: Job, runtime: str) -> list[Runtime]:
         DeployError: the runtime refuses.
         RunError: the stage `export` has not run.
     """
+    config, size = job.config.deploy, job.config.data.image_size
+    entry = RUNTIMES[runtime]
     int8 = job.run.need(model_name(job, target_of(job, runtime)), "export")
     plain = job.run.need(FLOAT_ONNX, "export")
-    out, threads = job.run.path("engines"), job.config.deploy.threads or None
-    match runtime:
-        case "openvino":
-            return open_openvino(job, build_engine(runtime, int8, out), build_engine(runtime, plain, out))
-        case "tensorrt":
-            return open_tensorrt(job, int8, plain, out)
-    return [ONNXRuntime(build_engine(runtime, path, out), threads) for path in (int8, plain)]
-
-
-def open_openvino(job: Job, int8: Path, plain: Path) -> list[Runtime]:
-    """The INT8 engine with its hint, and one float engine for each precision."""
-    config, size = job.config.deploy, job.config.data.image_size
-    wanted = [(int8, config.int8_hint), *((plain, precision) for precision in config.float_precisions)]
-    return [
-        OpenVINORuntime(path, hint, config.threads or None, config.batch, (size, size))
-        for path, hint in wanted
-    ]
-
-
-def open_tensorrt(job: Job, int8: Path, plain: Path, out: Path) -> list[Runtime]:
-    """The INT8 engine and one float engine for each precision, built for this batch and size with one timing cache."""
-    config, size = job.config.deploy, (job.config.data.image_size,) * 2
-    precisions = [(int8, "int8"), *((plain, TENSORRT_PRECISIONS[p]) for p in config.float_precisions)]
+    floats = [(plain, precision) for precision in entry.float_engines(config.float_precisions)]
     engines: list[Runtime] = []
-    for path, precision in precisions:
-        options = BuildOptions(
+    for graph, precision in [(int8, INT8), *floats]:
+        request = EngineRequest(
             precision=precision,
-            best_batch=config.batch,
-            max_batch=config.batch,
-            min_size=size,
-            best_size=size,
-            max_size=size,
-            timing_cache=out / "timing.cache",
+            int8_hint=config.int8_hint,
+            batch=config.batch,
+            image_size=(size, size),
+            threads=config.threads or None,
+            cache=job.run.path(ENGINES),
         )
-        say(f"building the TensorRT {precision} engine")
-        built = build_engine("tensorrt", path, out / f"tensorrt-{precision}", options)
-        engines.append(TensorRTRuntime(built))
+        say(f"building the {entry.title} engine of {graph.name}, {precision}")
+        path = job.run.path(ENGINES) / entry.engine_name(graph.name, precision)
+        engines.append(open_engine(runtime, build_engine(runtime, graph, path.parent, request), request))
     return engines
 
 
 def engine_predictor(job: Job, engine: Runtime) -> Predict:
-    """Images to detections through an engine; the last, smaller batch is filled up to the engine's own."""
-    batch, reader = job.config.deploy.batch, reader_of(job)
-
-    def predict(images: Tensor) -> Sequence[Found]:
-        array = images.cpu().numpy()
-        missing = batch - len(array)
-        if missing > 0:
-            array = np.concatenate([array, np.zeros((missing, *array.shape[1:]), np.float32)])
-        return reader.detections(engine.infer_outputs(array), len(images))
-
-    return predict
+    """Images to detections through an engine that takes the configured batch."""
+    return reader_of(job).predictor(engine, job.config.deploy.batch)
 
 
 ENGINE = Stage(
@@ -163,11 +105,8 @@ ENGINE = Stage(
     splits=(VAL,),
     reads=(*FLOAT_FILES, *QUANTIZED.values(), "model*.onnx", FLOAT_ONNX),
     writes=(
-        "engines/*.json",
-        "engines/*.xml",
-        "engines/*.bin",
-        "engines/*.onnx",
-        "engines/*/*.engine",
+        f"{ENGINES}/*.json",
+        *(f"{ENGINES}/{pattern}" for entry in RUNTIMES.values() for pattern in entry.engine_patterns),
         "rows/engine-*.json",
     ),
 )

@@ -6,13 +6,15 @@ import itertools
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from configs.deploy_schema import NMSConfig
 from core.errors import ConfigError, DataError
+from core.runtimes import RUNTIMES
+from core.targets import TARGETS
 from data import to_input
 from deploy import (
     ExportReport,
@@ -21,7 +23,6 @@ from deploy import (
     export_onnx,
     inspect_graph,
 )
-from deploy.export import target_opset
 from deploy.runtimes.base import FloatArray
 from models import Detector
 from pipeline.evaluation.parity import check_parity, describe
@@ -29,12 +30,11 @@ from pipeline.job import Job
 from pipeline.networks import QUANTIZED
 from pipeline.run.progress import say
 from pipeline.splits import TRAIN, VAL
-from pipeline.stages.fixed_point import FIXED_POINT, REFERENCES, compare_fixed_point
+from pipeline.stages.fixed_point import FIXED_POINT, compare_fixed_point
 from pipeline.stages.load import FLOAT_FILES
 from pipeline.stages.stage import Stage
 from quant import Placement, placement_of
 
-Target = Literal["openvino", "onnxruntime", "trt10", "trt11"]
 EXPORT_REPORT = "export.json"
 INT8_MODEL = "model.onnx"
 FLOAT_ONNX = "float.onnx"
@@ -85,7 +85,7 @@ def export_stage(job: Job) -> None:
     parity = {}
     # ONNX Runtime has neither FP16 kernels for the typed graph nor TensorRT's plugin
     readable = [] if job.config.deploy.outputs == "efficient_nms" else [FLOAT_ONNX]
-    readable += [model_name(job, target) for target in reports if readable and target != "trt11"]
+    readable += [model_name(job, target) for target in reports if readable and not TARGETS[target].half]
     for name in readable:
         with ONNXRuntime(job.run.path(name), optimize=False) as reference:
             parity[name] = check_parity(job, reference)
@@ -108,26 +108,25 @@ def export_stage(job: Job) -> None:
 
 def compare_with_torch(job: Job) -> None:
     """Compare the codes of a graph that quantizes just what torch does with torch's; export one if there is none."""
-    target = next((name for name in REFERENCES if name in targets(job)), None)
+    target = next((name for name in targets(job) if TARGETS[name].is_exact), None)
     if target is not None:
         compare_fixed_point(job, job.run.path(model_name(job, target)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "signed.onnx"
-        export_quantized(job, "trt10", path)
+        path = Path(folder) / "exact.onnx"
+        export_quantized(job, next(name for name in TARGETS if TARGETS[name].is_exact), path)
         compare_fixed_point(job, path)
 
 
-def targets(job: Job) -> list[Target]:
+def targets(job: Job) -> list[str]:
     """Targets that the run exports for: the configured one, and that of every runtime."""
     config = job.config.deploy
-    wanted = [config.target, *(target_of(job, runtime) for runtime in config.runtimes)]
-    return [cast(Target, target) for target in dict.fromkeys(wanted)]
+    return list(dict.fromkeys([config.target, *(target_of(job, runtime) for runtime in config.runtimes)]))
 
 
-def target_of(job: Job, runtime: str) -> Target:
-    """Target whose graph a runtime runs fast; TensorRT's is the configured one."""
-    return cast(Target, job.config.deploy.target if runtime == "tensorrt" else runtime)
+def target_of(job: Job, runtime: str) -> str:
+    """Target whose graph a runtime runs: the configured one where it takes it."""
+    return RUNTIMES[runtime].target_for(job.config.deploy.target)
 
 
 def model_name(job: Job, target: str) -> str:
@@ -145,15 +144,15 @@ def check_export(job: Job) -> None:
     for target in targets(job):
         if job.config.quant.activations.unsigned:
             check_signs(target, "quant.activations.unsigned=true")
-        target_opset(target, job.config.deploy.scale_type, job.config.deploy.opset)
+        TARGETS[target].opset_for(job.config.deploy.scale_type, job.config.deploy.opset)
 
 
-def export_quantized(job: Job, target: Target, path: Path) -> ExportReport:
+def export_quantized(job: Job, target: str, path: Path) -> ExportReport:
     """Export the run's best quantized model for a target."""
     network, row = job.networks.best()
     check_widths(placement_of(network), target)
     network.cpu()
-    images = range_images(job) if target == "onnxruntime" else []
+    images = range_images(job) if TARGETS[target].wants_images else []
     report = write_onnx(job, network, target, row.name, path, images)
     say(
         f"{path.name}: target {target}, opset {report.opset}, {report.num_quantize} Q, {report.num_dequantize} DQ, "
@@ -166,17 +165,15 @@ def export_quantized(job: Job, target: Target, path: Path) -> ExportReport:
 
 def export_float(job: Job, path: Path) -> ExportReport:
     """Export the run's float model in FP32: what every float engine is built from."""
-    target = cast(Target, job.config.deploy.target)
-    # trt11 would write the types of a strongly typed FP16 graph; the builder does that where FP16 is wanted
-    return write_onnx(
-        job, job.networks.detector.network.cpu(), "trt10" if target == "trt11" else target, "float", path
-    )
+    target = job.config.deploy.target
+    target = TARGETS[target].float_target or target
+    return write_onnx(job, job.networks.detector.network.cpu(), target, "float", path)
 
 
 def write_onnx(
     job: Job,
     network: nn.Module,
-    target: Target,
+    target: str,
     source: str,
     path: Path,
     images: list[FloatArray] | None = None,
@@ -205,7 +202,7 @@ def write_onnx(
 
 
 def nms_options(config: NMSConfig) -> NMSOptions:
-    """The settings as the room deploy takes them."""
+    """The settings as `deploy` takes them."""
     return NMSOptions(config.confidence, config.iou, config.max_detections)
 
 
@@ -233,12 +230,13 @@ def check_signs(target: str, what: str) -> None:
     """Refuse unsigned codes where the target takes signed ones only.
 
     Raises:
-        ConfigError: the target is one of TensorRT's.
+        ConfigError: it does.
     """
-    if target.startswith("trt"):
+    if TARGETS[target].signed_only:
+        able = [name for name, entry in TARGETS.items() if not entry.signed_only]
         raise ConfigError(
-            f"{what}, but TensorRT (target {target}) takes signed codes only: make the run with "
-            "quant.activations.unsigned=false, or export for openvino or onnxruntime"
+            f"{what}, but target {target} takes signed codes only: make the run with "
+            f"quant.activations.unsigned=false, or export for {' or '.join(able)}"
         )
 
 
@@ -253,12 +251,13 @@ def check_widths(placement: Placement, target: str) -> None:
         check_signs(target, f"the plan has {len(unsigned)} unsigned groups ({unsigned[0]}, ...)")
     widths = {group.name: group.bits for group in placement.groups}
     widths |= {site.layer: site.bits for site in placement.weights}
-    narrow = {name: bits for name, bits in widths.items() if bits != 8}
+    able = TARGETS[target].widths
+    narrow = {name: bits for name, bits in widths.items() if bits not in able}
     if narrow:
         name, bits = next(iter(narrow.items()))
         raise ConfigError(
-            f"target {target} runs 8-bit grids only, and {len(narrow)} tensors are narrower ({name}: {bits} bits): "
-            "below 8 bits is simulation; use stages=[float,calibrate,finetune,report] for it"
+            f"target {target} runs {', '.join(map(str, able))}-bit grids only, and {len(narrow)} tensors are narrower "
+            f"({name}: {bits} bits): below 8 bits is simulation; use stages=[float,calibrate,finetune,report] for it"
         )
 
 

@@ -20,7 +20,6 @@ from quant import activation_codes, quantizer_calls
 
 FIXED_POINT = "fixed_point.json"
 SCOPE = "/network/"  # of the network inside what is exported
-REFERENCES = ("trt10", "openvino")  # targets whose graphs quantize what torch quantizes, and nothing else
 
 
 def compare_fixed_point(job: Job, path: Path) -> None:
@@ -28,7 +27,7 @@ def compare_fixed_point(job: Job, path: Path) -> None:
 
     Args:
         job: the job.
-        path: ONNX file of the best quantized model, for a target of `REFERENCES`.
+        path: ONNX file of the best quantized model, for a target that `is_exact`.
     """
     pairs = list(_codes(job, path))
     report = compare_codes((graph, free) for graph, free, _ in pairs)

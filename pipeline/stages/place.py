@@ -8,9 +8,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from configs.schema import Config
+from core.targets import TARGETS
 from pipeline.job import Job
 from pipeline.run.progress import say
 from pipeline.splits import TRAIN
+from pipeline.stages.export import targets
 from pipeline.stages.load import FLOAT_FILES
 from pipeline.stages.stage import Stage
 from quant import (
@@ -96,11 +98,10 @@ def _measured_placement(job: Job, options: PlacementOptions, rules: tuple[Rule, 
 
 def hint_at_unsigned(job: Job, placement: Placement) -> None:
     """Say where a CPU engine could use a finer grid than the placement has: groups behind a ReLU, say."""
-    deploy = job.config.deploy
     config = job.config.quant
     if config.activations.unsigned or config.placement is not None:
         return
-    if deploy.target.startswith("trt") or "tensorrt" in deploy.runtimes:
+    if any(TARGETS[target].signed_only for target in targets(job)):
         return
     finer = place(job.networks.detector.network, PlacementOptions(unsigned=True))
     signs = {site.node: group.signed for group in finer.groups for site in group.tensors}

@@ -13,7 +13,7 @@ from tensorrt_double import Double
 from core.errors import DeployError
 from deploy import OpenVINORuntime, export_onnx
 from deploy.engine import draw_engine, main
-from deploy.runtimes.build import write_half
+from deploy.runtimes.tensorrt_builder import write_half
 
 SIZE = (64, 96)
 DETAILS = {

@@ -11,7 +11,7 @@ from deploy_networks import FloatDetector, SmallDetector
 from onnx import numpy_helper
 
 from core.errors import DeployError
-from deploy import OPSETS, TARGETS, export_onnx
+from deploy import TARGETS, export_onnx
 from deploy.graph.model import Graph
 from deploy.graph.passes import PassResult, run_pass
 
@@ -57,7 +57,7 @@ def test_opset_metadata_and_counts(tmp_path, target):
     path = tmp_path / "m.onnx"
     report = export_onnx(SmallDetector(), path, SIZE, target, {"names": "a,b,c", "stride": "8"})
     model = onnx.load(path)
-    assert model.opset_import[0].version == OPSETS[target] == report.opset
+    assert model.opset_import[0].version == TARGETS[target].opset == report.opset
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     assert metadata["names"] == "a,b,c"
     assert metadata["octet.target"] == target

@@ -6,7 +6,7 @@ import pytest
 from deploy_networks import SmallDetector
 from onnx import TensorProto, helper, numpy_helper
 
-from core.errors import DeployError
+from core.errors import DeployError, WriteError
 from core.files import write_bytes
 from deploy import OpenVINORuntime, export_onnx, load_onnx, save_onnx, verify_onnx
 from deploy.check.command import main as check_main
@@ -77,7 +77,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(DeployError, match="disk full"):
+    with pytest.raises(WriteError, match="disk full"):
         save_onnx(model_with_external("w.bin"), path)
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
     assert path.read_bytes() == b"old"
@@ -85,7 +85,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DeployError, match=r"file/out\.json cannot be written"):
+    with pytest.raises(WriteError, match=r"file/out\.json cannot be written"):
         write_bytes(tmp_path / "file" / "out.json", b"{}")
     path = export_onnx(SmallDetector(), tmp_path / "m.onnx", (64, 96), "trt10").path
     assert check_main([str(path), "--json", str(tmp_path / "file" / "out.json")]) == 3

@@ -139,7 +139,7 @@ def test_runtimes_without_the_plugin_say_what_to_do(module, tmp_path, runtime):
 
 
 def test_what_does_not_fit_is_said(module, tmp_path):
-    with pytest.raises(DeployError, match=r"'boxes'.*raw, decoded"):
+    with pytest.raises(DeployError, match=r"'boxes'.*decoded, raw"):
         export_onnx(module, tmp_path / "m.onnx", SIZE, "trt10", outputs="boxes")
     with pytest.raises(DeployError, match="outputs=onnx_nms"):
         export_onnx(module, tmp_path / "m.onnx", SIZE, "openvino", outputs="efficient_nms")
