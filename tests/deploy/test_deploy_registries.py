@@ -89,12 +89,10 @@ def test_a_new_runtime_and_target_go_through_the_stages(tmp_path, echo):
     assert job.run.path("engines/echo-int8/model.echo").is_file()
     assert job.run.path("engines/echo-fp16/float.echo").is_file()
     row = rows["engine:echo:int8"]
-    assert row["extras"]["echo"] == "echo-int8"
-    assert row["latency_ms_median"] > 0
-    assert row["extras"]["metric"] == pytest.approx(rows["ptq"]["extras"]["metric"], rel=0.02)
-    assert row["extras"]["metric"] == pytest.approx(
-        rows["engine:openvino:int8"]["extras"]["metric"], rel=0.02
-    )
+    assert row.extras["echo"] == "echo-int8"
+    assert row.latency_ms_median > 0
+    assert row.extras["metric"] == pytest.approx(rows["ptq"].extras["metric"], rel=0.02)
+    assert row.extras["metric"] == pytest.approx(rows["engine:openvino:int8"].extras["metric"], rel=0.02)
 
 
 def test_settings_of_a_new_runtime_are_checked(echo):
