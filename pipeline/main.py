@@ -98,11 +98,6 @@ def check_input(job: Job) -> None:
     """Find wrong data, checkpoints and stages within seconds, before any long work."""
     names = {stage.name for stage in stages_of(job.config, job.run)}
     check_settings_of_others(job, names)
-    if job.config.weights is None and "load" in names and job.config.model.factory is None:
-        raise ConfigError(
-            "weights is not set and `train` is not among the stages: there would be nothing but random weights to "
-            "quantize; add weights=FILE, or train first with stages=[train,...]"
-        )
     if "export" in names:
         check_export(job)
     if "engine" in names:
@@ -110,6 +105,11 @@ def check_input(job: Job) -> None:
     if {"train", "place", "calibrate", "finetune"} & names:
         job.splits.train  # noqa: B018 - opening verifies it
     job.splits.val  # noqa: B018
+    if job.config.weights is None and "load" in names and job.config.model.factory is None:
+        raise ConfigError(
+            "weights is not set and `train` is not among the stages: there would be nothing but random weights to "
+            "quantize; add weights=FILE, or train first with stages=[train,...]"
+        )
     if not job.run.path(FLOAT_MODEL).exists():
         job.networks.initial()
 

@@ -8,6 +8,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from data.formats.synthetic_scene import CLASSES
+from models import build_detector, save_detector
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 TINY = (
@@ -45,3 +50,11 @@ def run_entry(entry: str, *arguments: str, cwd: Path, timeout: float = 300.0) ->
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def untrained_weights(folder: Path, activation: str = "silu") -> str:
+    """Setting that gives a run of TINY a checkpoint of random weights, where none is trained in it."""
+    torch.manual_seed(0)
+    path = folder / "untrained.safetensors"
+    save_detector(build_detector("yolov9t", len(CLASSES), activation, CLASSES), path)
+    return f"weights={path}"

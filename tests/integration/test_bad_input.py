@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from main_job import TINY, run_entry
+from main_job import TINY, run_entry, untrained_weights
 
 SECONDS = 60.0  # imports of torch included, on a busy machine
 
@@ -73,7 +73,7 @@ def test_class_count_mismatch(tmp_path: Path, shared_data: Path) -> None:
 
 def test_policy_that_matches_nothing(tmp_path: Path) -> None:
     ends(
-        (*TINY, "quant.float_patterns=[nekc.*]", "stages=[calibrate]"),
+        (*TINY, untrained_weights(tmp_path), "quant.float_patterns=[nekc.*]", "stages=[calibrate]"),
         tmp_path,
         2,
         "nekc",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,71 @@ def test_resume_skips_what_is_done(finished_run: Path) -> None:
     assert outcome.code == 0, outcome.err
     assert "finetune: done before" in outcome.err
     assert (finished_run / "runs/demo/latest/qat.safetensors").stat().st_mtime_ns == before
+
+
+def test_resume_with_another_target_exports_and_times_its_graph(finished_run: Path, tmp_path: Path) -> None:
+    """A run that is resumed for ONNX Runtime must not time the graph that was written for OpenVINO."""
+    run = tmp_path / "run"
+    shutil.copytree((finished_run / "runs/demo/latest").resolve(), run)
+    trained = (run / "qat.safetensors").read_bytes()
+    resumed = (*TINY, f"run_dir={run}", "resume=true", "deploy=onnxruntime")
+    outcome = run_entry("train_qat.py", *resumed, cwd=finished_run)
+    assert outcome.code == 0, outcome.err
+    assert "--- export again: deploy.target is onnxruntime, was openvino" in outcome.err
+    assert "finetune: done before" in outcome.err
+    assert (run / "qat.safetensors").read_bytes() == trained
+    metadata = {entry.key: entry.value for entry in onnx.load(run / "model.onnx").metadata_props}
+    assert metadata["octet.target"] == "onnxruntime"
+    rows = {path.stem for path in (run / "rows").iterdir()}
+    assert rows == {"float", "ptq", "qat", "engine-onnxruntime-int8", "engine-onnxruntime-fp32"}
+
+
+def test_resume_with_another_observer_calibrates_again_and_what_follows(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree((finished_run / "runs/demo/latest").resolve(), run)
+    arguments = (*TINY, f"run_dir={run}", "resume=true", "quant.observer=minmax")
+    refused = run_entry("train_qat.py", *arguments, "stages=[finetune]", cwd=finished_run)
+    assert refused.code == 2
+    assert "quant.observer is minmax, was mse" in refused.err
+    outcome = run_entry("train_qat.py", *arguments, "stages=[calibrate,sensitivity]", cwd=finished_run)
+    assert outcome.code == 0, outcome.err
+    assert "calibrate again: quant.observer is minmax, was mse" in outcome.err
+    assert "sensitivity again: ptq.safetensors has changed" in outcome.err
+    assert "place: done before" in outcome.err
+    groups = json.loads((run / "calibration.json").read_text())["groups"]
+    assert {group["method"] for group in groups} == {"minmax"}
+
+
+def test_an_accuracy_budget_brings_its_stages_along(finished_run: Path, tmp_path: Path) -> None:
+    """The default stages have no `sensitivity`; the budget must be kept all the same."""
+    run = tmp_path / "run"
+    shutil.copytree((finished_run / "runs/demo/latest").resolve(), run)
+    arguments = (*TINY, f"run_dir={run}", "resume=true", "stages=[calibrate,export]")
+    outcome = run_entry("train_qat.py", *arguments, "quant.accuracy_budget=0.5", cwd=finished_run)
+    assert outcome.code == 0, outcome.err
+    assert "--- sensitivity again: quant.accuracy_budget is 0.5, was none" in outcome.err
+    assert json.loads((run / "budget.json").read_text())["met"] is True
+
+
+def test_runs_of_an_older_version_are_refused_and_kept(finished_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree((finished_run / "runs/demo/latest").resolve(), run)
+    (run / "state.json").write_text('[{"name": "float", "seconds": 1.0}]')
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    outcome = run_entry("train_qat.py", *TINY, f"run_dir={run}", "resume=true", cwd=finished_run)
+    assert outcome.code == 2
+    assert "another version of Octet" in outcome.err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_weights_are_needed_unless_they_are_trained(tmp_path: Path) -> None:
+    arguments = [argument for argument in TINY if not argument.startswith("train.")]
+    outcome = run_entry("train_qat.py", *arguments, "stages=[float,calibrate]", cwd=tmp_path)
+    assert outcome.code == 2
+    assert "weights is not set and `train` is not among the stages" in outcome.err
+    assert not (tmp_path / "runs/demo").exists()
 
 
 @pytest.mark.parametrize("target", ["openvino", "onnxruntime", "trt10", "trt11"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from main_job import TINY, run_entry
+from main_job import TINY, run_entry, untrained_weights
 
 POLICY = (
     "quant.policy=["
@@ -28,6 +28,7 @@ def placed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     outcome = run_entry(
         "train_qat.py",
         *TINY,
+        untrained_weights(folder),
         "stages=[place]",
         "quant.share_concat_scales=measured",
         POLICY,
@@ -94,6 +95,7 @@ def test_an_edited_plan_is_taken_and_calibrated(placed: tuple[Path, str]) -> Non
     outcome = run_entry(
         "train_qat.py",
         *TINY,
+        untrained_weights(folder),
         "stages=[calibrate]",
         f"quant.placement={edited}",
         *repairs,
@@ -118,7 +120,9 @@ def test_an_edited_plan_is_taken_and_calibrated(placed: tuple[Path, str]) -> Non
 @pytest.mark.slow
 def test_more_than_8_bits_are_refused_with_the_way_out(tmp_path: Path) -> None:
     rule = "quant.policy=[{match: head.box.0.output, bits: 16}]"
-    outcome = run_entry("train_qat.py", *TINY, "stages=[place]", rule, cwd=tmp_path)
+    outcome = run_entry(
+        "train_qat.py", *TINY, untrained_weights(tmp_path), "stages=[place]", rule, cwd=tmp_path
+    )
     assert outcome.code == 2
     assert "quant.policy[0].bits=16" in outcome.err
     assert not (tmp_path / "runs").exists()

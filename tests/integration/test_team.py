@@ -9,19 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from main_job import REPOSITORY, TINY, run_entry
+from main_job import REPOSITORY, TINY, run_entry, untrained_weights
 
 SHORT = (*TINY, "stages=[calibrate]", "quant.calibration_images=20", "quant.calibration_batch_size=4")
 
 
 @pytest.mark.slow
 def test_two_processes_calibrate_as_one_does(tmp_path: Path) -> None:
-    alone = run_entry("train_qat.py", *SHORT, "run_dir=alone", cwd=tmp_path)
+    weights = untrained_weights(tmp_path)
+    alone = run_entry("train_qat.py", *SHORT, weights, "run_dir=alone", cwd=tmp_path)
     assert alone.code == 0, alone.err
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     team = subprocess.run(
-        [*launcher, str(REPOSITORY / "train_qat.py"), *SHORT, "run_dir=team"],
+        [*launcher, str(REPOSITORY / "train_qat.py"), *SHORT, weights, "run_dir=team"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -38,6 +39,6 @@ def test_two_processes_calibrate_as_one_does(tmp_path: Path) -> None:
     )
     assert found["num_images"] == expected["num_images"] == 20
     assert found["groups"] == expected["groups"]
-    weights = [next((tmp_path / name).rglob("ptq.safetensors")).read_bytes() for name in ("team", "alone")]
-    assert weights[0] == weights[1]
+    kept = [next((tmp_path / name).rglob("ptq.safetensors")).read_bytes() for name in ("team", "alone")]
+    assert kept[0] == kept[1]
     assert team.stderr.count("calibration: ") == 1

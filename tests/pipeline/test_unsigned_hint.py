@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from data.formats.synthetic_scene import CLASSES
+from models import build_detector, save_detector
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     "+experiment=demo", "model.activation=relu", "data.image_size=64", "data.synthetic.size=64",
@@ -13,8 +16,22 @@ SMALL = (
 )  # fmt: skip
 
 
+def untrained_weights(directory: Path) -> str:
+    path = directory / "untrained.safetensors"
+    save_detector(build_detector("yolov9t", len(CLASSES), "relu", CLASSES), path)
+    return f"weights={path}"
+
+
 def run(directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "train_qat.py"), *SMALL, f"run_dir={directory / 'run'}", *overrides]
+    weights = untrained_weights(directory)
+    command = [
+        sys.executable,
+        str(ROOT / "train_qat.py"),
+        *SMALL,
+        weights,
+        f"run_dir={directory / 'run'}",
+        *overrides,
+    ]
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=300)
 
 
