@@ -15,13 +15,16 @@ so s * dy/ds = y - m * x everywhere, and for a loss L with g = dL/dy
 that is: two dot products of tensors which exist anyway. The log domain also keeps every scale positive by
 construction and lets one learning rate serve scales that differ by orders of magnitude.
 
+LSQ also divides the gradient by sqrt(number of values * highest code), to balance the steps of scales and weights under
+SGD. Here it is left out: AdamW divides a gradient by its own size, so the factor changes nothing, unless it makes the
+gradient so small that AdamW's eps (1e-8) outweighs it, and then scales move the slower the larger image and batch are.
+
 Ranges: activations [-2^(b-1), 2^(b-1) - 1], weights symmetric without the lowest code, zero point always 0.
 """
 
 from __future__ import annotations
 
 import enum
-import math
 from typing import Any
 
 import torch
@@ -56,7 +59,6 @@ class _FakeQuantizeTensor(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, log_scale: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
         y, mask = _round_to_grid(x, scale, low, high)
         ctx.save_for_backward(x, y, mask)
-        ctx.gradient_scale = 1.0 / math.sqrt(max(x.numel(), 1) * high)
         return y
 
     @staticmethod
@@ -68,7 +70,7 @@ class _FakeQuantizeTensor(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             along_y = torch.dot(g.reshape(-1), y.contiguous().reshape(-1))
             along_x = torch.dot(grad_x.reshape(-1), x.contiguous().reshape(-1))
-            grad_log_scale = (along_y - along_x) * ctx.gradient_scale
+            grad_log_scale = along_y - along_x
         return grad_x, grad_log_scale, None, None, None
 
 
@@ -85,7 +87,6 @@ class _FakeQuantizeChannel(torch.autograd.Function):
         )
         ctx.save_for_backward(x, y, mask)
         ctx.axis = axis
-        ctx.gradient_scale = 1.0 / math.sqrt(max(x.numel() // max(scale.numel(), 1), 1) * high)
         return y
 
     @staticmethod
@@ -96,7 +97,7 @@ class _FakeQuantizeChannel(torch.autograd.Function):
         grad_log_scale = None
         if ctx.needs_input_grad[1]:
             others = [d for d in range(x.ndim) if d != ctx.axis]
-            grad_log_scale = (g * y - grad_x * x).sum(others) * ctx.gradient_scale
+            grad_log_scale = (g * y - grad_x * x).sum(others)
         return grad_x, grad_log_scale, None, None, None, None
 
 

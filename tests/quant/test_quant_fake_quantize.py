@@ -24,13 +24,8 @@ def switched_on(quantizer, *scale):
     return quantizer
 
 
-def lsq(x, log_scale, low, high, count):
-    """LSQ (arXiv:1902.08153) as its equations stand: autograd does the rest, in x's own precision.
-
-    The gradient of the step is scaled by 1 / sqrt(count * high).
-    """
-    factor = 1.0 / math.sqrt(count * high)
-    log_scale = log_scale * factor + (log_scale - log_scale * factor).detach()
+def lsq(x, log_scale, low, high):
+    """LSQ (arXiv:1902.08153) as its equations stand, without its gradient factor: autograd does the rest."""
     step = log_scale.exp()
     v = x / step
     code = torch.round(v).detach()
@@ -223,7 +218,7 @@ def test_activation_gradients_equal_lsq(bits):
 
     x64 = x.detach().double().requires_grad_()
     log_scale = quantizer.log_scale.detach().double().requires_grad_()
-    expected = lsq(x64, log_scale, quantizer.low, quantizer.high, x.numel())
+    expected = lsq(x64, log_scale, quantizer.low, quantizer.high)
     expected.backward(g.double())
 
     assert ((x.grad == 0) & (g != 0)).any()
@@ -246,7 +241,7 @@ def test_weight_gradients_equal_lsq(bits, axis):
     weight64 = weight.detach().double().requires_grad_()
     log_scale = quantizer.log_scale.detach().double().requires_grad_()
     per_channel = log_scale.reshape((-1, 1, 1, 1) if axis == 0 else (1, -1, 1, 1))
-    expected = lsq(weight64, per_channel, quantizer.low, quantizer.high, 5 * 9)
+    expected = lsq(weight64, per_channel, quantizer.low, quantizer.high)
     expected.backward(g.double())
 
     assert ((weight.grad == 0) & (g != 0)).any()
@@ -257,7 +252,7 @@ def test_weight_gradients_equal_lsq(bits, axis):
 def test_scale_gradient_of_values_that_can_be_counted_by_hand():
     """Step 1, grid [-2, 1]: 0.3 -> 0, 0.8 -> 1, 5 -> 1 (clipped), -7 -> -2 (clipped).
 
-    s * dy/ds is -0.3, 0.2, 1 and -2, in all -1.1, times 1 / sqrt(4 values * highest code 1).
+    s * dy/ds is -0.3, 0.2, 1 and -2, in all -1.1.
     """
     quantizer = switched_on(FakeQuantize(2), 1.0)
     x = torch.tensor([0.3, 0.8, 5.0, -7.0], requires_grad=True)
@@ -265,7 +260,7 @@ def test_scale_gradient_of_values_that_can_be_counted_by_hand():
     y.sum().backward()
     assert y.tolist() == [0.0, 1.0, 1.0, -2.0]
     assert x.grad.tolist() == [1.0, 1.0, 0.0, 0.0]
-    assert float(quantizer.log_scale.grad) == pytest.approx(-1.1 / 2.0, abs=1e-6)
+    assert float(quantizer.log_scale.grad) == pytest.approx(-1.1, abs=1e-6)
 
 
 def test_a_step_against_the_gradient_lowers_the_quantization_error():
