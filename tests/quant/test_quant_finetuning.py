@@ -10,7 +10,18 @@ from quant_networks import small_images, small_net, small_quantized
 from torch import nn
 
 from core.errors import DivergenceError
-from quant import Mode, Rule, activation_quantizers, calibrate, insert, place, quantized_layers, set_mode
+from quant import (
+    FakeQuantize,
+    Mode,
+    Rule,
+    WeightFakeQuantize,
+    activation_quantizers,
+    calibrate,
+    insert,
+    place,
+    quantized_layers,
+    set_mode,
+)
 from quant.finetuning.distillation import distillation_loss, flatten_maps
 from training import train_epochs
 from training.schedule import rate_factor
@@ -163,6 +174,62 @@ def test_learned_scales_move_and_stay_positive():
         for name in old:
             assert not torch.equal(old[name], new[name])
             assert bool((new[name] > 0).all())
+
+
+class Repeated(nn.Module):
+    """A quantizer as a network: of the images, or of a weight that is repeated along its input channels."""
+
+    def __init__(self, weight=None):
+        super().__init__()
+        self.weight = weight
+        if weight is None:
+            self.quantizer = FakeQuantize()
+            self.quantizer.set_scale(0.01)
+        else:
+            self.quantizer = WeightFakeQuantize(len(weight))
+            self.quantizer.set_scale(torch.full((len(weight),), 0.01), weight)
+        self.quantizer.mode = Mode.QUANTIZE
+
+    def forward(self, images):
+        return self.quantizer(images if self.weight is None else self.weight)
+
+
+def weighted_mean(raw, targets, size):
+    return {"mean": (raw * targets).mean()}
+
+
+@pytest.mark.parametrize("repeats", [1, 16, 256])
+@pytest.mark.parametrize("kind", ["activation", "weight"])
+def test_the_step_of_a_scale_does_not_depend_on_the_size_of_the_tensor(kind, repeats):
+    """The same values repeated under a mean: the loss and its slope stay, so must the step of AdamW.
+
+    The slope is by LSQ's equation 3, value by value: d(s * code)/d(log s) = s * (code - v) inside, s * code beyond.
+    Adam's first step is rate * slope / (|slope| + eps).
+    """
+    values = torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(3)) * 0.5
+    factors = torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(4)) * 3e-3
+    slope = 0.0
+    for x, factor in zip(
+        values.double().flatten().tolist(), factors.double().flatten().tolist(), strict=True
+    ):
+        v = x / 0.01
+        inside = -128 <= round(v) <= 127 if kind == "activation" else -127 <= round(v) <= 127
+        code = round(v) - v if inside else math.copysign(128 if kind == "activation" and v < 0 else 127, v)
+        slope += factor * 0.01 * code / values.numel()
+    expected = 1e-3 * slope / (abs(slope) + 1e-8)
+
+    if kind == "activation":
+        model = Repeated()
+        images, weights = values.repeat(repeats, 1, 1, 1), factors.repeat(repeats, 1, 1, 1)
+    else:
+        model = Repeated(values.repeat(1, repeats, 1, 1))
+        images, weights = torch.zeros(1, 3, 5, 5), factors.repeat(1, repeats, 1, 1)
+    before = model.quantizer.log_scale.detach().clone()
+    state = new_state(model, epochs=1, scale_learning_rate=1e-3)
+    list(train_epochs(state, lambda epoch: [(images, weights)], 1, weighted_mean))
+    step = float((model.quantizer.log_scale.detach() - before).sum())
+    assert step == pytest.approx(-expected, rel=1e-2)
+    assert 1e-7 < abs(slope) < 1e-6  # above Adam's eps, below the median of a detector's weight scales
 
 
 def test_scales_that_are_not_learned():
