@@ -18,7 +18,7 @@ from configs.schema import Config, ExportConfig, PolicyRule
 INTRODUCTION = """\
 # Configuration
 
-This page is written by `python -m configs.describe`; a test holds it against `configs/schema.py`.
+This page is written by `python -m configs.describe`; a test compares it with `configs/schema.py`.
 
 A configuration is composed from YAML files and the command line by [Hydra](https://hydra.cc), checked for names and
 types by the schema and for limits before anything is loaded. Later wins: schema defaults, group options, experiment,
@@ -31,8 +31,9 @@ python train_qat.py -m +experiment=demo seed=0,1,2
 
 - `+experiment=NAME` adds an experiment; the plus sign is needed because no experiment is in the defaults.
 - `GROUP=OPTION` chooses a file of a group, `KEY=VALUE` sets one value, `KEY=null` takes a value back to none.
-- Lists are written `stages=[float,calibrate]`; rules `quant.policy=[{match: head.*, keep_float: true}]`, quoted for
-  the shell. New keys of a free mapping need a plus sign: `'+data.merge_classes={vehicle: [car, bus]}'`.
+- Quote lists and mappings for the shell: `'stages=[float,calibrate]'`,
+  `'quant.policy=[{match: head.*, keep_float: true}]'`. New keys of a free mapping need a plus sign:
+  `'+data.merge_classes={vehicle: [car, bus]}'`.
 - `-m` runs every combination of values separated by commas, each in its own directory below
   `runs/<experiment>/multirun/<time>`. A job that fails does not stop the others; the sweep then ends with the
   highest of their exit codes.

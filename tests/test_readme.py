@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,10 +68,47 @@ def test_command_exists(command: str) -> None:
         assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file()
     elif words[0].startswith(("scripts/", ".ci/", "benchmarks/")):
         assert (REPOSITORY / words[0]).is_file()
+    elif words[0] == "python":
+        assert (REPOSITORY / words[1]).is_file()
     else:
         assert words[0] in ("git", "cd", "docker", "pip"), (
             f"README tells readers to run {words[0]}: what is it?"
         )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_runs_in_zsh_and_needs_no_file_of_ours(command: str) -> None:
+    unquoted = re.sub(r"'[^']*'|\"[^\"]*\"", "", command)
+    assert not set("[]{}*?~<>()") & set(unquoted), "zsh expands these, or fails: quote them"
+    assert "shared" not in command
+    for word in shlex.split(command):
+        assert not word.rpartition("=")[2].startswith(("/", "..")), f"{word} is a path of this machine"
+
+
+def test_every_module_that_is_run_exists() -> None:
+    named = set()
+    for page in [*PAGES, REPOSITORY / "CHANGELOG.md"]:
+        named |= set(re.findall(r"python -m ([\w.]+\w)", page.read_text(encoding="utf-8")))
+    assert {"deploy.check", "models.checkpoints", "pipeline.predict"} <= named
+    for name in named:
+        path = REPOSITORY / name.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
+
+
+def test_the_example_of_the_report_page_runs(tmp_path: Path) -> None:
+    page = (REPOSITORY / "docs/report.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "engine:openvino:int8" in done.stdout
+    assert (tmp_path / "runs/mine/report.html").is_file()
 
 
 def test_every_experiment_and_stage_is_described() -> None:
