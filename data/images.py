@@ -1,7 +1,7 @@
 """Reading image files, and finding the broken ones before a run starts.
 
-OpenCV decodes fastest but returns a truncated JPEG without a word, its missing part grey. So every file is read once
-by Pillow, which does complain: at an eighth of the resolution where the format allows it (the whole file is still
+OpenCV decodes fastest, but returns a truncated JPEG without an error, its missing part grey. So every file is read once
+by Pillow, which raises an error: at an eighth of the resolution where the format allows it (the whole file is still
 parsed), in threads, and, if a cache folder is given, only once per file version.
 """
 

@@ -1,4 +1,4 @@
-"""The one preprocessing of the house: letterbox, RGB, divided by 255.
+"""The only preprocessing: letterbox, RGB, divided by 255.
 
 Training, calibration, torch evaluation and every engine go through these functions, so that a difference between
 two rows of the result is never a difference in their input.

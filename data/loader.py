@@ -128,7 +128,7 @@ class _Prepared(torch.utils.data.Dataset[Any]):
         return len(self.indices)
 
     def _read_fitted(self, index: int) -> Fitted:
-        """The image at input size, kept for the next mosaic that needs it while there is room."""
+        """The image at input size, kept for later mosaics as long as the cache is not full."""
         kept = self._kept.get(index)
         if kept is not None:
             return kept

@@ -60,7 +60,7 @@ def fold_batchnorms(network: nn.Module) -> fx.GraphModule:
             model.graph.erase_node(node)
     if left:
         log.warning(
-            "%d normalisations do not stand behind a layer of their own and stay float: %s",
+            "%d normalisations do not follow a layer of their own and stay float: %s",
             len(left),
             left[:6],
         )

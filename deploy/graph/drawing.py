@@ -12,7 +12,7 @@ WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 132, 24, 14, 22, 40
 
 @dataclass(frozen=True)
 class Box:
-    """One node: what it is called, what stands in it, its precision, and the positions of the boxes it reads."""
+    """One node: its name, its label, its precision, and the positions of the boxes it reads."""
 
     name: str
     label: str
