@@ -5,7 +5,7 @@ r"""Accuracy after post-training quantization: Octet against NNCF and NVIDIA's m
 
 The same float network, the same calibration images (those of `quant.calibration_images`, 300 at most), the same
 validation images, letterbox, NMS and metric. Each peer runs with its defaults, and with the decode, and the last
-convolutions too, left float, which a user has to ask for. How to make the peers' environments stands in
+convolutions too, left float, which a user has to ask for. How to make the peers' environments is described in
 `peers/tools.py`; settings are those of train_qat.py. Peers that are not there are skipped.
 
 Each model is evaluated as OpenVINO runs it (CPU, float part in FP32). Some processors and graphs give different

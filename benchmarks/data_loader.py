@@ -1,4 +1,4 @@
-"""Times the data room: images per second of the loader, seconds of both metric engines.
+"""Times the package `data`: images per second of the loader, seconds of both metric engines.
 
 Usage: python benchmarks/data_loader.py [--root FOLDER] [--size 320] [--batch 16] [--workers 0 1 2] [--images 5000]
 

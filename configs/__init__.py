@@ -1,4 +1,4 @@
-"""The configuration room: a Hydra tree, its typed schema, and errors that name the way out.
+"""Configuration: a Hydra tree, its typed schema, and errors that name the way out.
 
 Inside the program settings travel as the dataclasses of `configs.schema`; Hydra and OmegaConf stay in here.
 """

@@ -1,4 +1,4 @@
-"""The door of the command-line entries: argv in, typed configuration through, an exit code out.
+"""Command-line entries: from argv to a typed configuration, and from errors to exit codes.
 
     @hydra_entry()
     def main(config: Config) -> float: ...
@@ -113,7 +113,7 @@ def _run(
         except OctetError as error:
             if full_error:
                 raise
-            if not sweeping:  # Hydra lets SystemExit through without a word of its own
+            if not sweeping:  # Hydra passes SystemExit on and prints nothing
                 _stop(str(error), error.exit_code)
             print(f"error: {error}", file=sys.stderr)
             failures.append(error.exit_code)  # the other jobs of the sweep still run

@@ -1,4 +1,4 @@
-"""The hall: ties the rooms together into the main job.
+"""The main job: ties the packages together.
 
 Waiting OpenMP threads sleep instead of spinning: with data workers or any other busy process beside it, a spinning
 torch was measured six to nine times slower on two cores (benchmarks/torch_waiting.py). The variable must be set

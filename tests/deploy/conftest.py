@@ -1,4 +1,4 @@
-"""Fixtures of the deploy room's tests."""
+"""Fixtures of the tests of `deploy`."""
 
 import pytest
 from check_edits import SIZE

@@ -1,4 +1,4 @@
-"""Small quantized networks for the tests of this room, which knows no other room."""
+"""Small quantized networks for the tests of `deploy`, which imports no other package."""
 
 import torch
 from torch import Tensor, nn

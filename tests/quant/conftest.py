@@ -1,4 +1,4 @@
-"""Every test of this room draws the same random numbers in every run and in every order."""
+"""Every test of `quant` draws the same random numbers in every run and in every order."""
 
 import pytest
 import torch

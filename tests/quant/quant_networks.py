@@ -1,4 +1,4 @@
-"""Small networks that the tests of this room share."""
+"""Small networks that the tests of `quant` share."""
 
 import torch
 from torch import nn
