@@ -6,8 +6,8 @@ r"""Speed of INT8 on CPUs: Octet's engines against float ones and against NNCF's
 One image per call; random weights cost the same time as trained ones, and four random images set the scales. YOLOv9's
 deployed forms t, s and c are the networks that their authors call gelan-t, -s and -c. NNCF quantizes the same float
 file with its defaults, by its OpenVINO backend (for OpenVINO) and its ONNX backend (for ONNX Runtime). How to make its
-environment is described in `peers/tools.py`; without it nothing is compared. Other work on the machine distorts the ratios:
-build first (`--seconds 0 --folder FOLDER`), then time with the same folder on a quiet machine.
+environment is described in `peers/tools.py`; without it nothing is compared. Other work on the machine distorts the
+ratios: build first (`--seconds 0 --folder FOLDER`), then time with the same folder on a quiet machine.
 """
 
 from __future__ import annotations
