@@ -45,6 +45,16 @@ class Record:
     items: list[Any] = field(default_factory=list)
     entries: dict[Any, Any] = field(default_factory=dict)
 
+    def append(self, item: Any) -> None:
+        """Take an element, as the pickle reader hands it to a list."""
+        self.items.append(item)
+
+    def extend(self, items: list[Any]) -> None:
+        """Take elements, as the pickle reader hands them to a list."""
+        self.items.extend(items)
+
+    add = append  # as it hands them to a set
+
 
 class StorageRecord(NamedTuple):
     """A block of numbers in the archive: `dtype` by name, `key` of its entry, `numel` numbers."""
@@ -163,12 +173,6 @@ def check_key(key: Any, present: int) -> None:
         raise CheckpointError(f"A dictionary has more than {MAX_OTHER_KEYS} keys that are not text; refused")
 
 
-def set_entry(target: dict[Any, Any], key: Any, value: Any) -> None:
-    """Set one entry of a dictionary after `check_key`."""
-    check_key(key, len(target))
-    target[key] = value
-
-
 _KEY_TYPES = (str, int, float, bool, bytes, type(None))
 
 
@@ -177,7 +181,8 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
         (pairs,) = arguments
         result: dict[Any, Any] = {}
         for key, value in pairs:
-            set_entry(result, key, value)
+            check_key(key, len(result))
+            result[key] = value
         return result
     return {}
 
@@ -227,16 +232,6 @@ def _encode(arguments: tuple[Any, ...]) -> bytes:
     return text.encode(encoding)
 
 
-def _scalar_set(kind: Callable[[Any], Any]) -> Callable[[tuple[Any, ...]], Any]:
-    def build(arguments: tuple[Any, ...]) -> Any:
-        elements = arguments[0] if arguments else ()
-        for element in elements:
-            check_key(element, len(elements))
-        return kind(elements)
-
-    return build
-
-
 def _describe(kind: str) -> Callable[[tuple[Any, ...]], Record]:
     return lambda arguments: Record(kind, arguments)
 
@@ -271,10 +266,6 @@ def _size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(arguments[0])
 
 
-HASHING_BUILDERS = frozenset(
-    Name(module, name) for module in ("builtins", "__builtin__") for name in ("set", "frozenset")
-) | {Name("collections", "OrderedDict")}
-
 _TENSOR_BUILDERS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
@@ -290,10 +281,11 @@ _BUILDERS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "torch.Size": _size,
     "torch.device": _describe("torch.device"),
     "_codecs.encode": _encode,
-    "builtins.set": _scalar_set(set),
-    "__builtin__.set": _scalar_set(set),
-    "builtins.frozenset": _scalar_set(frozenset),
-    "__builtin__.frozenset": _scalar_set(frozenset),
+    **{
+        f"{module}.{name}": _describe(f"builtins.{name}")
+        for module in ("builtins", "__builtin__")
+        for name in ("set", "frozenset")
+    },
     "builtins.getattr": _bound_method,
     "__builtin__.getattr": _bound_method,
     "copyreg._reconstructor": _reconstruct,

@@ -238,13 +238,21 @@ def test_work_is_bounded(tmp_path: Path) -> None:
     )
     call = b"h\x01h\x00\x85R0"
     timed_refusal(
-        b"\x80\x02" + big + b"cbuiltins\nset\nq\x010" + call * 20_000 + b"N.", tmp_path / "b", "keys"
+        b"\x80\x02" + big + b"cbuiltins\nset\nq\x010" + call * 20_000 + b"N.", tmp_path / "b", "copies"
     )
     text = b"X" + (60_000).to_bytes(4, "little") + b"a" * 60_000 + b"q\x00X\x06\x00\x00\x00latin1q\x02"
     call = b"h\x01h\x00h\x02\x86R0"
     timed_refusal(
         b"\x80\x02" + text + b"c_codecs\nencode\nq\x010" + call * 20_000 + b"N.", tmp_path / "c", "copies"
     )
+    timed_refusal(b"\x80\x02Nr\xff\xff\xff\x7f.", tmp_path / "d", "holds no model")  # a memo index
+
+
+def test_sets_are_described_and_not_hashed() -> None:
+    for protocol in (2, 4):
+        record = read_pickle(pickle.dumps({"a": {1}, "b": frozenset({2}), "c": set()}, protocol))
+        assert [record[key].kind for key in "abc"] == ["builtins.set", "builtins.frozenset", "builtins.set"]
+        assert all(not isinstance(value, set | frozenset) for value in record.values())
 
 
 def test_long_module_paths_are_refused(tmp_path: Path) -> None:
