@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from core.choices import OBSERVERS
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import build_detector, fold_detector
@@ -79,7 +81,7 @@ def main() -> None:
         f"one batch of {options.batch} x {options.size} px, {options.architecture}: inference {alone:.2f} s, with "
         f"counting {collected:.2f} s ({num_values / 1e6:.0f} M values in {len(histograms)} groups)"
     )
-    for method in observers.METHODS:
+    for method in OBSERVERS:
         taken = seconds(
             partial(calibration.apply_histograms, model, histograms, method, 99.99, num_images),
             torch.device("cpu"),

@@ -17,22 +17,18 @@ from omegaconf import MISSING
 
 from configs.deploy_schema import DeployConfig, GraphConfig
 from configs.setting import setting
+from core.choices import ACTIVATIONS, OBSERVERS, SENSITIVITY_METHODS
+from core.families import ARCHITECTURES
 
-DETECTORS = ("yolov9t", "yolov9s", "yolov9m", "yolov9c", "yolov9e")
-SEGMENTERS = ("yolov9t-seg", "yolov9c-seg", "yolov9e-seg")
-ARCHITECTURES = ("auto", *DETECTORS, *SEGMENTERS, "custom")
-ACTIVATIONS = ("silu", "relu")
+MODELS = ("auto", *ARCHITECTURES, "custom")
 STAGES = ("train", "float", "place", "calibrate", "sensitivity", "finetune", "export", "engine", "report")
-OBSERVERS = ("minmax", "percentile", "mse", "entropy")
 
 
 @dataclass
 class ModelConfig:
     """The detector."""
 
-    name: str = setting(
-        "auto", "Architecture; auto recognises it from the checkpoint's keys", choices=ARCHITECTURES
-    )
+    name: str = setting("auto", "Architecture; auto recognises it from the checkpoint's keys", choices=MODELS)
     activation: str | None = setting(
         None, "Activation of every conv; none takes what the checkpoint says, else silu", choices=ACTIVATIONS
     )
@@ -300,8 +296,8 @@ class SensitivityConfig:
 
     method: str = setting(
         "fisher",
-        "fisher: one backward pass (arXiv:2210.08502); sqnr: output error; map: AP of each unit",
-        choices=("none", "fisher", "sqnr", "map"),
+        "; ".join(f"{name}: {meaning}" for name, meaning in SENSITIVITY_METHODS.items()),
+        choices=("none", *SENSITIVITY_METHODS),
     )
     images: int = setting(64, "Images used by the method", unit="images", minimum=1)
 

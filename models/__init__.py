@@ -4,22 +4,14 @@ from core.errors import CheckpointError
 from models.boxes import Decode, non_max_suppression
 from models.checkpoints.loading import find_task, load_detector, save_detector
 from models.checkpoints.reading import Checkpoint, read_checkpoint
-from models.detector import (
-    ARCHITECTURES,
-    SEGMENTATION_ARCHITECTURES,
-    Detector,
-    build_detector,
-    placeholder_names,
-)
+from models.detector import Detector, build_detector, placeholder_names
 from models.facts import count_parameters, measure_network
 from models.folding import fold_detector
 from models.losses.detection import DetectionLoss
 from models.losses.segmentation import SegmentationLoss, SegmentTargets
-from models.segmentation import assemble_masks, detection_maps, soft_masks, suppress_segments
+from models.segmentation import detection_maps, soft_masks, suppress_segments
 
 __all__ = [
-    "ARCHITECTURES",
-    "SEGMENTATION_ARCHITECTURES",
     "Checkpoint",
     "CheckpointError",
     "Decode",
@@ -27,7 +19,6 @@ __all__ = [
     "Detector",
     "SegmentTargets",
     "SegmentationLoss",
-    "assemble_masks",
     "build_detector",
     "count_parameters",
     "detection_maps",

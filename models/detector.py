@@ -1,15 +1,13 @@
-"""A detector: a network, its float decode, and what a user must know about both; and the list of what can be built."""
+"""A detector: a network, its float decode, and what a user must know about both."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from models.boxes import Decode
-from models.families.yolov9 import STRIDES, YOLOv9Network, yolov9c, yolov9m, yolov9s, yolov9t
-from models.families.yolov9e import yolov9e
-from models.heads import HEADS, HeadBuilder
-from models.segmentation import SEGMENTATION_HEADS, SegmentationDecode
+from core.families import SEGMENTERS
+from models.families.registry import family_of
+from models.segmentation import SegmentationDecode
 
 MAX_CLASSES = 10_000
 
@@ -25,9 +23,9 @@ class Detector(nn.Module):
         num_classes: K.
         names: K class names.
         strides: Input pixels per cell for each level, fine to coarse.
-        architecture: A key of `ARCHITECTURES`.
+        architecture: One of `core.families.ARCHITECTURES`.
         activation: `silu` or `relu`.
-        head_style: A key of `HEADS`, or of `SEGMENTATION_HEADS`.
+        head_style: A key of the family's heads.
         folded: True once batch normalisation is folded and parallel branches are merged.
         amax: Largest magnitudes that a quantized checkpoint carried, by `<path of a convolution in network>.input`
             (scalar) and `.weight` (per output channel); empty otherwise.
@@ -71,20 +69,6 @@ class Detector(nn.Module):
         return self.decode(self.network(images))
 
 
-ARCHITECTURES: dict[str, Callable[[int, str, HeadBuilder], YOLOv9Network]] = {
-    "yolov9t": yolov9t,
-    "yolov9s": yolov9s,
-    "yolov9m": yolov9m,
-    "yolov9c": yolov9c,
-    "yolov9e": yolov9e,
-}
-SEGMENTATION_ARCHITECTURES: dict[str, Callable[[int, str, HeadBuilder], YOLOv9Network]] = {
-    "yolov9t-seg": yolov9t,
-    "yolov9c-seg": yolov9c,
-    "yolov9e-seg": yolov9e,
-}
-
-
 def placeholder_names(num_classes: int) -> tuple[str, ...]:
     """`class0`, `class1`, ...: what classes are called that nobody has named."""
     return tuple(f"class{index}" for index in range(num_classes))
@@ -100,11 +84,11 @@ def build_detector(
     """Build a detector with random weights and the head's biases set for training from scratch.
 
     Args:
-        architecture: A key of `ARCHITECTURES`, e.g. `yolov9t`.
+        architecture: One of `core.families.ARCHITECTURES`, e.g. `yolov9t`.
         num_classes: K, at least 1.
         activation: `silu` or `relu`.
         names: K class names; `class0`, `class1`, ... when None.
-        head_style: A key of `HEADS` (or `SEGMENTATION_HEADS`): which trainer's head it has.
+        head_style: A key of the family's heads: which trainer's head it has.
 
     Returns:
         A detector in training mode, with batch normalisation and parallel branches.
@@ -112,11 +96,9 @@ def build_detector(
     Raises:
         ValueError: For an unknown architecture, activation or head, or when K and the names disagree.
     """
-    builders = {**ARCHITECTURES, **SEGMENTATION_ARCHITECTURES}
-    if architecture not in builders:
-        raise ValueError(f"Architecture {architecture!r} is unknown; expected one of {', '.join(builders)}")
-    segments = architecture in SEGMENTATION_ARCHITECTURES
-    heads = SEGMENTATION_HEADS if segments else HEADS
+    family = family_of(architecture)
+    segments = architecture in SEGMENTERS
+    heads = family.segmentation_heads if segments else family.heads
     if head_style not in heads:
         raise ValueError(f"Head {head_style!r} is unknown; expected one of {', '.join(heads)}")
     if not 1 <= num_classes <= MAX_CLASSES:
@@ -126,12 +108,12 @@ def build_detector(
         raise ValueError(
             f"{len(chosen)} names were given for {num_classes} classes; give one name for each class"
         )
-    network = builders[architecture](num_classes, activation, heads[head_style])
+    decode = family.segmentation_decode if segments else family.decode
     return Detector(
-        network,
-        SegmentationDecode(STRIDES) if segments else Decode(STRIDES),
+        family.builders[architecture](num_classes, activation, heads[head_style]),
+        decode(family.strides),
         names=chosen,
-        strides=STRIDES,
+        strides=family.strides,
         architecture=architecture,
         activation=activation,
         head_style=head_style,

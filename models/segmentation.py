@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import ConvBlock, CSPElan
@@ -212,38 +211,3 @@ def soft_masks(prototypes: Tensor, coefficients: Tensor) -> Tensor:
         [N, h, w] in 0..1.
     """
     return (coefficients @ prototypes.flatten(1)).sigmoid().unflatten(1, prototypes.shape[1:])
-
-
-def assemble_masks(
-    prototypes: Tensor,
-    coefficients: Tensor,
-    boxes: Tensor,
-    image_size: tuple[int, int],
-    threshold: float = 0.5,
-) -> Tensor:
-    """Masks of one image's detections, at input resolution.
-
-    1. `soft_masks`.
-    2. Enlarge bilinearly to the input size.
-    3. Keep what is above the threshold and inside the box (pixel centres).
-
-    Args:
-        prototypes: [P, h, w].
-        coefficients: [N, P].
-        boxes: [N, 4], xyxy, input pixels.
-        image_size: (H, W) of the network's input.
-        threshold: In (0, 1).
-
-    Returns:
-        [N, H, W] bool.
-    """
-    height, width = image_size
-    if coefficients.shape[0] == 0:
-        return torch.zeros((0, height, width), dtype=torch.bool, device=prototypes.device)
-    soft = soft_masks(prototypes, coefficients)
-    large = F.interpolate(soft[:, None], size=image_size, mode="bilinear", align_corners=False)[:, 0]
-    x = torch.arange(width, device=boxes.device) + 0.5
-    y = torch.arange(height, device=boxes.device) + 0.5
-    inside_x = (x >= boxes[:, 0:1]) & (x < boxes[:, 2:3])
-    inside_y = (y >= boxes[:, 1:2]) & (y < boxes[:, 3:4])
-    return (large > threshold) & inside_y[:, :, None] & inside_x[:, None, :]

@@ -13,13 +13,12 @@ from torch import fx
 
 from configs.schema import Config
 from core.errors import CheckpointError, ConfigError, RunError
+from core.families import ARCHITECTURES, SEGMENTERS
 from core.files import written_atomically
 from core.names import listing
 from core.rows import MIXED, PTQ, QAT, RowKey
 from core.types import TaskLoss
 from models import (
-    ARCHITECTURES,
-    SEGMENTATION_ARCHITECTURES,
     DetectionLoss,
     Detector,
     SegmentationLoss,
@@ -45,7 +44,7 @@ FORMAT = "octet-quantized-2"  # the placement is in the file's metadata
 def task_of(config: Config, run: Run | None = None) -> str:
     """`detect`, or `segment` for networks with masks: by `model.name`, else by what the weights hold."""
     if config.model.name != "auto":
-        return "segment" if config.model.name in SEGMENTATION_ARCHITECTURES else "detect"
+        return "segment" if config.model.name in SEGMENTERS else "detect"
     kept = None if run is None else run.path(FLOAT_MODEL)
     weights = kept if kept is not None and kept.exists() else config.weights
     return "detect" if weights is None else find_task(weights)
@@ -88,7 +87,7 @@ class Networks:
         names = self.splits.val.names
         architecture = None if config.name == "auto" else config.name
         if weights is None:
-            if architecture not in {*ARCHITECTURES, *SEGMENTATION_ARCHITECTURES}:
+            if architecture not in ARCHITECTURES:
                 raise ConfigError(
                     f"model.name={config.name} has no weights to recognise it by: add weights=FILE or model=yolov9t"
                 )

@@ -29,7 +29,6 @@ MAX_NPZ_BYTES = 2**29
 MAX_NPZ_ENTRIES = 100_000
 MAX_NPY_HEADER = 1024
 MAX_JSON_BYTES = 2**20
-MAX_SHOWN_NAME = 120
 _NPY_HEADER = re.compile(
     r"\{'descr': '(?P<type>[<>|][fiub][1248])', 'fortran_order': (?P<order>True|False), "
     r"'shape': \((?P<shape>(?:\d{1,18},? ?){0,8})\),? ?\} *\n?$"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core.command import reports_errors
 from core.errors import CheckpointError
-from models.checkpoints.convert import count_classes, is_folded
+from models.checkpoints.convert import is_folded
 from models.checkpoints.interpretation import PROJECTION_KEYS, interpret
 from models.checkpoints.loading import load_detector, save_detector
 from models.checkpoints.reading import Checkpoint, read_checkpoint
@@ -89,10 +89,10 @@ def _describe_classes(checkpoint: Checkpoint) -> str:
         shown = ", ".join(str(name) for name in names[:12]) + (", ..." if len(names) > 12 else "")
         return f"{len(names)}: {shown}"
     try:
-        match = interpret(checkpoint, "the file")
+        meaning = interpret(checkpoint, "the file")
     except CheckpointError:
         return "unknown"
-    return f"{count_classes(match.state)}, without names (in a run they go by the data's order)"
+    return f"{meaning.num_classes}, without names (in a run they go by the data's order)"
 
 
 def _describe_types(state: dict[str, Tensor]) -> str:

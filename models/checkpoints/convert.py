@@ -1,6 +1,6 @@
 """From a checkpoint's keys to this package's names, and from its shapes to an architecture.
 
-Official YOLOv9 checkpoints number their layers (`model.4.cv2.0.m.1.cv1.conv1.conv.weight`). Each of our keys has
+Official checkpoints number their layers (`model.4.cv2.0.m.1.cv1.conv1.conv.weight`). Each of our keys has
 exactly one official counterpart, found by walking our module tree: the network's table gives the layer, each block's
 `OFFICIAL_NAMES` the rest. An architecture fits when every key has its counterpart with the same shape and nothing is
 left over.
@@ -10,34 +10,22 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from core.errors import CheckpointError
+from core.families import FamilyEntry
 from core.names import listing
 from models.blocks import ConvNorm, RepConvBlock
-from models.detector import (
-    ARCHITECTURES,
-    MAX_CLASSES,
-    SEGMENTATION_ARCHITECTURES,
-    Detector,
-    build_detector,
-)
-from models.families.yolov9 import YOLOv9Network
+from models.detector import MAX_CLASSES, Detector, build_detector
+from models.families.family import Family
+from models.families.registry import load_family
 from models.folding import fold_network
-from models.heads import BOX_GROUPS
 
 _LAYER_KEY = re.compile(r"^(?:module\.|model\.)*(\d+\..+)$")
 _UNDERSCORED = ("running_mean", "running_var", "num_batches_tracked")
-_CLASS_BIAS = re.compile(r"^model\.(\d+)\.cv3\.0\.2\.bias$")
-_OWN_CLASS_BIAS = "network.head.cls.0.output.bias"
-_SEPARABLE = re.compile(r"^(?:model\.\d+\.cv3|network\.head\.cls)\.0\.(?:0\.0|conv1\.depthwise)\.")
-_BOX_OUTPUT = re.compile(r"^(?:model\.\d+\.cv2|network\.head\.box)\.0\.(?:2|output)\.weight$")
-_PROTOTYPES = re.compile(r"^(?:model\.\d+\.proto|network\.head\.prototypes)\.(\w+)\.")
-_SECOND_REPEAT = re.compile(
-    r"^(?:model\.22\.cv2\.0\.m|network\.head\.prototype_elan\.branch1\.csp\.bottlenecks)\.1\."
-)
+CLASS_BIAS = "network.head.cls.0.output.bias"
 _OPTIONAL = "num_batches_tracked"
 
 
@@ -47,7 +35,7 @@ class Match:
 
     Attributes:
         architecture: The candidate.
-        head_style: The trainer whose head it has, a key of `models.heads.HEADS`.
+        head_style: The trainer whose head it has, a key of the family's heads.
         folded: Whether it was compared in folded form.
         keys: Our state-dict key -> the checkpoint's key, for what agrees.
         missing: Checkpoint keys that the architecture needs and that are absent.
@@ -106,38 +94,12 @@ def normalise_tensor(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, 1) if tensor.ndim == 5 else tensor
 
 
-def count_classes(state: Mapping[str, Tensor]) -> int | None:
+def count_classes(state: Mapping[str, Tensor], family: Family) -> int | None:
     """K as the class branch's bias has it, or None if there is no such key."""
-    biases = [state[key] for key in state if key == _OWN_CLASS_BIAS or _CLASS_BIAS.match(key)]
+    biases = [state[key] for key in state if key == CLASS_BIAS or family.class_bias.match(key)]
     if not biases or biases[0].ndim != 1 or not 1 <= biases[0].numel() <= MAX_CLASSES:
         return None
     return biases[0].numel()
-
-
-def find_head_style(state: Mapping[str, Tensor]) -> str:
-    """Which trainer's head the keys and shapes show: a key of `models.heads.HEADS` or of `SEGMENTATION_HEADS`."""
-    if is_segmentation(state):
-        return _find_segmentation_head(state)
-    if any(_SEPARABLE.match(key) for key in state):
-        return "ultralytics"
-    for key, tensor in state.items():
-        if _BOX_OUTPUT.match(key) and tensor.ndim == 4:
-            return "official" if tensor.shape[1] * BOX_GROUPS == tensor.shape[0] else "ultralytics-legacy"
-    return "official"
-
-
-def is_segmentation(state: Mapping[str, Tensor]) -> bool:
-    """True if there are mask prototypes."""
-    return any(_PROTOTYPES.match(key) for key in state)
-
-
-def _find_segmentation_head(state: Mapping[str, Tensor]) -> str:
-    parts = {match[1] for key in state if (match := _PROTOTYPES.match(key))}
-    if "upsample" in parts:
-        return "ultralytics" if any(_SEPARABLE.match(key) for key in state) else "ultralytics-legacy"
-    if "conv" in parts:
-        return "deeply-branched" if any(_SECOND_REPEAT.match(key) for key in state) else "branched"
-    return "official"
 
 
 def is_folded(state: Mapping[str, Tensor]) -> bool:
@@ -146,47 +108,28 @@ def is_folded(state: Mapping[str, Tensor]) -> bool:
 
 
 def recognise(
-    state: Mapping[str, Tensor], architecture: str | None = None, name: Callable[[str], str] = str
-) -> Match:
-    """Find the architecture that fits a normalised state dict.
+    state: Mapping[str, Tensor], entry: FamilyEntry, architecture: str | None = None
+) -> Match | None:
+    """The architecture of a family that fits a normalised state dict, else the closest one; None if it has no head.
 
     Args:
-        state: From `normalise_state`.
-        architecture: Accept only this one.
-        name: Gives the name that a key has in the file, for messages.
-
-    Raises:
-        CheckpointError: If none fits (with the differences to the closest), or if another than the wanted one does.
-        ValueError: If `architecture` is unknown.
+        state: With normalised keys, in deployed form.
+        entry: The family.
+        architecture: Tried first, and closest if none fits.
     """
-    every = [*ARCHITECTURES, *SEGMENTATION_ARCHITECTURES]
-    if architecture is not None and architecture not in every:
-        raise ValueError(f"Architecture {architecture!r} is unknown; expected one of {', '.join(every)}")
-    num_classes = count_classes(state)
+    family = load_family(entry)
+    num_classes = count_classes(state, family)
     if num_classes is None:
-        raise CheckpointError(
-            "The checkpoint has no class branch of a YOLOv9 head (model.<last>.cv3.0.2.bias); its keys start with: "
-            + listing(sorted(state), 6)
-        )
-    style = find_head_style(state)
+        return None
+    style = family.find_head_style(state)
     matches = []
-    plausible = SEGMENTATION_ARCHITECTURES if is_segmentation(state) else ARCHITECTURES
+    plausible = entry.segmenters if family.has_masks(state) else entry.detectors
     for candidate in sorted(plausible, key=lambda known: known != architecture):
         matches.append(compare(state, candidate, num_classes, style))
         if matches[-1].fits:
-            break
-    fitting = matches[-1] if matches[-1].fits else None
-    if fitting is not None and architecture in (None, fitting.architecture):
-        return fitting
-    if fitting is not None:
-        raise CheckpointError(
-            f"The checkpoint does not fit {architecture}; its keys and shapes are those of {fitting.architecture}: "
-            "choose that, or leave the choice out"
-        )
-    candidates = [match for match in matches if match.architecture == architecture] or matches
-    closest = min(candidates, key=lambda match: match.num_differences)
-    wanted = architecture or f"any known architecture; the closest is {closest.architecture}"
-    raise CheckpointError(f"The checkpoint does not fit {wanted}: {closest.explain(name)}")
+            return matches[-1]
+    wanted = [match for match in matches if match.architecture == architecture]
+    return min(wanted or matches, key=lambda match: match.num_differences, default=None)
 
 
 def compare(
@@ -218,7 +161,6 @@ def _signature(
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Our key -> (official key, shape) for one architecture."""
     network = build_empty(architecture, num_classes, "silu", folded=False, head_style=style).network
-    assert isinstance(network, YOLOv9Network)
     shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     if folded:
         shapes = _folded_shapes(network, shapes)
@@ -257,19 +199,11 @@ def build_empty(
     return detector
 
 
-def official_keys(network: YOLOv9Network, prefix: str = "model") -> dict[str, str]:
-    """Map every state-dict key of `network` to its name in an official single-head checkpoint.
-
-    Example:
-        `backbone.stage3.branch1.csp.entry.conv.weight` -> `model.4.cv2.0.cv1.conv.weight`.
-    """
-    return {key: f"{prefix}.{official_name(network, key)}" for key in network.state_dict()}
-
-
-def official_name(network: YOLOv9Network, key: str) -> str:
+def official_name(network: nn.Module, key: str) -> str:
     """Official name, without the leading `model.`, of one key or module path of `network`."""
-    layer = next(name for name in network.official_layers if key == name or key.startswith(name + "."))
-    parts = [str(network.official_layers[layer])]
+    layers = cast(dict[str, int], network.official_layers)
+    layer = next(name for name in layers if key == name or key.startswith(name + "."))
+    parts = [str(layers[layer])]
     module: nn.Module = network.get_submodule(layer)
     rest = key[len(layer) + 1 :].split(".") if len(key) > len(layer) else []
     for part in rest:

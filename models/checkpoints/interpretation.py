@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from core.errors import CheckpointError
-from models.checkpoints.convert import Match, normalise_key, normalise_tensor, recognise
+from core.families import FAMILIES
+from core.names import listing
+from models.checkpoints.convert import CLASS_BIAS, Match, normalise_key, normalise_tensor, recognise
 from models.checkpoints.reading import Checkpoint
 from models.checkpoints.training_forms import Conversion, to_deployed_form
+from models.families.registry import family_of, load_family
 from models.heads import REG_MAX
 
 PROJECTION_TOLERANCE = 0.06  # half a step of 0 .. 15 in 8 bits, for weights that were quantized once
@@ -41,6 +44,11 @@ class Interpretation:
     amax: dict[str, Tensor]
     unmatched: tuple[str, ...]
 
+    @property
+    def num_classes(self) -> int:
+        """K, as the class branch has it."""
+        return self.state[self.match.keys[CLASS_BIAS]].numel()
+
 
 def interpret(checkpoint: Checkpoint, source: str, architecture: str | None = None) -> Interpretation:
     """Recognise a checkpoint.
@@ -54,6 +62,8 @@ def interpret(checkpoint: Checkpoint, source: str, architecture: str | None = No
         CheckpointError: If nothing known fits, or something else than `architecture` does; lists the keys.
         ValueError: If `architecture` is unknown.
     """
+    if architecture is not None:
+        family_of(architecture)  # which raises where there is none
     try:
         return _interpret(checkpoint, source, architecture)
     except CheckpointError as error:
@@ -72,17 +82,9 @@ def _interpret(checkpoint: Checkpoint, source: str, architecture: str | None) ->
         state[name], original[name] = normalise_tensor(tensor), key
     own_ranges = {key.removeprefix("amax."): state.pop(key) for key in list(state) if key.startswith("amax.")}
     ranges = {key: state.pop(key) for key in list(state) if "_quantizer." in key}
-    conversion = to_deployed_form(state)
+    match, state, conversion = _recognise(state, original, architecture)
     if conversion is not None:
         _logger.info("%s: %s", source, conversion.describe())
-        state = conversion.state
-    _take_projections(state)
-
-    def file_name(key: str) -> str:
-        training = conversion.form.training_key(key) if conversion is not None else key
-        return original.get(training, training)
-
-    match = recognise(state, architecture, file_name)
     amax, unmatched = _match_ranges(ranges, match, conversion)
     if ranges:
         _logger.info("%s: quantized; %d ranges of convolutions read", source, len(amax))
@@ -91,6 +93,45 @@ def _interpret(checkpoint: Checkpoint, source: str, architecture: str | None) ->
         )
     amax.update(own_ranges)
     return Interpretation(match, state, conversion, amax, tuple(original.get(key, key) for key in unmatched))
+
+
+def _recognise(
+    state: dict[str, Tensor], original: dict[str, str], architecture: str | None
+) -> tuple[Match, dict[str, Tensor], Conversion | None]:
+    """The network that fits, of all families, with the state in its deployed form.
+
+    Raises:
+        CheckpointError: If none fits (with the differences to the closest), or if another than the wanted one does.
+    """
+    candidates: list[tuple[Match, dict[str, Tensor], Conversion | None]] = []
+    for entry in FAMILIES:
+        conversion = to_deployed_form(state, load_family(entry).training_forms)
+        deployed = dict(state) if conversion is None else conversion.state
+        _take_projections(deployed)
+        match = recognise(deployed, entry, architecture)
+        if match is not None:
+            candidates.append((match, deployed, conversion))
+    if not candidates:
+        raise CheckpointError(
+            "The checkpoint has no class branch of a head that is known (of YOLOv9: model.<last>.cv3.0.2.bias); its "
+            f"keys start with: {listing(sorted(state), 6)}"
+        )
+    best = min(candidates, key=lambda candidate: candidate[0].num_differences)
+    match, _, conversion = best
+    if match.fits and architecture in (None, match.architecture):
+        return best
+    if match.fits:
+        raise CheckpointError(
+            f"The checkpoint does not fit {architecture}; its keys and shapes are those of {match.architecture}: "
+            "choose that, or leave the choice out"
+        )
+
+    def file_name(key: str) -> str:
+        training = conversion.form.training_key(key) if conversion is not None else key
+        return original.get(training, training)
+
+    wanted = architecture or f"any known architecture; the closest is {match.architecture}"
+    raise CheckpointError(f"The checkpoint does not fit {wanted}: {match.explain(file_name)}")
 
 
 def _take_projections(state: dict[str, Tensor]) -> None:

@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from core.errors import CheckpointError
+from core.families import SEGMENTERS
 from core.files import written_atomically
 from models.blocks import ACTIVATIONS
-from models.checkpoints.convert import Match, build_empty
+from models.checkpoints.convert import build_empty
 from models.checkpoints.interpretation import interpret
 from models.checkpoints.reading import Checkpoint, manifest_path, read_checkpoint
-from models.detector import SEGMENTATION_ARCHITECTURES, Detector, placeholder_names
+from models.detector import Detector, placeholder_names
 from models.heads import REG_MAX
 
 MANIFEST_FORMAT = "octet-detector-1"
@@ -55,7 +56,7 @@ def find_task(path: str | Path) -> str:
         CheckpointError: If the file can't be read or fits no known network.
     """
     architecture = interpret(read_checkpoint(path), str(path)).match.architecture
-    return "segment" if architecture in SEGMENTATION_ARCHITECTURES else "detect"
+    return "segment" if architecture in SEGMENTERS else "detect"
 
 
 def detector_from_checkpoint(
@@ -69,7 +70,7 @@ def detector_from_checkpoint(
     meaning = interpret(checkpoint, source, architecture)
     match, state = meaning.match, meaning.state
     manifest = checkpoint.metadata.get("manifest", {})
-    names = _choose_names(checkpoint.metadata, manifest, state, match, source)
+    names = _choose_names(checkpoint.metadata, manifest, meaning.num_classes, source)
     if num_classes is not None and num_classes != len(names):
         raise CheckpointError(
             f"{source} has {len(names)} classes ({', '.join(names[:12])}); {num_classes} are expected: "
@@ -85,9 +86,10 @@ def detector_from_checkpoint(
         ours: state[theirs].to(torch.float32) if state[theirs].is_floating_point() else state[theirs]
         for ours, theirs in match.keys.items()
     }
-    values["decode.projection"] = torch.arange(REG_MAX, dtype=torch.float32)
     for key, empty in detector.state_dict().items():
-        if key.endswith("num_batches_tracked"):
+        if key == "decode.projection":
+            values[key] = torch.arange(REG_MAX, dtype=torch.float32)
+        elif key.endswith("num_batches_tracked"):
             values.setdefault(key, torch.zeros((), dtype=empty.dtype))
     _check_finite(values, source)
     detector.load_state_dict(values, assign=True)
@@ -147,12 +149,9 @@ def _set_batch_norm_eps(detector: Detector, eps: Any, source: str) -> None:
 def _choose_names(
     metadata: Mapping[str, Any],
     manifest: Mapping[str, Any],
-    state: Mapping[str, Tensor],
-    match: Match,
+    num_classes: int,
     source: str,
 ) -> tuple[str, ...]:
-    key = match.keys["network.head.cls.0.output.bias"]
-    num_classes = state[key].numel()
     names = manifest.get("names") or metadata.get("names")
     if names is None:
         return placeholder_names(num_classes)

@@ -1,14 +1,13 @@
-"""Training-time checkpoints of YOLOv9 to their deployed form.
+"""Training-time checkpoints to their deployed form, as YOLOv9 has them; `models.families` lists the forms.
 
-The official trainer of `yolov9-*.yaml` trains a second head on an auxiliary branch (programmable gradient
-information,
+The official trainer of `yolov9-*.yaml` trains a second head on an auxiliary branch (programmable gradient information,
 arXiv:2402.13616, section 4.1). Deployment keeps the main head, whose branches are called `cv4`, `cv5` and `dfl2`
 beside the auxiliary `cv2`, `cv3` and `dfl`, and drops the layers that only the auxiliary head reads. Some forms also
 start with a layer that does nothing, which shifts all others by one.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -16,8 +15,6 @@ from torch import Tensor
 from core.errors import CheckpointError
 
 _CLASS_BRANCH = re.compile(r"^model\.(\d+)\.cv([35])\.0\.2\.weight$")
-_DETECTION = {"cv4": "cv2", "cv5": "cv3", "dfl2": "dfl"}
-_SEGMENTATION = {**_DETECTION, "cv7": "cv4", "proto2": "proto"}
 
 
 @dataclass(frozen=True)
@@ -82,31 +79,6 @@ def _split(key: str) -> tuple[int | None, str]:
     return int(parts[1]), parts[2]
 
 
-_AUXILIARY_DETECTION = frozenset({"cv2", "cv3", "dfl"})
-_AUXILIARY_SEGMENTATION = _AUXILIARY_DETECTION | {"cv6", "proto"}
-
-DUAL_FORMS = {
-    form.head: form
-    for form in (
-        TrainingForm("yolov9-t and -s", 29, 22, ((0, 21, 0),), (22, 28), _DETECTION, _AUXILIARY_DETECTION),
-        TrainingForm("yolov9-m and -c", 38, 22, ((1, 22, 1),), (23, 37), _DETECTION, _AUXILIARY_DETECTION),
-        TrainingForm(
-            "yolov9-e", 49, 42, ((1, 28, 0), (36, 48, 7)), (29, 35), _DETECTION, _AUXILIARY_DETECTION
-        ),
-        TrainingForm(
-            "yolov9-c-dseg",
-            44,
-            25,
-            ((1, 22, 1), (41, 43, 19)),
-            (23, 40),
-            _SEGMENTATION,
-            _AUXILIARY_SEGMENTATION,
-        ),
-    )
-}
-SHIFTED_FORMS = {23: TrainingForm("yolov9-c-seg", 23, 22, ((1, 22, 1),))}
-
-
 @dataclass(frozen=True)
 class Conversion:
     """A converted state dict and what became of the checkpoint's keys.
@@ -134,31 +106,32 @@ class Conversion:
         )
 
 
-def find_form(state: Mapping[str, Tensor]) -> TrainingForm | None:
-    """The training form that a normalised state dict has, or None for the deployed form (and for anything else).
+def find_form(state: Mapping[str, Tensor], forms: Sequence[TrainingForm]) -> TrainingForm | None:
+    """Which of `forms` a normalised state dict has; None for the deployed form (and for anything else).
 
     Raises:
-        CheckpointError: If there is a double head at a layer where no official network has one.
+        CheckpointError: If there is a double head at a layer where none of the forms has one.
     """
     branches = {(int(match[1]), match[2]) for key in state if (match := _CLASS_BRANCH.match(key))}
-    dual = next((layer for layer, branch in branches if branch == "5"), None)
-    if dual is not None and dual not in DUAL_FORMS:
-        known = ", ".join(f"{form.head} ({form.family})" for form in DUAL_FORMS.values())
+    is_double = any(branch == "5" for _, branch in branches)
+    candidates = [form for form in forms if (form.auxiliary is not None) == is_double]
+    heads = {layer for layer, branch in branches if branch == "5" or not is_double}
+    found = next((form for form in candidates if form.head in heads), None)
+    if is_double and candidates and found is None:
+        known = ", ".join(f"{form.head} ({form.family})" for form in candidates)
         raise CheckpointError(
-            f"The checkpoint has a double head at layer {dual}; official training forms have it at layer {known}"
+            f"The checkpoint has a double head at layer {min(heads)}; official training forms have it at layer {known}"
         )
-    if dual is not None:
-        return DUAL_FORMS[dual]
-    return next((SHIFTED_FORMS[layer] for layer, _ in branches if layer in SHIFTED_FORMS), None)
+    return found
 
 
-def to_deployed_form(state: Mapping[str, Tensor]) -> Conversion | None:
+def to_deployed_form(state: Mapping[str, Tensor], forms: Sequence[TrainingForm]) -> Conversion | None:
     """Convert a normalised training-time state dict; None if it has the deployed form already.
 
     Raises:
         CheckpointError: See `find_form`.
     """
-    form = find_form(state)
+    form = find_form(state, forms)
     if form is None:
         return None
     kept: dict[str, Tensor] = {}

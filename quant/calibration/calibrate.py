@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from core.choices import OBSERVERS
 from core.errors import CalibrationError
 from quant.calibration.convergence import (
     Convergence,
@@ -20,7 +21,7 @@ from quant.calibration.convergence import (
     merge_milestones,
 )
 from quant.calibration.imported import ImportedRanges, import_ranges
-from quant.calibration.observers import METHODS, Histogram, choose_scale, choose_weight_scale, squared_errors
+from quant.calibration.observers import Histogram, choose_scale, choose_weight_scale, squared_errors
 from quant.fake_quantize import Mode
 from quant.insertion import activation_quantizers, placement_of, quantized_layers, quantizers, set_mode
 
@@ -104,8 +105,10 @@ def calibrate(
         RangeError: an imported range does not fit.
     """
     for name in (method, weight_method):
-        if name not in METHODS:
-            raise CalibrationError(f"unknown calibration method {name!r}: choose one of {', '.join(METHODS)}")
+        if name not in OBSERVERS:
+            raise CalibrationError(
+                f"unknown calibration method {name!r}: choose one of {', '.join(OBSERVERS)}"
+            )
     imported = import_ranges(model, ranges) if ranges else ImportedRanges()
     calibrate_weights(model, weight_method, imported.weights)
     milestones = Milestones(1 if gather is None else len(gather(None)))

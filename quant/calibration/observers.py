@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from core.choices import OBSERVERS
+
 BINS = 4096
-METHODS = ("minmax", "percentile", "mse", "entropy")
 _CHUNK = 1 << 18  # values counted at a time on a CPU: their bin numbers stay in its cache
 _TINY = 2.0**-60  # smaller magnitudes count as zero
 _HUGE = 2.0**90  # larger ones as infinite
@@ -163,7 +164,7 @@ def choose_scale(
     elif method == "entropy":
         amax = _least_divergence(histogram, high + 1)
     else:
-        raise ValueError(f"unknown calibration method {method!r}: choose one of {', '.join(METHODS)}")
+        raise ValueError(f"unknown calibration method {method!r}: choose one of {', '.join(OBSERVERS)}")
     amax = min(amax, histogram.maximum)
     return ScaleChoice(amax, amax / high, _share_above(histogram, amax))
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from core.choices import OBSERVERS
 from core.errors import PolicyError
 from core.names import closest_hint
-from quant.calibration.observers import METHODS
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Rule:
             )
         if self.scale is not None and not 0 < self.scale < float("inf"):
             raise PolicyError(f"rule {self.match!r}: scale {self.scale}; expected a positive finite number")
-        if self.observer is not None and self.observer not in METHODS:
+        if self.observer is not None and self.observer not in OBSERVERS:
             raise PolicyError(
-                f"rule {self.match!r}: observer {self.observer!r}; expected one of {', '.join(METHODS)}"
+                f"rule {self.match!r}: observer {self.observer!r}; expected one of {', '.join(OBSERVERS)}"
             )
 
 

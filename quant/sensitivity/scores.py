@@ -33,8 +33,6 @@ from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
 from quant.finetuning.distillation import distillation_loss
 from quant.insertion import activation_quantizers, placement_of, quantized_layers, quantizers, set_mode
 
-METHODS = ("fisher", "sqnr")
-
 
 @dataclass(frozen=True)
 class UnitScore:

@@ -10,7 +10,7 @@ import yaml
 from configs import Config, compose, compose_export, dump, read
 from configs.deploy_schema import TARGETS
 from configs.overrides import groups
-from configs.schema import ARCHITECTURES
+from configs.schema import MODELS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
@@ -78,7 +78,7 @@ def test_export_composes() -> None:
 
 def test_there_is_a_model_file_per_architecture_and_a_deploy_file_per_target() -> None:
     tree = groups([CONFIGS])
-    assert tree["model"] == sorted(name.replace("-", "_") for name in ARCHITECTURES)
+    assert tree["model"] == sorted(name.replace("-", "_") for name in MODELS)
     assert tree["deploy"] == sorted(TARGETS)
 
 

@@ -28,8 +28,7 @@ from torch import Tensor, nn
 
 from core.errors import CheckpointError
 from models import build_detector, fold_detector, load_detector
-from models.checkpoints.convert import official_keys
-from models.families.yolov9 import YOLOv9Network
+from models.checkpoints.convert import official_name
 
 WATCHED_EVENTS = ("exec", "compile", "import", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen",
                   "pickle.find_class", "ctypes.dlopen", "socket.connect", "os.remove", "os.mkdir",
@@ -45,9 +44,10 @@ def make_bases() -> dict[str, bytes]:
     """Good checkpoints by file name: state dict, pickled module tree, safetensors and npz; folded, half precision."""
     torch.manual_seed(0)
     network = fold_detector(build_detector("yolov9t", 2)).network
-    assert isinstance(network, YOLOv9Network)
-    names = official_keys(network)
-    state = {names[key]: tensor.half().contiguous() for key, tensor in network.state_dict().items()}
+    state = {
+        f"model.{official_name(network, key)}": tensor.half().contiguous()
+        for key, tensor in network.state_dict().items()
+    }
     arrays = io.BytesIO()
     np.savez(arrays, **{key: tensor.numpy() for key, tensor in state.items()})
     return {

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models import Detector
-from models.checkpoints.convert import official_keys
-from models.families.yolov9 import YOLOv9Network
+from models.checkpoints.convert import official_name
 
 
 def fixture_state(folder: Path, name: str) -> dict[str, Tensor]:
@@ -74,9 +73,8 @@ def fixture_output(folder: Path, name: str) -> Tensor:
 
 def official_state(detector: Detector) -> dict[str, Tensor]:
     """The detector's weights under the names of an official checkpoint."""
-    assert isinstance(detector.network, YOLOv9Network)
-    names = official_keys(detector.network)
-    return {names[key]: tensor for key, tensor in detector.network.state_dict().items()}
+    network = detector.network
+    return {f"model.{official_name(network, key)}": tensor for key, tensor in network.state_dict().items()}
 
 
 def quantized_model(folded: Detector) -> nn.Module:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from models import ARCHITECTURES, build_detector, fold_detector
+from core.families import DETECTORS
+from models import build_detector, fold_detector
 
 
 def randomise_statistics(module: nn.Module) -> None:
@@ -17,7 +18,7 @@ def randomise_statistics(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("activation", ["silu", "relu"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", DETECTORS)
 def test_network_is_traceable_and_has_three_levels(architecture: str, activation: str) -> None:
     with torch.device("meta"):
         detector = build_detector(architecture, 5, activation)

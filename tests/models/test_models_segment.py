@@ -1,5 +1,6 @@
 """Segmentation: heads against plain functional sums and recorded figures, checkpoints of every form, masks by hand."""
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -11,19 +12,21 @@ from torch import Tensor
 
 from core.errors import CheckpointError
 from models import Checkpoint, Detector, build_detector, fold_detector, load_detector, save_detector
-from models.checkpoints.convert import official_keys
+from models.checkpoints.convert import official_name
 from models.checkpoints.loading import detector_from_checkpoint
-from models.families.yolov9 import YOLOv9Network
-from models.segmentation import SEGMENTATION_HEADS, assemble_masks, suppress_segments
+from models.segmentation import SEGMENTATION_HEADS, soft_masks, suppress_segments
 
 
 def official_state(style: str, classes: int = 3) -> dict[str, Tensor]:
     """A state dict under official names, filled by the fixtures' recipe."""
     with torch.device("meta"):
         network = build_detector("yolov9c-seg", classes, head_style=style).network
-    assert isinstance(network, YOLOv9Network)
-    names = official_keys(network)
-    return recipe_state({names[key]: tuple(tensor.shape) for key, tensor in network.state_dict().items()})
+    return recipe_state(
+        {
+            f"model.{official_name(network, key)}": tuple(tensor.shape)
+            for key, tensor in network.state_dict().items()
+        }
+    )
 
 
 def load(state: Mapping[str, Tensor]) -> Detector:
@@ -198,31 +201,9 @@ def test_masks_equal_a_loop() -> None:
     generator = torch.Generator().manual_seed(1)
     prototypes = torch.randn(2, 3, 4, generator=generator)
     coefficients = torch.tensor([[1.0, -0.5], [-2.0, 0.7]])
-    boxes = torch.tensor([[0.0, 0.0, 16.0, 12.0], [3.2, 2.0, 9.9, 7.4]])
-    masks = assemble_masks(prototypes, coefficients, boxes, (12, 16))
-    for n in range(2):
-        soft = [
-            [
-                1 / (1 + math.exp(-sum(float(coefficients[n, p] * prototypes[p, y, x]) for p in range(2))))
-                for x in range(4)
-            ]
-            for y in range(3)
-        ]
-        for y in range(12):
-            for x in range(16):
-                value = bilinear(soft, (y + 0.5) / 4 - 0.5, (x + 0.5) / 4 - 0.5)
-                x1, y1, x2, y2 = boxes[n].tolist()
-                inside = x1 <= x + 0.5 < x2 and y1 <= y + 0.5 < y2
-                if abs(value - 0.5) > 1e-5:
-                    assert bool(masks[n, y, x]) == (inside and value > 0.5)
-    assert assemble_masks(prototypes, coefficients[:0], boxes[:0], (12, 16)).shape == (0, 12, 16)
-
-
-def bilinear(grid: list[list[float]], y: float, x: float) -> float:
-    height, width = len(grid), len(grid[0])
-    y, x = min(max(y, 0.0), height - 1.0), min(max(x, 0.0), width - 1.0)
-    top, left = min(int(y), height - 2), min(int(x), width - 2)
-    dy, dx = y - top, x - left
-    upper = grid[top][left] * (1 - dx) + grid[top][left + 1] * dx
-    lower = grid[top + 1][left] * (1 - dx) + grid[top + 1][left + 1] * dx
-    return upper * (1 - dy) + lower * dy
+    masks = soft_masks(prototypes, coefficients)
+    assert masks.shape == (2, 3, 4)
+    for n, y, x in itertools.product(range(2), range(3), range(4)):
+        total = sum(float(coefficients[n, p] * prototypes[p, y, x]) for p in range(2))
+        assert float(masks[n, y, x]) == pytest.approx(1 / (1 + math.exp(-total)), abs=1e-6)
+    assert soft_masks(prototypes, coefficients[:0]).shape == (0, 3, 4)

@@ -7,6 +7,7 @@ import torch
 from quant_networks import SmallNet, folded, small_images, small_net
 from torch import nn
 
+from core.choices import OBSERVERS
 from core.errors import CalibrationError
 from models.blocks import ACTIVATIONS
 from quant import (
@@ -22,7 +23,6 @@ from quant import (
     set_mode,
 )
 from quant.calibration.calibrate import apply_histograms, calibrate_weights, collect_histograms
-from quant.calibration.observers import METHODS
 
 BATCHES = 3
 
@@ -100,7 +100,7 @@ def test_scales_fit_the_width_of_each_group(bits):
     assert stem.amax == pytest.approx(largest["stem.act"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OBSERVERS)
 def test_every_scale_is_set_and_every_quantizer_on(method):
     model = inserted()
     before = scales_of(model)
@@ -148,7 +148,7 @@ def test_calibrating_again_changes_nothing():
 def test_one_pass_serves_every_method():
     model = inserted()
     histograms, num_images = collect_histograms(model, images())
-    for method in METHODS:
+    for method in OBSERVERS:
         apply_histograms(model, histograms, method, 99.99, num_images)
         other = inserted()
         calibrate(other, images(), method)

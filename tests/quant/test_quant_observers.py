@@ -8,7 +8,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from quant.calibration.observers import BINS, METHODS, Histogram, choose_scale, choose_weight_scale
+from core.choices import OBSERVERS
+from quant.calibration.observers import BINS, Histogram, choose_scale, choose_weight_scale
 
 FLOATS = st.floats(width=32, allow_nan=False, min_value=-(2.0**80), max_value=2.0**80)
 BATCHES = st.lists(st.lists(FLOATS, max_size=12), min_size=1, max_size=6)
@@ -140,7 +141,7 @@ def test_a_gpu_counts_the_same():
 # -- every method
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OBSERVERS)
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize(
     "values",
@@ -171,7 +172,7 @@ def test_scales_are_positive_and_finite(method, bits, values):
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.floats(width=32), max_size=30),  # with NaN, infinities, subnormals
-    st.sampled_from(METHODS),
+    st.sampled_from(OBSERVERS),
     st.integers(2, 8),
 )
 def test_scales_are_positive_and_finite_for_anything(values, method, bits):
@@ -196,7 +197,7 @@ def test_unknown_method_is_refused():
         choose_scale(histogram_of([1.0]), "kl")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OBSERVERS)
 def test_scales_move_with_the_unit(method):
     """Metres or kilometres: the same share of the range is clipped. A power of two keeps every bin."""
     values = spread_values("laplace")

@@ -1,0 +1,14 @@
+"""Names of methods that the configuration offers and another package implements.
+
+Adding one takes its name here and its implementation there; a test holds both against each other.
+"""
+
+from __future__ import annotations
+
+OBSERVERS = ("minmax", "percentile", "mse", "entropy")  # quant.calibration.observers
+SENSITIVITY_METHODS = {  # quant.sensitivity and the stage
+    "fisher": "one backward pass (arXiv:2210.08502)",
+    "sqnr": "output error",
+    "map": "AP of each unit",
+}
+ACTIVATIONS = ("silu", "relu")  # models.blocks
