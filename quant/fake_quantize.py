@@ -19,7 +19,7 @@ LSQ also divides the gradient by sqrt(number of values * highest code), to balan
 SGD. Here it is left out: AdamW divides a gradient by its own size, so the factor changes nothing, unless it makes the
 gradient so small that AdamW's eps (1e-8) outweighs it, and then scales move the slower the larger image and batch are.
 
-Ranges: activations [-2^(b-1), 2^(b-1) - 1], weights symmetric without the lowest code, zero point always 0.
+The codes are those of a `Grid` (core/grid.py).
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from core.grid import INT8, INT8_WEIGHTS, Grid
 
 MIN_SCALE = 1e-10
 MAX_SCALE = 1e30
@@ -107,18 +109,13 @@ class FakeQuantize(nn.Module):
     One module serves every tensor of a placement group, so the members share the scale by being the same object.
 
     Args:
-        bits: Width of the grid, 2 to 8.
+        grid: The codes.
         learned: Whether fine-tuning may move the scale.
-        signed: Codes [-2^(bits-1), 2^(bits-1) - 1], or [0, 2^bits - 1] for tensors without negative values.
     """
 
-    def __init__(self, bits: int = 8, learned: bool = True, signed: bool = True) -> None:
+    def __init__(self, grid: Grid = INT8, learned: bool = True) -> None:
         super().__init__()
-        _check_bits(bits)
-        self.bits = bits
-        self.signed = signed
-        self.low = -(2 ** (bits - 1)) if signed else 0
-        self.high = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+        self.grid = grid
         self.mode = Mode.OFF
         self.observer: Any = None
         self.log_scale = nn.Parameter(torch.zeros(()), requires_grad=learned)
@@ -134,27 +131,32 @@ class FakeQuantize(nn.Module):
             self.log_scale.copy_(_log_of(torch.as_tensor(scale, dtype=torch.float64)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x (off, observe) or x rounded to the grid (quantize); any shape."""
+        """Return x (off, observe) or x rounded to the grid (quantize); any shape.
+
+        The result has the type of x, under autocast float32: bfloat16 holds 8 bits of a value, so that it would
+        move scale * code by up to half a step. The layers take the codes from it (quant/layers.py).
+        """
         if self.mode is Mode.OFF:
             return x
         if self.mode is Mode.OBSERVE:
             if self.observer is not None:
                 self.observer.update(x.detach())
             return x
+        low, high = self.grid.low, self.grid.high
         if torch.onnx.is_in_onnx_export():
-            return torch.fake_quantize_per_tensor_affine(x, float(self.scale), 0, self.low, self.high)
+            return torch.fake_quantize_per_tensor_affine(x, float(self.scale), 0, low, high)
         y = x.float()
         if torch.is_grad_enabled() and (x.requires_grad or self.log_scale.requires_grad):
-            y = _FakeQuantizeTensor.apply(y, self.log_scale, self.scale, self.low, self.high)
+            y = _FakeQuantizeTensor.apply(y, self.log_scale, self.scale, low, high)
         elif y.device.type == "cpu":
-            y = torch.fake_quantize_per_tensor_affine(y, float(self.scale), 0, self.low, self.high)
+            y = torch.fake_quantize_per_tensor_affine(y, float(self.scale), 0, low, high)
         else:  # reading the scale as a number would wait for all that the device has still to do
-            y, _ = _round_to_grid(y, self.scale, self.low, self.high)
-        return y.to(x.dtype)
+            y, _ = _round_to_grid(y, self.scale, low, high)
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
     def extra_repr(self) -> str:
         """One line for `print(model)`."""
-        return f"bits={self.bits}, scale={float(self.scale):.6g}, mode={self.mode.value}"
+        return f"{self.grid}, scale={float(self.scale):.6g}, mode={self.mode.value}"
 
 
 class WeightFakeQuantize(nn.Module):
@@ -163,29 +165,41 @@ class WeightFakeQuantize(nn.Module):
     Args:
         channels: Number of output channels.
         axis: Axis of the output channels in the weight (0 for convolutions and linear layers, 1 for transposed).
-        bits: Width of the grid, 2 to 8; the codes are [-(2^(bits-1) - 1), 2^(bits-1) - 1].
+        grid: The codes.
         learned: Whether fine-tuning may move the scales. Otherwise they follow the weights: each channel's
             scale keeps its calibrated proportion to the channel's largest weight.
     """
 
     proportion: Tensor
 
-    def __init__(self, channels: int, axis: int = 0, bits: int = 8, learned: bool = True) -> None:
+    def __init__(self, channels: int, axis: int = 0, grid: Grid = INT8_WEIGHTS, learned: bool = True) -> None:
         super().__init__()
-        _check_bits(bits)
         self.axis = axis
-        self.bits = bits
-        self.high = 2 ** (bits - 1) - 1
-        self.low = -self.high
+        self.grid = grid
         self.learned = learned
         self.mode = Mode.OFF
         self.log_scale = nn.Parameter(torch.zeros(channels), requires_grad=learned)
         self.register_buffer("proportion", torch.ones(channels))
+        self._kept: tuple[tuple[int, ...], Tensor, Tensor] | None = None  # state, weight, codes
+
+    def train(self, mode: bool = True) -> WeightFakeQuantize:
+        """Change the mode; training drops the codes that evaluation has kept."""
+        if mode:
+            self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a file of the module holds: all but the kept codes."""
+        return {**self.__dict__, "_kept": None}
 
     @property
     def scale(self) -> Tensor:
         """Positive steps, shape [channels], without gradient."""
         return self.log_scale.detach().exp().clamp(MIN_SCALE, MAX_SCALE)
+
+    def steps(self, ndim: int) -> Tensor:
+        """The steps, without gradient, in a shape that broadcasts over a weight of `ndim` axes."""
+        return self.scale.reshape([-1 if d == self.axis else 1 for d in range(ndim)])
 
     def set_scale(self, scale: Tensor, weight: Tensor) -> None:
         """Set the steps, shape [channels], and remember their proportion to the weight's amax."""
@@ -196,7 +210,7 @@ class WeightFakeQuantize(nn.Module):
 
     def amax_scale(self, weight: Tensor) -> Tensor:
         """Steps that put each channel's largest magnitude on the highest code, shape [channels]; 1 if all are 0."""
-        step = self._amax(weight) / self.high
+        step = self._amax(weight) / self.grid.high
         return torch.where(self._dead(weight), 1.0, step.clamp(MIN_SCALE, MAX_SCALE))
 
     def _amax(self, weight: Tensor) -> Tensor:
@@ -204,7 +218,7 @@ class WeightFakeQuantize(nn.Module):
 
     def _dead(self, weight: Tensor) -> Tensor:
         """Channels without a usable weight: any proportion to them would be noise once they come alive."""
-        return self._amax(weight) <= MIN_SCALE * self.high
+        return self._amax(weight) <= MIN_SCALE * self.grid.high
 
     def follow(self, weight: Tensor) -> None:
         """Move scales that are not learned to where the weights have gone."""
@@ -219,25 +233,41 @@ class WeightFakeQuantize(nn.Module):
             # The exporter knows the full signed range only; after clipping, no code falls on the lowest.
             scale = torch.tensor(self.scale.tolist(), device=weight.device)  # a constant in the file
             zero_point = torch.zeros(scale.shape, dtype=torch.int32, device=weight.device)
-            limit = (scale * self.high).reshape([-1 if d == self.axis else 1 for d in range(weight.ndim)])
+            limit = (scale * self.grid.high).reshape(
+                [-1 if d == self.axis else 1 for d in range(weight.ndim)]
+            )
             clipped = weight.clamp(-limit, limit)
             return torch.fake_quantize_per_channel_affine(
-                clipped, scale, zero_point, self.axis, self.low - 1, self.high
+                clipped, scale, zero_point, self.axis, self.grid.low - 1, self.grid.high
             )
         if self.training and not self.learned:
             self.follow(weight)
         w = weight.float()
-        y = _FakeQuantizeChannel.apply(w, self.log_scale, self.scale, self.axis, self.low, self.high)
+        y = _FakeQuantizeChannel.apply(
+            w, self.log_scale, self.scale, self.axis, self.grid.low, self.grid.high
+        )
         return y.to(weight.dtype)
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> Tensor:
+        """Codes of the weight, float32 [its shape], without gradient.
+
+        Outside of training they are kept until the weight or the scales change. A change is seen by the version
+        counters of the two tensors, or by their place in memory; one through `.data`, which has no counter, is not.
+        """
+        steps = self.steps(weight.ndim)
+        if self.training or weight.is_inference() or self.log_scale.is_inference():
+            return (self(weight) / steps).round_()
+        tensors = (weight, self.log_scale)
+        state = tuple(number for tensor in tensors for number in (tensor.data_ptr(), tensor._version))
+        if self._kept is None or self._kept[0] != state:
+            # holding on to the weight keeps its memory from being given to another one
+            self._kept = state, weight.detach(), (self(weight) / steps).round_()
+        return self._kept[2]
 
     def extra_repr(self) -> str:
         """One line for `print(model)`."""
-        return f"channels={self.log_scale.numel()}, bits={self.bits}, mode={self.mode.value}"
-
-
-def _check_bits(bits: int) -> None:
-    if not 2 <= bits <= 8:
-        raise ValueError(f"{bits} bits are not a supported width: choose 2 to 8, or keep the layer in float")
+        return f"channels={self.log_scale.numel()}, {self.grid}, mode={self.mode.value}"
 
 
 def _log_of(scale: Tensor) -> Tensor:

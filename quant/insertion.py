@@ -53,7 +53,7 @@ def insert(network: nn.Module, placement: Placement, learn_scales: bool = True) 
                 _unknown("layer", site.layer, [n for n, _ in model.named_modules()])
             ) from error
         try:
-            quantize_layer(layer, site.axis, site.bits, learn_scales)
+            quantize_layer(layer, site.axis, site.grid, learn_scales)
         except TypeError as error:
             raise PlacementError(f"the placement quantizes the weights of {site.layer!r}: {error}") from error
     _link_grids(model)
@@ -66,7 +66,7 @@ def insert(network: nn.Module, placement: Placement, learn_scales: bool = True) 
 def _insert_group(
     model: fx.GraphModule, nodes: dict[str, fx.Node], index: int, group: Group, learn_scales: bool
 ) -> None:
-    quantizer = FakeQuantize(group.bits, learn_scales and group.scale is None, group.signed)
+    quantizer = FakeQuantize(group.grid, learn_scales and group.scale is None)
     if group.scale is not None:
         quantizer.set_scale(group.scale)
     target = f"{ACTIVATION_QUANTIZERS}.{index}"

@@ -5,47 +5,71 @@ y = (codes of x * codes of w) * (step of x * step of w) + bias. Float32 adds who
 sums do not depend on their order, and a figure is the same for every thread count, memory layout and library.
 Sums of step * code round in another order each time, and a few values that fall to the other side of a grid step move
 the AP of a hundred images by up to 0.003 (benchmarks/numerical_spread.py).
+
+Under autocast they multiply codes, too, in bfloat16 or float16: these types hold every code, and no step * code. Codes
+are divided by a power of two that brings them to [-1, 1] (unsigned ones to [0, 1]), so that float16's sums cannot
+overflow. The gradient is that of the product of values. Sums are rounded once, to the type of autocast; steps and bias
+are applied in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.grid import Grid
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
 
 InputGrid = tuple[FakeQuantize, ...]  # a tuple, so that the quantizer is no second submodule of the layer
 
 
-def _whole_numbers(layer: QuantizedLayer, input: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Codes of the input and of the weight, and the step of their products, shape [output channels].
+class _Codes(torch.autograd.Function):
+    """Codes of values on a grid, as multiples of a power of two and in a type that holds them exactly."""
 
-    None where the layer has to work on floats: while gradients are taken or an ONNX file is written, where a quantizer
-    is off, or where the inputs come from several grids.
-    """
-    if not layer.input_grid or torch.is_grad_enabled() or torch.onnx.is_in_onnx_export():
-        return None
-    grid, weights = layer.input_grid[0], layer.weight_quantizer
-    if not (
-        grid.mode is weights.mode is Mode.QUANTIZE and input.dtype is layer.weight.dtype is torch.float32
-    ):
-        return None
-    steps = weights.scale
-    shape = [-1 if dimension == weights.axis else 1 for dimension in range(layer.weight.ndim)]
-    codes = (input * grid.scale.reciprocal()).round_()
-    return codes, (weights(layer.weight) / steps.reshape(shape)).round_(), grid.scale * steps
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scale: Tensor, unit: float, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.unit, ctx.dtype = unit, values.dtype
+        return (values / scale).round_().mul_(unit).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = ctx.saved_tensors
+        return gradients[0].to(ctx.dtype) * (ctx.unit / scale), None, None, None
+
+
+def _on_codes(layer: QuantizedLayer, input: Tensor) -> bool:
+    """Whether the input has passed one quantizer, which is on, so that its codes are known."""
+    return (
+        bool(layer.input_grid)
+        and layer.input_grid[0].mode is Mode.QUANTIZE
+        and input.dtype is layer.weight.dtype is torch.float32
+    )
+
+
+def _operands(layer: QuantizedLayer, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of the input and of the weight, and the step of their products, shape [output channels]."""
+    activations, weights = layer.input_grid[0], layer.weight_quantizer
+    scale, steps = activations.scale, weights.scale
+    if not torch.is_autocast_enabled(input.device.type):
+        return (input * scale.reciprocal()).round_(), weights.codes(layer.weight), scale * steps
+    dtype = torch.get_autocast_dtype(input.device.type)
+    units = [1 / (quantizer.grid.high + 1) for quantizer in (activations, weights)]
+    codes = _Codes.apply(input, scale, units[0], dtype)
+    weight = _Codes.apply(weights(layer.weight), weights.steps(layer.weight.ndim), units[1], dtype)
+    return codes, weight, scale * steps / (units[0] * units[1])
 
 
 def _scaled(sums: Tensor, steps: Tensor, bias: Tensor | None, axis: int) -> Tensor:
-    """Sums of codes as values: times the step of each output channel, plus the bias."""
+    """Sums of codes as values, float32: times the step of each output channel, plus the bias."""
     shape = [-1 if dimension == axis % sums.ndim else 1 for dimension in range(sums.ndim)]
-    steps = steps.repeat(
-        sums.shape[axis] // steps.numel()
-    )  # a grouped transposed layer has one step per place in a group
-    values = sums.mul_(steps.reshape(shape))
+    # a grouped transposed layer has one step per place in a group
+    steps = steps.repeat(sums.shape[axis] // steps.numel()).reshape(shape)
+    values = sums.float().mul_(steps)
     return values if bias is None else values.add_(bias.reshape(shape))
 
 
@@ -55,15 +79,22 @@ def _compute(
     operation: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     axis: int = 1,
 ) -> Tensor:
-    """A layer's `operation` (input, weight, bias) with its quantized weight, on whole numbers where that is possible.
+    """A layer's `operation` (input, weight, bias) with its quantized weight; on codes where that is of use.
 
     `axis` counts the output's channels.
     """
-    operands = _whole_numbers(layer, input)
-    if operands is None:
-        return operation(input, layer.weight_quantizer(layer.weight), layer.bias)
-    codes, weight, steps = operands
-    return _scaled(operation(codes, weight, None), steps, layer.bias, axis)
+    weights = layer.weight_quantizer
+    autocast = torch.is_autocast_enabled(input.device.type)
+    off = weights.mode is not Mode.QUANTIZE or torch.onnx.is_in_onnx_export()
+    if off or (torch.is_grad_enabled() and not autocast):
+        return operation(input, weights(layer.weight), layer.bias)
+    if _on_codes(layer, input):
+        codes, weight, steps = _operands(layer, input)
+        return _scaled(operation(codes, weight, None), steps, layer.bias, axis)
+    with torch.autocast(
+        input.device.type, enabled=False
+    ):  # half a type would move the weights off their grid
+        return operation(input.to(layer.weight.dtype), weights(layer.weight), layer.bias)
 
 
 class QuantizedConv2d(nn.Conv2d):
@@ -135,7 +166,7 @@ QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
 QuantizedLayer = QuantizedConv1d | QuantizedConv2d | QuantizedConvTranspose2d | QuantizedLinear
 
 
-def quantize_layer(layer: nn.Module, axis: int, bits: int, learned: bool) -> None:
+def quantize_layer(layer: nn.Module, axis: int, grid: Grid, learned: bool) -> None:
     """Turn a float layer into its quantized form in place: same parameters, one more submodule.
 
     Raises:
@@ -148,5 +179,5 @@ def quantize_layer(layer: nn.Module, axis: int, bits: int, learned: bool) -> Non
     weight = layer.weight
     assert isinstance(weight, Tensor)
     layer.__class__ = kind
-    quantizer = WeightFakeQuantize(weight.shape[axis], axis, bits, learned).to(weight.device)
+    quantizer = WeightFakeQuantize(weight.shape[axis], axis, grid, learned).to(weight.device)
     layer.add_module("weight_quantizer", quantizer)

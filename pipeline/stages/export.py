@@ -246,11 +246,11 @@ def check_widths(placement: Placement, target: str) -> None:
     Raises:
         ConfigError: some tensor or weight is narrower than 8 bits, or unsigned where the target takes signed codes.
     """
-    unsigned = [group.name for group in placement.groups if not group.signed]
+    unsigned = [group.name for group in placement.groups if not group.grid.signed]
     if unsigned:
         check_signs(target, f"the plan has {len(unsigned)} unsigned groups ({unsigned[0]}, ...)")
-    widths = {group.name: group.bits for group in placement.groups}
-    widths |= {site.layer: site.bits for site in placement.weights}
+    widths = {group.name: group.grid.bits for group in placement.groups}
+    widths |= {site.layer: site.grid.bits for site in placement.weights}
     able = TARGETS[target].widths
     narrow = {name: bits for name, bits in widths.items() if bits not in able}
     if narrow:

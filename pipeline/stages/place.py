@@ -104,9 +104,9 @@ def hint_at_unsigned(job: Job, placement: Placement) -> None:
     if any(TARGETS[target].signed_only for target in targets(job)):
         return
     finer = place(job.networks.detector.network, PlacementOptions(unsigned=True))
-    signs = {site.node: group.signed for group in finer.groups for site in group.tensors}
+    signs = {site.node: group.grid.signed for group in finer.groups for site in group.tensors}
     never_negative = sum(
-        group.signed and not any(signs.get(site.node, True) for site in group.tensors)
+        group.grid.signed and not any(signs.get(site.node, True) for site in group.tensors)
         for group in placement.groups
     )
     if never_negative > len(placement.groups) // 2:

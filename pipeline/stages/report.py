@@ -96,12 +96,17 @@ def _placement_items(job: Job) -> list[dict[str, Any]] | None:
         found = {group["name"]: group for group in job.run.read_json("calibration.json")["groups"]}
     items: list[dict[str, Any]] = []
     for group in placement.groups:
-        item = {"name": group.name, "kind": "activation", "bits": group.bits, "tensors": len(group.tensors)}
+        item = {
+            "name": group.name,
+            "kind": "activation",
+            "bits": group.grid.bits,
+            "tensors": len(group.tensors),
+        }
         if group.name in found:
             item |= {"scale": found[group.name]["scale"], "clipped": found[group.name]["clipped"]}
         items.append(item)
     items += [
-        {"name": site.layer, "kind": "weight", "bits": site.bits, "group": site.group}
+        {"name": site.layer, "kind": "weight", "bits": site.grid.bits, "group": site.group}
         for site in placement.weights
     ]
     items += [
@@ -115,7 +120,7 @@ def _model_facts(job: Job) -> dict[str, Any] | None:
     if not job.run.path(FLOAT_MODEL).exists():
         return None
     path = job.run.path("placement.yaml")
-    bits = {site.layer: site.bits for site in load_placement(path).weights} if path.exists() else {}
+    bits = {site.layer: site.grid.bits for site in load_placement(path).weights} if path.exists() else {}
     facts = measure_network(job.networks.detector.network, (job.config.data.image_size,) * 2)
     layers: dict[str, dict[str, Any]] = {}
     shares: dict[str, float] = {}

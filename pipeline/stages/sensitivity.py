@@ -47,11 +47,12 @@ def sensitivity_stage(job: Job) -> None:
 
 
 def rank_by_fisher(job: Job, model: fx.GraphModule) -> list[UnitScore]:
-    """Score of every unit from the gradients of `sensitivity.images` training images."""
+    """Score of every unit from the gradients of each of `sensitivity.images` training images."""
     splits = job.splits
     masks = splits.task == "segment"
-    loader = splits.letterboxed(splits.train, BATCH, job.config.sensitivity.images, masks=masks)
-    return measure_fisher(model, splits.labelled(loader, "sensitivity (fisher)"), job.networks.loss())
+    loader = splits.letterboxed(splits.train, 1, job.config.sensitivity.images, masks=masks)
+    batches = ((image, [targets]) for image, targets in splits.labelled(loader, "sensitivity (fisher)"))
+    return measure_fisher(model, batches, job.networks.loss())
 
 
 def _sqnr(job: Job, model: fx.GraphModule) -> Iterable[UnitScore]:

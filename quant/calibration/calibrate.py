@@ -137,13 +137,11 @@ def _convergence(
 
     def scale_of(name: str, histogram: Histogram) -> float:
         quantizer = quantizer_of[name]
-        return choose_scale(
-            histogram, chosen[name].method, quantizer.bits, percentile, quantizer.signed
-        ).scale
+        return choose_scale(histogram, chosen[name].method, quantizer.grid, percentile).scale
 
     def errors_of(name: str, scales: Sequence[float]) -> list[float]:
         candidates = torch.tensor(scales, dtype=torch.float64)
-        errors: list[float] = squared_errors(histograms[name], candidates, quantizer_of[name].high).tolist()
+        errors: list[float] = squared_errors(histograms[name], candidates, quantizer_of[name].grid).tolist()
         return errors
 
     final = {name: group.scale for name, group in chosen.items()}
@@ -164,7 +162,7 @@ def calibrate_weights(model: fx.GraphModule, method: str = "mse", skip: Collecti
         if name in skip:
             continue
         quantizer = layer.weight_quantizer
-        scale = choose_weight_scale(layer.weight, quantizer.axis, method, quantizer.bits)
+        scale = choose_weight_scale(layer.weight, quantizer.axis, method, quantizer.grid)
         quantizer.set_scale(scale.to(layer.weight.device), layer.weight)
 
 
@@ -225,7 +223,7 @@ def apply_histograms(
     for group in placement_of(model).groups:
         if imported and group.name in imported:
             amax = imported[group.name]
-            scale = amax / quantizer_of[group.name].high
+            scale = amax / quantizer_of[group.name].grid.high
             found.append(GroupCalibration(group.name, IMPORTED, None, amax, scale, None, 0, 0))
             continue
         histogram, quantizer = histograms[group.name], quantizer_of[group.name]
@@ -237,7 +235,7 @@ def apply_histograms(
         if histogram.num_ignored:
             log.warning("group %s: %d NaN or infinite values left out", group.name, histogram.num_ignored)
         chosen_by = group.observer or method
-        choice = choose_scale(histogram, chosen_by, quantizer.bits, percentile, quantizer.signed)
+        choice = choose_scale(histogram, chosen_by, quantizer.grid, percentile)
         scale = choice.scale
         if group.scale is None:
             quantizer.set_scale(scale)
@@ -248,7 +246,7 @@ def apply_histograms(
                 name=group.name,
                 method=chosen_by,
                 maximum=histogram.maximum,
-                amax=scale * quantizer.high,
+                amax=scale * quantizer.grid.high,
                 scale=scale,
                 clipped=choice.clipped,
                 num_values=histogram.num_values,

@@ -121,7 +121,7 @@ def _import_groups(
             continue
         quantizer = quantizer_of[group.name]
         groups[group.name] = max(found.values())
-        quantizer.set_scale(groups[group.name] / quantizer.high)
+        quantizer.set_scale(groups[group.name] / quantizer.grid.high)
         if len(found) > 1:
             joined[group.name] = found
     return groups, joined, tuple(without)
@@ -136,4 +136,4 @@ def _weight_scale(name: str, layer: QuantizedLayer, values: Tensor) -> Tensor:
             "checkpoint belongs to another network; use quant.imported_ranges=ignore to calibrate instead"
         )
     amax = values.detach().to(layer.weight.device, torch.float32).flatten().expand(channels)
-    return amax / quantizer.high
+    return amax / quantizer.grid.high

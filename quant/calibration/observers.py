@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from core.choices import OBSERVERS
+from core.grid import INT8, Grid
 
 BINS = 4096
 _CHUNK = 1 << 18  # values counted at a time on a CPU: their bin numbers stay in its cache
@@ -136,23 +137,22 @@ class ScaleChoice:
 
 
 def choose_scale(
-    histogram: Histogram, method: str, bits: int = 8, percentile: float = 99.99, signed: bool = True
+    histogram: Histogram, method: str, grid: Grid = INT8, percentile: float = 99.99
 ) -> ScaleChoice:
-    """Choose the scale of a `bits` wide grid for the values in the histogram.
+    """Choose the scale of a grid for the values in the histogram.
 
     A histogram without any non-zero value gives scale 1: every value is representable then.
 
     Args:
         histogram: counts of magnitudes.
         method: `minmax`, `percentile`, `mse` or `entropy`.
-        bits: width of the grid, 2 to 8.
+        grid: the codes.
         percentile: for `percentile`, the share of values to represent, in percent.
-        signed: whether the highest code is 2^(bits-1) - 1, or 2^bits - 1 for values that are never negative.
 
     Raises:
         ValueError: unknown method.
     """
-    high = 2 ** (bits - 1 if signed else bits) - 1
+    high = grid.high
     if histogram.maximum <= _TINY:
         return ScaleChoice(float(high), 1.0, 0.0)
     if method == "minmax":
@@ -160,7 +160,7 @@ def choose_scale(
     elif method == "percentile":
         amax = _percentile(histogram, percentile)
     elif method == "mse":
-        amax = _least_squared_error(histogram, high)
+        amax = _least_squared_error(histogram, grid)
     elif method == "entropy":
         amax = _least_divergence(histogram, high + 1)
     else:
@@ -184,26 +184,26 @@ def _percentile(histogram: Histogram, percentile: float) -> float:
     return (min(index, BINS - 1) + 1) * width
 
 
-def _least_squared_error(histogram: Histogram, high: int) -> float:
+def _least_squared_error(histogram: Histogram, grid: Grid) -> float:
     """Amax with the least sum of squared rounding and clipping errors over the histogram.
 
     Two searches: 96 candidates in equal ratios from 1/128 of the maximum (few bits and rare large values
     ask for hard clipping), then 64 between the neighbours of the best.
     """
     coarse = histogram.maximum * torch.logspace(-7, 0, 96, base=2, dtype=torch.float64)
-    best = int(squared_errors(histogram, coarse / high, high).argmin())
+    best = int(squared_errors(histogram, coarse / grid.high, grid).argmin())
     lower, upper = float(coarse[max(best - 1, 0)]), float(coarse[min(best + 1, 95)])
     fine = torch.linspace(lower, upper, 64, dtype=torch.float64)
-    return float(fine[squared_errors(histogram, fine / high, high).argmin()])
+    return float(fine[squared_errors(histogram, fine / grid.high, grid).argmin()])
 
 
-def squared_errors(histogram: Histogram, scales: Tensor, high: int) -> Tensor:
+def squared_errors(histogram: Histogram, scales: Tensor, grid: Grid) -> Tensor:
     """Sum of the squared rounding and clipping errors of all values in the histogram, for each of some scales.
 
     Args:
         histogram: counts of magnitudes; a bin's values are taken to lie at its centre.
         scales: [C], float64, positive.
-        high: highest code.
+        grid: the codes.
 
     Returns:
         [C], float64.
@@ -211,7 +211,7 @@ def squared_errors(histogram: Histogram, scales: Tensor, high: int) -> Tensor:
     filled = histogram.counts > 0
     x, counts = histogram.centres[filled], histogram.counts[filled]
     steps = scales[:, None]
-    return (torch.clamp(torch.round(x / steps), max=high) * steps - x).square() @ counts
+    return (grid.round(x, steps) - x).square() @ counts
 
 
 def _least_divergence(histogram: Histogram, levels: int, num_candidates: int = 512) -> float:
@@ -253,15 +253,15 @@ def _running_sum(values: Tensor) -> Tensor:
 
 
 def choose_weight_scale(
-    weight: Tensor, axis: int, method: str, bits: int, num_candidates: int = 128
+    weight: Tensor, axis: int, method: str, grid: Grid, num_candidates: int = 128
 ) -> Tensor:
-    """Choose one scale per output channel of a symmetric grid [-(2^(bits-1)-1), 2^(bits-1)-1].
+    """Choose one scale per output channel of a weight.
 
     Args:
         weight: weight tensor; `axis` counts its output channels.
         axis: axis of the output channels.
         method: `minmax` for the largest magnitude; every other method searches the least squared error.
-        bits: width of the grid.
+        grid: the codes.
         num_candidates: clipping points tried per channel, from 0.4 (0.2 below 6 bits) of the largest magnitude. The
             grids that have the largest magnitude on a lower code, or on the one beyond the highest, are tried, too:
             weights that have been quantized before lie on one of them and lose nothing there.
@@ -269,25 +269,22 @@ def choose_weight_scale(
     Returns:
         Positive finite scales, float32 [channels]; 1 for a channel of zeros.
     """
-    high = 2 ** (bits - 1) - 1
+    high = grid.high
     w = weight.detach().double().movedim(axis, 0).flatten(1)  # [C, N]
     amax = w.abs().amax(1)
     amax = torch.where(amax > _TINY, amax, torch.full_like(amax, float(high)))
     if method == "minmax":
         return (amax / high).float()
     unit = (w / amax[:, None]).float()  # every channel in [-1, 1]: the candidates are the same for all
-    lowest = 0.4 if bits >= 6 else 0.2
+    lowest = 0.4 if grid.bits >= 6 else 0.2
     fractions = torch.linspace(1.0, lowest, num_candidates, dtype=torch.float64, device=w.device)
     codes = [code for code in range(-(-high // 2), high + 2) if code != high]
     fractions = torch.cat((fractions, high / torch.tensor(codes, dtype=torch.float64, device=w.device)))
     at_once = max(1, _CHUNK // max(unit.numel(), 1))
-    errors = [_rounding_errors(unit, part.float() / high, high) for part in fractions.split(at_once)]
+    errors = [_rounding_errors(unit, part.float() / high, grid) for part in fractions.split(at_once)]
     return (amax * fractions[torch.cat(errors).argmin(0)] / high).float()
 
 
-def _rounding_errors(unit: Tensor, steps: Tensor, high: int) -> Tensor:
-    """Squared errors [F, C] of rounding weights [C, N] to grids with steps [F]."""
-    grid = steps[:, None, None]
-    error = unit / grid
-    error.round_().clamp_(-high, high).mul_(grid).sub_(unit)
-    return error.square_().sum(2)
+def _rounding_errors(unit: Tensor, steps: Tensor, grid: Grid) -> Tensor:
+    """Squared errors [F, C] of rounding weights [C, N] to a grid with steps [F]."""
+    return grid.round(unit, steps[:, None, None]).sub_(unit).square_().sum(2)

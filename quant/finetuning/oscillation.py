@@ -113,7 +113,7 @@ class OscillationTracker:
         scaled = torch._foreach_div([layer.weight.detach().float() for layer in self.layers], self._scales())
         torch._foreach_round_(scaled)
         for values, layer in zip(scaled, self.layers, strict=True):
-            values.clamp_(layer.weight_quantizer.low, layer.weight_quantizer.high)
+            values.clamp_(layer.weight_quantizer.grid.low, layer.weight_quantizer.grid.high)
         return torch.cat([values.flatten().to(torch.int8) for values in scaled])
 
     def _scales(self) -> list[Tensor]:
@@ -140,7 +140,7 @@ def dampening_loss(model: nn.Module) -> Tensor:
         if quantizer.mode is not Mode.QUANTIZE:
             continue
         scale = per_channel(layer, quantizer.scale)
-        limit = scale * quantizer.high
+        limit = scale * quantizer.grid.high
         inside = torch.minimum(torch.maximum(layer.weight, -limit), limit)
         point = (inside.detach() / scale).round() * scale
         terms.append((inside - point).square().sum())

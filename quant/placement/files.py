@@ -9,13 +9,20 @@ from typing import Any
 import yaml
 
 from core.errors import PlacementError
+from core.grid import Grid
 from quant.placement.plan import Group, Placement, TensorSite, WeightSite
 from quant.placement.policy import Rule
 
 
 def dump_placement(placement: Placement) -> str:
     """The plan as YAML text that a person can edit."""
-    return yaml.safe_dump(_plain(asdict(placement)), sort_keys=False, width=110)
+    content = _plain(asdict(placement))
+    for entry in content["groups"]:
+        grid = entry.pop("grid")
+        entry |= {"bits": grid["bits"], "signed": grid["signed"]}
+    for entry in content["weights"]:
+        entry["bits"] = entry.pop("grid")["bits"]
+    return yaml.safe_dump(content, sort_keys=False, width=110)
 
 
 def load_placement(path: Path) -> Placement:
@@ -54,25 +61,24 @@ def parse_placement(text: str, path: str) -> Placement:
 
 
 def _group(entry: dict[str, Any]) -> Group:
-    scale = entry.get("scale")
-    group = Group(
-        **{
-            **entry,
-            "tensors": _sites(entry["tensors"]),
-            "layers": tuple(entry["layers"]),
-            "scale": None if scale is None else float(scale),  # YAML takes 1e-3 for a string
-        }
+    entry = dict(entry)
+    scale, bits = entry.pop("scale", None), entry.pop("bits", 8)
+    scale = None if scale is None else float(scale)  # YAML takes 1e-3 for a string
+    Rule(entry["name"], bits=bits, observer=entry.get("observer"), scale=scale)  # the limits of a policy
+    return Group(
+        tensors=_sites(entry.pop("tensors")),
+        layers=tuple(entry.pop("layers")),
+        grid=Grid(bits, entry.pop("signed", True)),
+        scale=scale,
+        **entry,
     )
-    Rule(
-        group.name, bits=group.bits, observer=group.observer, scale=group.scale
-    )  # the same limits as in a policy
-    return group
 
 
 def _weight(entry: dict[str, Any]) -> WeightSite:
-    site = WeightSite(**entry)
-    Rule(site.layer, bits=site.bits)
-    return site
+    entry = dict(entry)
+    bits = entry.pop("bits")
+    Rule(entry["layer"], bits=bits)
+    return WeightSite(grid=Grid(bits, symmetric=True), **entry)
 
 
 def _sites(sites: list[dict[str, Any]]) -> tuple[TensorSite, ...]:

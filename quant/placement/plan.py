@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from core.grid import INT8, Grid
+
 
 @dataclass(frozen=True)
 class TensorSite:
@@ -22,19 +24,17 @@ class Group:
         name: name of the first tensor.
         tensors: the members, in graph order.
         layers: weighted layers that read the group.
-        bits: width of the grid.
+        grid: the codes.
         observer: calibration method, None for the run's default.
         scale: fixed scale, None to calibrate.
-        signed: codes on both sides of zero, or from zero upwards for tensors that are never negative.
     """
 
     name: str
     tensors: tuple[TensorSite, ...]
     layers: tuple[str, ...]
-    bits: int = 8
+    grid: Grid = INT8
     observer: str | None = None
     scale: float | None = None
-    signed: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class WeightSite:
 
     layer: str
     axis: int
-    bits: int
+    grid: Grid
     group: str
 
 
@@ -68,8 +68,8 @@ class Placement:
         lines = []
         for group in self.groups:
             scale = f", scale {group.scale:g}" if group.scale is not None else ""
-            scale += "" if group.signed else ", unsigned"
-            lines.append(f"{group.name}  ({group.bits} bits{scale}, {len(group.tensors)} tensors)")
+            scale += "" if group.grid.signed else ", unsigned"
+            lines.append(f"{group.name}  ({group.grid.bits} bits{scale}, {len(group.tensors)} tensors)")
             lines += [f"  tensor {tensor.name} -> {', '.join(tensor.users)}" for tensor in group.tensors]
             lines += [f"  layer  {layer}" for layer in group.layers]
         lines += [f"float: {name} ({reason})" for name, reason in self.kept_float.items()]

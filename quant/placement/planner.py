@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from core.grid import Grid
 from quant.graph import WEIGHTED_MODULES, Kind, inputs_of, is_rectified, kind_of, paths_of, trace
 from quant.placement.plan import Group, Placement, TensorSite, WeightSite
 from quant.placement.policy import Policy, Rule
@@ -285,14 +286,17 @@ class _Planner:
         options = self.options
         reads_input = any(node.op == "placeholder" for node in tensors)
         bits = max(options.activation_bits, options.edge_bits if reads_input else 0)
+        grid = Grid(
+            bits=self.policy.lookup("bits", names) or bits,
+            signed=not (options.unsigned and all(self._is_nonnegative(node) for node in tensors)),
+        )
         return Group(
             name=names[0],
             tensors=sites,
             layers=tuple(dict.fromkeys(layers)),
-            bits=self.policy.lookup("bits", names) or bits,
+            grid=grid,
             observer=self.policy.lookup("observer", names),
             scale=self.policy.lookup("scale", names),
-            signed=not (options.unsigned and all(self._is_nonnegative(node) for node in tensors)),
         )
 
     def _is_nonnegative(self, node: fx.Node) -> bool:
@@ -318,7 +322,7 @@ class _Planner:
         bits = self.policy.lookup("bits", [path]) or max(
             options.weight_bits, options.edge_bits if is_edge else 0
         )
-        return WeightSite(path, axis, bits, group)
+        return WeightSite(path, axis, Grid(bits, symmetric=True), group)
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from core.grid import Grid
 from quant.fake_quantize import FakeQuantize, Mode
 from quant.insertion import set_mode
 from quant.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
@@ -179,19 +180,19 @@ def round_by_output(layer: QuantizedLayer, x: Tensor, target: Tensor) -> tuple[f
     quantizer = layer.weight_quantizer
     weight = layer.weight.flatten(1).float()
     scale = quantizer.scale[:, None]
-    codes = choose_codes(weight / scale, scale, gram, cross, quantizer.low, quantizer.high)
+    codes = choose_codes(weight / scale, scale, gram, cross, quantizer.grid)
 
     def error(rows: Tensor) -> float:
         return float((columns @ rows.T - wanted).square().mean())
 
-    nearest = (weight / scale).round().clamp(quantizer.low, quantizer.high) * scale
+    nearest = quantizer.grid.round(weight, scale)
     result = error(nearest), error(codes * scale)
     layer.weight.copy_((codes * scale).reshape(layer.weight.shape))
     quantizer.set_scale(quantizer.scale, layer.weight)  # the proportion to the largest weight has changed
     return result
 
 
-def choose_codes(position: Tensor, scale: Tensor, gram: Tensor, cross: Tensor, low: int, high: int) -> Tensor:
+def choose_codes(position: Tensor, scale: Tensor, gram: Tensor, cross: Tensor, grid: Grid) -> Tensor:
     """For each weight the code below or above, found by flipping the best one of every row until none helps.
 
     Args:
@@ -199,15 +200,14 @@ def choose_codes(position: Tensor, scale: Tensor, gram: Tensor, cross: Tensor, l
         scale: [C, 1].
         gram: inputs' second moments X X', [K, K].
         cross: outputs' products with the inputs y X', [C, K].
-        low: lowest code.
-        high: highest code.
+        grid: the codes.
 
     Returns:
         Codes, [C, K]; no row's error is above that of rounding to nearest.
     """
-    below = position.floor().clamp(low, high)
-    above = position.ceil().clamp(low, high)
-    codes = position.round().clamp(low, high)
+    below = position.floor().clamp(grid.low, grid.high)
+    above = position.ceil().clamp(grid.low, grid.high)
+    codes = grid.codes(position, 1.0)
     slope = (codes * scale) @ gram - cross
     power = gram.diagonal()
     rows = torch.arange(len(codes), device=codes.device)

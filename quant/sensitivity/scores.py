@@ -2,7 +2,7 @@
 
 A unit is a placement group: its activations and the weights of the layers that read them. Two methods:
 
-`fisher` needs one backward pass per batch of the float network. For a unit with values x, quantized values Q(x)
+`fisher` needs one backward pass per image of the float network. For a unit with values x, quantized values Q(x)
 and loss gradient g, the expected rise of the loss is, to second order and with the diagonal of the Fisher
 information in place of the Hessian (FIT, arXiv:2210.08502),
 
@@ -13,7 +13,7 @@ it says how far the loss moves, up or down.
 
 `sqnr` quantizes one unit at a time and compares the outputs with the float network's:
 
-    score = mean over output maps of  |y_unit - y_float|^2 / var(y_float)      (`distillation_loss`).
+    score = mean over images and output maps of  |y_unit - y_float|^2 / var(y_float)      (`distillation_loss`).
 
 Both are ratios to be ranked within one network, not accuracies.
 """
@@ -28,10 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from core.types import TaskLoss, TrainingBatch
+from core.errors import ConfigError
+from core.types import TaskLoss
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
-from quant.finetuning.distillation import distillation_loss
+from quant.finetuning.distillation import distillation_loss, flatten_maps
 from quant.insertion import activation_quantizers, placement_of, quantized_layers, quantizers, set_mode
+from quant.layers import QuantizedLayer
 
 
 @dataclass(frozen=True)
@@ -48,41 +50,41 @@ class UnitScore:
 
 
 def measure_fisher(
-    model: fx.GraphModule, batches: Iterable[TrainingBatch], task_loss: TaskLoss
+    model: fx.GraphModule, batches: Iterable[tuple[Tensor, Sequence[Any]]], task_loss: TaskLoss
 ) -> list[UnitScore]:
-    """Score every unit with one backward pass per batch; the most sensitive unit comes first.
+    """Score every unit with one backward pass per image; the most sensitive unit comes first.
+
+    The gradients are those of each image's own loss, so that the scores do not depend on how images are batched.
 
     Args:
         model: inserted and calibrated; its weights, modes and gradients are left as they were.
-        batches: images [B, C, H, W] and targets; small batches give the better estimate for weights, whose gradient
-            is squared after the sum over a batch.
+        batches: images [B, C, H, W], and for each image its targets as the task loss takes them for a batch of one.
         task_loss: the loss whose rise counts.
+
+    Raises:
+        ConfigError: no image.
+        ValueError: a batch with another number of targets than images.
     """
     groups = activation_quantizers(model)
     layers = quantized_layers(model)
-    errors: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for name, layer in layers.items():
-            rounded = _rounded_weight(layer)
-            errors[name] = (rounded - layer.weight).square()
+    errors = [_rounding_error(layer) for layer in layers.values()]
+    weights = [layer.weight for layer in layers.values()]
     activation_sums = dict.fromkeys(groups, 0.0)
     weight_sums = dict.fromkeys(layers, 0.0)
     num_images = 0
-    with _probing(model, groups) as probes:
-        for images, targets in batches:
-            size = (int(images.shape[-2]), int(images.shape[-1]))
-            loss = torch.stack(list(task_loss(model(images), targets, size).values())).sum()
-            weights = [layer.weight for layer in layers.values()]
+    with _probing(model, groups) as probes, torch.enable_grad():
+        for image, target in _single_images(batches):
+            size = (int(image.shape[-2]), int(image.shape[-1]))
+            loss = torch.stack(list(task_loss(model(image), target, size).values())).sum()
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-            count = len(images)
-            num_images += count
-            for (name, _), gradient in zip(layers.items(), gradients, strict=True):
+            num_images += 1
+            for name, gradient, error in zip(layers, gradients, errors, strict=True):
                 if gradient is not None:
-                    weight_sums[name] += float((gradient.square() * errors[name]).sum()) * count
+                    weight_sums[name] += float(torch.dot(gradient.square().flatten(), error.flatten()))
             for name, probe in probes.items():
-                activation_sums[name] += probe.take() * count * count
+                activation_sums[name] += probe.take()
     if num_images == 0:
-        raise ValueError("sensitivity got no image: raise sensitivity.images above 0")
+        raise ConfigError("sensitivity got no image: raise sensitivity.images above 0")
     scores = []
     for group in placement_of(model).groups:
         parts = {
@@ -93,16 +95,35 @@ def measure_fisher(
     return sorted(scores, key=lambda score: -score.score)
 
 
+def _single_images(batches: Iterable[tuple[Tensor, Sequence[Any]]]) -> Iterator[tuple[Tensor, Any]]:
+    """Every image [1, C, H, W] with its targets."""
+    for images, targets in batches:
+        if len(images) != len(targets):
+            raise ValueError(
+                f"a batch of {len(images)} images has {len(targets)} targets; expected one per image, each in the "
+                "form that the task loss takes for a batch of one"
+            )
+        yield from zip(images.split(1), targets, strict=True)
+
+
+def _rounding_error(layer: QuantizedLayer) -> Tensor:
+    """Squared rounding and clipping error of every weight of a layer, [shape of the weight]."""
+    weight, quantizer = layer.weight.detach(), layer.weight_quantizer
+    return (quantizer.grid.round(weight, quantizer.steps(weight.ndim)) - weight).square()
+
+
 def measure_sqnr(model: fx.GraphModule, batches: Sequence[Tensor]) -> Iterator[UnitScore]:
     """Yield one score per unit, in graph order: output error with that unit alone quantized.
 
     Args:
         model: inserted and calibrated; modes are restored at the end.
-        batches: images [B, C, H, W], used once for the reference and once per unit.
+        batches: images [B, C, H, W], used once for the reference and once per unit. How images are batched makes no
+            difference: each is compared by itself.
     """
     groups = activation_quantizers(model)
     layers = quantized_layers(model)
     modes = [(quantizer, quantizer.mode) for quantizer in quantizers(model)]
+    training = model.training
     model.eval()
     try:
         with torch.inference_mode():
@@ -114,17 +135,28 @@ def measure_sqnr(model: fx.GraphModule, batches: Sequence[Tensor]) -> Iterator[U
                 for part in parts:
                     part.mode = Mode.QUANTIZE
                 pairs = zip(batches, references, strict=True)
-                found = [float(distillation_loss(model(images), reference)) for images, reference in pairs]
+                found = [error for images, wanted in pairs for error in _output_errors(model(images), wanted)]
                 for part in parts:
                     part.mode = Mode.OFF
                 yield UnitScore(group.name, sum(found) / len(found))
     finally:
         for quantizer, mode in modes:
             quantizer.mode = mode
+        model.train(training)
+
+
+def _output_errors(outputs: Any, references: Any) -> Iterator[float]:
+    """Unexplained variance of each image's output maps."""
+    pairs = list(zip(flatten_maps(outputs), flatten_maps(references), strict=True))
+    for index in range(len(pairs[0][0])):
+        image = slice(index, index + 1)
+        yield float(
+            distillation_loss([found[image] for found, _ in pairs], [wanted[image] for _, wanted in pairs])
+        )
 
 
 class _Probe:
-    """Stands in for a quantizer's observer: hands the tensor on and, on the way back, adds up g^2 (Q(x) - x)^2."""
+    """Watches the tensor that passes a quantizer: adds up g^2 (Q(x) - x)^2 in the backward pass."""
 
     def __init__(self, quantizer: FakeQuantize) -> None:
         self.quantizer = quantizer
@@ -132,10 +164,8 @@ class _Probe:
 
     def watch(self, x: Tensor) -> Tensor:
         """Return x with a gradient hook."""
-        q = self.quantizer
         with torch.no_grad():
-            error = torch.fake_quantize_per_tensor_affine(x.float(), float(q.scale), 0, q.low, q.high)
-            error.sub_(x).square_()
+            error = self.quantizer.grid.round(x.float(), self.quantizer.scale).sub_(x).square_()
 
         def add(gradient: Tensor) -> None:
             found = torch.dot(gradient.float().square().reshape(-1), error.reshape(-1))
@@ -174,11 +204,3 @@ def _probing(model: fx.GraphModule, groups: dict[str, FakeQuantize]) -> Iterator
 
 def _hook(watch: Callable[[Tensor], Tensor]) -> Callable[[Any, Any, Tensor], Tensor]:
     return lambda _module, _inputs, output: watch(output)
-
-
-def _rounded_weight(layer: Any) -> Tensor:
-    quantizer = layer.weight_quantizer
-    mode, quantizer.mode = quantizer.mode, Mode.QUANTIZE
-    rounded: Tensor = quantizer(layer.weight)
-    quantizer.mode = mode
-    return rounded

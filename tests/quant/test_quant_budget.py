@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from core.grid import INT8_WEIGHTS
 from quant.placement.plan import Group, Placement, TensorSite, WeightSite
 from quant.sensitivity.budget import search_budget, without_units
 
@@ -61,9 +62,9 @@ def test_without_units_drops_a_group_and_its_layers_only() -> None:
         Group("y", (TensorSite("y", "y", ("second", "third")),), ("second", "third")),
     )
     weights = (
-        WeightSite("first", 0, 8, "x"),
-        WeightSite("second", 0, 8, "y"),
-        WeightSite("third", 0, 8, "y"),
+        WeightSite("first", 0, INT8_WEIGHTS, "x"),
+        WeightSite("second", 0, INT8_WEIGHTS, "y"),
+        WeightSite("third", 0, INT8_WEIGHTS, "y"),
     )
     left = without_units(Placement(groups, weights), ["y"], "accuracy budget")
     assert left.groups == groups[:1]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from quant_networks import small_images, small_net
 from torch import nn
 
+from core.grid import INT8_WEIGHTS, Grid
 from models import build_detector, fold_detector
 from quant import FakeQuantize, Mode, WeightFakeQuantize, insert, place
 from quant.calibration.observers import choose_weight_scale
@@ -104,7 +105,7 @@ def test_activations_equal_pytorch_quantization(bits):
     x = torch.randn(64, 33) * 2.0
     amax = torch.tensor(3.7)
     high = 2 ** (bits - 1) - 1
-    quantizer = switched_on(FakeQuantize(bits), amax / high)
+    quantizer = switched_on(FakeQuantize(Grid(bits)), amax / high)
     # its narrow_range=False grid is ours: [-2^(bits-1), 2^(bits-1) - 1]
     expected = nvidia.fake_tensor_quant(x, amax, bits, False, False)
     torch.testing.assert_close(quantizer(x), expected, rtol=0, atol=1e-6)
@@ -123,8 +124,8 @@ def test_weights_equal_pytorch_quantization_per_channel(bits, axis):
     weight = torch.randn(8, 6, 3, 3)
     others = [d for d in range(4) if d != axis]
     amax = weight.abs().amax(others, keepdim=True) * 0.8
-    quantizer = WeightFakeQuantize(weight.shape[axis], axis, bits)
-    switched_on(quantizer, amax.flatten() / quantizer.high, weight)
+    quantizer = WeightFakeQuantize(weight.shape[axis], axis, Grid(bits, symmetric=True))
+    switched_on(quantizer, amax.flatten() / quantizer.grid.high, weight)
     expected = nvidia.fake_tensor_quant(weight, amax, bits, False, True)
     torch.testing.assert_close(quantizer(weight), expected, rtol=0, atol=1e-6)
 
@@ -132,33 +133,35 @@ def test_weights_equal_pytorch_quantization_per_channel(bits, axis):
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_codes_fill_the_documented_ranges(bits):
     x = torch.linspace(-1000.0, 1000.0, 4001)
-    activation = switched_on(FakeQuantize(bits), 1.0)
-    weights = switched_on(WeightFakeQuantize(1, bits=bits), torch.ones(1), x[None])
+    activation = switched_on(FakeQuantize(Grid(bits)), 1.0)
+    weights = switched_on(WeightFakeQuantize(1, grid=Grid(bits, symmetric=True)), torch.ones(1), x[None])
     assert activation(x).unique().tolist() == list(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
     assert weights(x[None]).unique().tolist() == list(range(-(2 ** (bits - 1)) + 1, 2 ** (bits - 1)))
 
 
 def test_int8_ranges_are_those_of_the_engines():
-    assert (FakeQuantize().low, FakeQuantize().high) == (-128, 127)
-    assert (WeightFakeQuantize(1).low, WeightFakeQuantize(1).high) == (-127, 127)
+    assert (FakeQuantize().grid.low, FakeQuantize().grid.high) == (-128, 127)
+    assert (WeightFakeQuantize(1).grid.low, WeightFakeQuantize(1).grid.high) == (-127, 127)
 
 
 @pytest.mark.parametrize("bits", [1, 9, 16])
 def test_other_widths_are_refused(bits):
     with pytest.raises(ValueError, match=f"{bits} bits .* 2 to 8"):
-        FakeQuantize(bits)
+        FakeQuantize(Grid(bits))
     with pytest.raises(ValueError, match=f"{bits} bits .* 2 to 8"):
-        WeightFakeQuantize(1, bits=bits)
+        WeightFakeQuantize(1, grid=Grid(bits, symmetric=True))
 
 
 @settings(max_examples=60, deadline=None)
 @given(bits=st.integers(2, 8), scale=SCALES, seed=st.integers(0, 2**31))
 def test_quantizing_twice_changes_nothing(bits, scale, seed):
     x = torch.randn(256, generator=torch.Generator().manual_seed(seed)) * scale * 2 ** (bits - 1)
-    activation = switched_on(FakeQuantize(bits), scale)
+    activation = switched_on(FakeQuantize(Grid(bits)), scale)
     once = activation(x)
     assert torch.equal(activation(once), once)
-    weights = switched_on(WeightFakeQuantize(4, bits=bits), torch.full((4,), scale), x.reshape(4, -1))
+    weights = switched_on(
+        WeightFakeQuantize(4, grid=Grid(bits, symmetric=True)), torch.full((4,), scale), x.reshape(4, -1)
+    )
     once = weights(x.reshape(4, -1))
     assert torch.equal(weights(once), once)
 
@@ -166,9 +169,14 @@ def test_quantizing_twice_changes_nothing(bits, scale, seed):
 @settings(max_examples=40, deadline=None)
 @given(bits=st.integers(2, 8), scale=SCALES, seed=st.integers(0, 2**31))
 def test_error_is_at_most_half_a_step_inside_the_range(bits, scale, seed):
-    quantizer = switched_on(FakeQuantize(bits), scale)
+    quantizer = switched_on(FakeQuantize(Grid(bits)), scale)
     step = float(quantizer.scale)
-    x = (torch.rand(256, generator=torch.Generator().manual_seed(seed)) - 0.5) * 2 * step * quantizer.high
+    x = (
+        (torch.rand(256, generator=torch.Generator().manual_seed(seed)) - 0.5)
+        * 2
+        * step
+        * quantizer.grid.high
+    )
     assert float((quantizer(x) - x).detach().abs().max()) <= step * 0.5001
 
 
@@ -210,15 +218,15 @@ def test_bfloat16_autocast_gives_bfloat16_and_a_float32_scale_gradient():
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_activation_gradients_equal_lsq(bits):
-    quantizer = switched_on(FakeQuantize(bits), 0.11)
-    spread = quantizer.scale * quantizer.high * 0.8  # a good share is clipped
+    quantizer = switched_on(FakeQuantize(Grid(bits)), 0.11)
+    spread = quantizer.scale * quantizer.grid.high * 0.8  # a good share is clipped
     x = (torch.randn(3, 5, 7, 7) * spread).requires_grad_()
     g = torch.randn(3, 5, 7, 7)
     quantizer(x).backward(g)
 
     x64 = x.detach().double().requires_grad_()
     log_scale = quantizer.log_scale.detach().double().requires_grad_()
-    expected = lsq(x64, log_scale, quantizer.low, quantizer.high)
+    expected = lsq(x64, log_scale, quantizer.grid.low, quantizer.grid.high)
     expected.backward(g.double())
 
     assert ((x.grad == 0) & (g != 0)).any()
@@ -230,7 +238,7 @@ def test_activation_gradients_equal_lsq(bits):
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_weight_gradients_equal_lsq(bits, axis):
-    quantizer = WeightFakeQuantize(6, axis, bits)
+    quantizer = WeightFakeQuantize(6, axis, Grid(bits, symmetric=True))
     shape = (6, 5, 3, 3) if axis == 0 else (5, 6, 3, 3)
     weight = torch.randn(shape)
     switched_on(quantizer, quantizer.amax_scale(weight) * torch.linspace(0.3, 1.1, 6), weight)
@@ -241,7 +249,7 @@ def test_weight_gradients_equal_lsq(bits, axis):
     weight64 = weight.detach().double().requires_grad_()
     log_scale = quantizer.log_scale.detach().double().requires_grad_()
     per_channel = log_scale.reshape((-1, 1, 1, 1) if axis == 0 else (1, -1, 1, 1))
-    expected = lsq(weight64, per_channel, quantizer.low, quantizer.high)
+    expected = lsq(weight64, per_channel, quantizer.grid.low, quantizer.grid.high)
     expected.backward(g.double())
 
     assert ((weight.grad == 0) & (g != 0)).any()
@@ -254,7 +262,7 @@ def test_scale_gradient_of_values_that_can_be_counted_by_hand():
 
     s * dy/ds is -0.3, 0.2, 1 and -2, in all -1.1.
     """
-    quantizer = switched_on(FakeQuantize(2), 1.0)
+    quantizer = switched_on(FakeQuantize(Grid(2)), 1.0)
     x = torch.tensor([0.3, 0.8, 5.0, -7.0], requires_grad=True)
     y = quantizer(x)
     y.sum().backward()
@@ -266,7 +274,7 @@ def test_scale_gradient_of_values_that_can_be_counted_by_hand():
 def test_a_step_against_the_gradient_lowers_the_quantization_error():
     torch.manual_seed(0)
     x = torch.randn(5000)
-    quantizer = switched_on(FakeQuantize(4), 1.5)  # much too coarse
+    quantizer = switched_on(FakeQuantize(Grid(4)), 1.5)  # much too coarse
     optimizer = torch.optim.Adam([quantizer.log_scale], 0.02)
     errors = []
     for _ in range(100):
@@ -347,7 +355,7 @@ def test_a_dead_channel_that_comes_alive_gets_a_scale_that_fits_it(dead):
     weight = torch.randn(3, 10)
     weight[1] = dead
     quantizer = WeightFakeQuantize(3, learned=False)
-    switched_on(quantizer, choose_weight_scale(weight, 0, "mse", 8), weight)
+    switched_on(quantizer, choose_weight_scale(weight, 0, "mse", INT8_WEIGHTS), weight)
     quantizer.train()
     torch.testing.assert_close(quantizer(weight)[1], torch.zeros(10), rtol=0, atol=1e-9)
     weight[1] = 0.01 * torch.randn(10)

@@ -249,7 +249,7 @@ def test_an_edited_plan_is_obeyed(plan_path):
     plan_path.write_text(edited)
     model = insert(network, load_placement(plan_path))
     first = activation_quantizers(model)["input.x"]
-    assert (first.bits, first.log_scale.requires_grad) == (4, False)
+    assert (first.grid.bits, first.log_scale.requires_grad) == (4, False)
     assert float(first.scale) == pytest.approx(1e-3)
 
 

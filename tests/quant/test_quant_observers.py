@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from core.choices import OBSERVERS
+from core.grid import INT8_WEIGHTS, Grid
 from quant.calibration.observers import BINS, Histogram, choose_scale, choose_weight_scale
 
 FLOATS = st.floats(width=32, allow_nan=False, min_value=-(2.0**80), max_value=2.0**80)
@@ -162,7 +163,7 @@ def test_a_gpu_counts_the_same():
     ids=str,
 )
 def test_scales_are_positive_and_finite(method, bits, values):
-    choice = choose_scale(histogram_of(values), method, bits)
+    choice = choose_scale(histogram_of(values), method, Grid(bits))
     assert 0 < choice.scale < math.inf
     assert float(torch.tensor(choice.scale)) > 0  # in float32, too
     assert 0 < choice.amax < math.inf
@@ -178,7 +179,7 @@ def test_scales_are_positive_and_finite(method, bits, values):
 def test_scales_are_positive_and_finite_for_anything(values, method, bits):
     histogram = histogram_of(values)
     assert histogram.num_values + histogram.num_ignored == len(values)
-    choice = choose_scale(histogram, method, bits)
+    choice = choose_scale(histogram, method, Grid(bits))
     assert 0 < choice.scale < math.inf
     assert choice.scale == choice.amax / (2 ** (bits - 1) - 1)
     assert choice.amax <= histogram.maximum or histogram.maximum < 1e-15
@@ -211,7 +212,7 @@ def test_scales_move_with_the_unit(method):
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_min_max_is_the_maximum_over_the_highest_code(bits):
-    choice = choose_scale(histogram_of([0.1, -5.5], [2.0]), "minmax", bits)
+    choice = choose_scale(histogram_of([0.1, -5.5], [2.0]), "minmax", Grid(bits))
     assert choice.scale == 5.5 / (2 ** (bits - 1) - 1)
     assert choice.clipped == 0.0
 
@@ -240,7 +241,7 @@ def test_mse_is_as_good_as_the_best_of_a_search_over_the_values(name, bits, tole
     values, high = spread_values(name).double(), 2 ** (bits - 1) - 1
     maximum = float(values.abs().max())
     best = min(rounding_error(values, amax, high) for amax in maximum * np.geomspace(0.01, 1.0, 150))
-    choice = choose_scale(histogram_of(values), "mse", bits)
+    choice = choose_scale(histogram_of(values), "mse", Grid(bits))
     assert rounding_error(values, choice.amax, high) <= best * tolerance
 
 
@@ -273,7 +274,7 @@ def test_entropy_is_the_minimum_of_the_slow_loop(name):
     counts = histogram.counts.tolist()
     counts[0] = min(counts[0], counts[1])  # zeros are exact on every grid
     width = 2.0**histogram.exponent / BINS
-    choice = choose_scale(histogram, "entropy", 4)  # 8 levels keep the loop short
+    choice = choose_scale(histogram, "entropy", Grid(4))  # 8 levels keep the loop short
     top = max(i for i, count in enumerate(counts) if count) + 1
     chosen_end = min(round(choice.amax / width), top) if choice.amax < histogram.maximum else top
     chosen = divergence_of(counts, chosen_end, 8)
@@ -315,14 +316,14 @@ def test_entropy_is_not_blinded_by_the_zeros_of_a_rectified_tensor():
 def test_min_max_weight_scales_are_each_channels_maximum(axis, bits):
     weight = torch.randn(5, 6, 3, 3)
     others = [d for d in range(4) if d != axis]
-    scale = choose_weight_scale(weight, axis, "minmax", bits)
+    scale = choose_weight_scale(weight, axis, "minmax", Grid(bits, symmetric=True))
     torch.testing.assert_close(scale, weight.abs().amax(others) / (2 ** (bits - 1) - 1))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_mse_weight_scales_are_as_good_as_a_search_per_channel(bits):
     weight, high = torch.randn(6, 32, 3, 3) ** 3, 2 ** (bits - 1) - 1
-    scale = choose_weight_scale(weight, 0, "mse", bits)
+    scale = choose_weight_scale(weight, 0, "mse", Grid(bits, symmetric=True))
     for row, got in zip(weight.flatten(1).double(), scale.tolist(), strict=True):
         errors = [
             float(((row / s).round().clamp(-high, high) * s - row).square().sum())
@@ -338,7 +339,7 @@ def test_weights_quantized_before_lose_nothing(top):
     codes = torch.randint(-top + 1, top, (4, 200), generator=torch.Generator().manual_seed(top))
     codes[:, 0] = -top
     step = torch.tensor([0.1, 0.003, 1.0, 7.7])[:, None]
-    scale = choose_weight_scale(codes * step, 0, "mse", 8)[:, None]
+    scale = choose_weight_scale(codes * step, 0, "mse", INT8_WEIGHTS)[:, None]
     high = min(top, 127)  # the code of -128 is not on a weight grid: that one value is clipped
     restored = (codes * step / scale).round().clamp(-high, high) * scale
     torch.testing.assert_close(restored, codes.clamp(-high, high) * step, rtol=1e-5, atol=0)
@@ -349,7 +350,7 @@ def test_weights_quantized_before_lose_nothing(top):
 def test_weight_scales_are_positive_and_finite(method, fill):
     weight = torch.randn(4, 3, 1, 1)
     weight[2] = fill
-    scale = choose_weight_scale(weight, 0, method, 8)
+    scale = choose_weight_scale(weight, 0, method, INT8_WEIGHTS)
     assert bool((scale > 0).all())
     assert bool(torch.isfinite(scale).all())
     if fill == 0.0:

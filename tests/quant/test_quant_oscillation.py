@@ -9,6 +9,7 @@ from fine_tuning import STEPS, batches, fine_tune, new_state, squared_error
 from quant_networks import small_net, small_quantized
 from torch import nn
 
+from core.grid import Grid
 from quant import Mode, insert, place, quantized_layers, set_mode
 from quant.fake_quantize import WeightFakeQuantize
 from quant.finetuning.oscillation import OscillationTracker, dampening_loss
@@ -19,7 +20,7 @@ from training import train_epochs
 def one_layer(weights=(0.1, 0.1, 0.1, 0.1), bits=4, scale=0.1):
     """A convolution of one output channel whose grid has the given step."""
     layer = nn.Sequential(nn.Conv2d(len(weights), 1, 1, bias=False))
-    quantize_layer(layer[0], 0, bits, learned=True)
+    quantize_layer(layer[0], 0, Grid(bits, symmetric=True), learned=True)
     with torch.no_grad():
         layer[0].weight.copy_(torch.tensor(weights).view(1, -1, 1, 1))
     quantizer = layer[0].weight_quantizer

@@ -25,17 +25,17 @@ def test_the_edges_of_the_network_keep_their_width():
     network = folded(Between(ConvBlock(16, 16, 3), 16, 16))
     narrow = PlacementOptions(weight_bits=4, activation_bits=4, quantize_outputs=True)
     placement = place(network, narrow)
-    assert {site.layer: site.bits for site in placement.weights} == {
+    assert {site.layer: site.grid.bits for site in placement.weights} == {
         "before.conv": 8,
         "block.conv": 4,
         "after.conv": 4,
         "output": 8,
     }
-    assert [group.bits for group in placement.groups] == [8, 4, 4, 4]
+    assert [group.grid.bits for group in placement.groups] == [8, 4, 4, 4]
     plain = place(network, PlacementOptions(4, 4, edge_bits=2, quantize_outputs=True))
-    assert {site.bits for site in plain.weights} == {group.bits for group in plain.groups} == {4}
+    assert {site.grid.bits for site in plain.weights} == {group.grid.bits for group in plain.groups} == {4}
     ruled = place(network, narrow, rules=(Rule("before.conv", bits=3),))
-    assert ruled.weights[0].bits == 3
+    assert ruled.weights[0].grid.bits == 3
 
 
 @pytest.mark.parametrize(

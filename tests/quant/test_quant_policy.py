@@ -37,7 +37,7 @@ def test_the_last_match_wins():
         Rule("neck.down?.conv", bits=5),
         Rule("neck.down4.*", bits=8),
     )
-    bits = {site.layer: site.bits for site in placement.weights}
+    bits = {site.layer: site.grid.bits for site in placement.weights}
     assert bits["stage3.conv"] == 8
     assert bits["neck.top_down4.conv"] == 4
     assert bits["neck.spp.conv"] == 6
@@ -48,14 +48,14 @@ def test_the_last_match_wins():
 def test_a_rule_that_says_nothing_about_a_field_leaves_the_earlier_answer():
     placement = neck_plan(Rule("neck.*.act", bits=4), Rule("neck.*.act", observer="entropy"))
     group = group_named(placement, "neck.top_down3.act")
-    assert (group.bits, group.observer) == (4, "entropy")
+    assert (group.grid.bits, group.observer) == (4, "entropy")
 
 
 def test_a_rule_on_any_member_holds_for_the_group():
     placement = neck_plan(Rule("neck.down4.act", bits=6, observer="percentile"))
     group = group_named(placement, "stage3.act")
-    assert (group.bits, group.observer) == (6, "percentile")
-    assert all(group.bits == 8 for group in placement.groups if group.name != "stage3.act")
+    assert (group.grid.bits, group.observer) == (6, "percentile")
+    assert all(group.grid.bits == 8 for group in placement.groups if group.name != "stage3.act")
 
 
 def test_layers_are_kept_float_by_name():
@@ -122,12 +122,15 @@ def test_fixed_scales_survive_calibration_and_training():
 def test_bits_reach_the_quantizers():
     network = small_net()
     model = insert(network, place(network, rules=(Rule("stem.act", bits=4), Rule("side.conv", bits=3))))
-    assert (activation_quantizers(model)["stem.act"].low, activation_quantizers(model)["stem.act"].high) == (
+    assert (
+        activation_quantizers(model)["stem.act"].grid.low,
+        activation_quantizers(model)["stem.act"].grid.high,
+    ) == (
         -8,
         7,
     )
-    assert quantized_layers(model)["side.conv"].weight_quantizer.high == 3
-    assert quantized_layers(model)["last.conv"].weight_quantizer.high == 127
+    assert quantized_layers(model)["side.conv"].weight_quantizer.grid.high == 3
+    assert quantized_layers(model)["last.conv"].weight_quantizer.grid.high == 127
 
 
 def test_each_group_is_calibrated_by_its_own_observer():

@@ -7,6 +7,7 @@ import torch
 from quant_networks import small_images, small_net
 from torch import nn
 
+from core.grid import Grid
 from quant import (
     Mode,
     Rule,
@@ -42,7 +43,7 @@ def test_no_row_is_worse_than_nearest_and_most_reach_the_best_of_all_roundings()
     mixing = torch.randn(7, 7, generator=generator)
     x = mixing @ torch.randn(7, 50, generator=generator) + 1
     y = (position * scale) @ x
-    codes = choose_codes(position, scale, x @ x.T, y @ x.T, -3, 3)
+    codes = choose_codes(position, scale, x @ x.T, y @ x.T, Grid(3, symmetric=True))
     reached = 0
     for row in range(40):
         choices = itertools.product(*[{float(p.floor()), float(p.ceil())} for p in position[row]])

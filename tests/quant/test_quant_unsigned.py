@@ -51,9 +51,9 @@ def calibrated(unsigned: bool, images: Tensor) -> fx.GraphModule:
 
 def test_only_tensors_that_are_never_negative_become_unsigned() -> None:
     plan = place(Block(), PlacementOptions(unsigned=True, quantize_narrow=True))
-    signed = {site.name: group.signed for group in plan.groups for site in group.tensors}
+    signed = {site.name: group.grid.signed for group in plan.groups for site in group.tensors}
     assert signed == {"input.x": False, "relu_0": False, "add": False, "silu": True}
-    assert all(group.signed for group in place(Block(), PlacementOptions(quantize_narrow=True)).groups)
+    assert all(group.grid.signed for group in place(Block(), PlacementOptions(quantize_narrow=True)).groups)
 
 
 def test_the_step_is_half_and_the_codes_reach_255(tmp_path: Path) -> None:
