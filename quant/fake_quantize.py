@@ -227,6 +227,8 @@ class WeightFakeQuantize(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight itself unless the mode is quantize."""
+        if torch.is_grad_enabled():
+            self._kept = None
         if self.mode is not Mode.QUANTIZE:
             return weight
         if torch.onnx.is_in_onnx_export():
@@ -253,7 +255,8 @@ class WeightFakeQuantize(nn.Module):
         """Codes of the weight, float32 [its shape], without gradient.
 
         Outside of training they are kept until the weight or the scales change. A change is seen by the version
-        counters of the two tensors, or by their place in memory; one through `.data`, which has no counter, is not.
+        counters of the two tensors and by their place in memory. Fused optimizers do not count, so that a forward
+        pass with gradients drops the codes, too. In evaluation, a change through `.data` is not seen.
         """
         steps = self.steps(weight.ndim)
         if self.training or weight.is_inference() or self.log_scale.is_inference():

@@ -75,8 +75,9 @@ def measure_fisher(
     with _probing(model, groups) as probes, torch.enable_grad():
         for image, target in _single_images(batches):
             size = (int(image.shape[-2]), int(image.shape[-1]))
+            image.requires_grad_()  # or its quantizer would get no gradient
             loss = torch.stack(list(task_loss(model(image), target, size).values())).sum()
-            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+            _, *gradients = torch.autograd.grad(loss, [image, *weights], allow_unused=True)
             num_images += 1
             for name, gradient, error in zip(layers, gradients, errors, strict=True):
                 if gradient is not None:
@@ -103,7 +104,7 @@ def _single_images(batches: Iterable[tuple[Tensor, Sequence[Any]]]) -> Iterator[
                 f"a batch of {len(images)} images has {len(targets)} targets; expected one per image, each in the "
                 "form that the task loss takes for a batch of one"
             )
-        yield from zip(images.split(1), targets, strict=True)
+        yield from zip(images.detach().split(1), targets, strict=True)
 
 
 def _rounding_error(layer: QuantizedLayer) -> Tensor:
