@@ -180,7 +180,7 @@ class WeightFakeQuantize(nn.Module):
         self.mode = Mode.OFF
         self.log_scale = nn.Parameter(torch.zeros(channels), requires_grad=learned)
         self.register_buffer("proportion", torch.ones(channels))
-        self._kept: tuple[tuple[int, ...], Tensor, Tensor] | None = None  # state, weight, codes
+        self._kept: tuple[tuple[int, ...], tuple[Tensor, ...], tuple[Tensor, Tensor]] | None = None
 
     def train(self, mode: bool = True) -> WeightFakeQuantize:
         """Change the mode; training drops the codes that evaluation has kept."""
@@ -251,22 +251,25 @@ class WeightFakeQuantize(nn.Module):
         return y.to(weight.dtype)
 
     @torch.no_grad()
-    def codes(self, weight: Tensor) -> Tensor:
-        """Codes of the weight, float32 [its shape], without gradient.
+    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of the weight, float32 [its shape], and the steps [channels], both without gradient.
 
         Outside of training they are kept until the weight or the scales change. A change is seen by the version
         counters of the two tensors and by their place in memory. Fused optimizers do not count, so that a forward
         pass with gradients drops the codes, too. In evaluation, a change through `.data` is not seen.
         """
-        steps = self.steps(weight.ndim)
         if self.training or weight.is_inference() or self.log_scale.is_inference():
-            return (self(weight) / steps).round_()
+            return self._codes(weight)
         tensors = (weight, self.log_scale)
         state = tuple(number for tensor in tensors for number in (tensor.data_ptr(), tensor._version))
         if self._kept is None or self._kept[0] != state:
-            # holding on to the weight keeps its memory from being given to another one
-            self._kept = state, weight.detach(), (self(weight) / steps).round_()
+            # holding on to the two tensors keeps their memory from being given to others
+            self._kept = state, tuple(tensor.detach() for tensor in tensors), self._codes(weight)
         return self._kept[2]
+
+    def _codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        values = self(weight)  # first: it may move the scale
+        return (values / self.steps(weight.ndim)).round_(), self.scale
 
     def extra_repr(self) -> str:
         """One line for `print(model)`."""

@@ -54,21 +54,24 @@ def _on_codes(layer: QuantizedLayer, input: Tensor) -> bool:
 def _operands(layer: QuantizedLayer, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of the input and of the weight, and the step of their products, shape [output channels]."""
     activations, weights = layer.input_grid[0], layer.weight_quantizer
-    scale, steps = activations.scale, weights.scale
+    scale = activations.scale
     if not torch.is_autocast_enabled(input.device.type):
-        return (input * scale.reciprocal()).round_(), weights.codes(layer.weight), scale * steps
+        codes, steps = weights.codes(layer.weight)
+        return (input * scale.reciprocal()).round_(), codes, scale * steps
     dtype = torch.get_autocast_dtype(input.device.type)
     units = [1 / (quantizer.grid.high + 1) for quantizer in (activations, weights)]
     codes = _Codes.apply(input, scale, units[0], dtype)
-    weight = _Codes.apply(weights(layer.weight), weights.steps(layer.weight.ndim), units[1], dtype)
-    return codes, weight, scale * steps / (units[0] * units[1])
+    values = weights(layer.weight)  # first: it may move the scale
+    weight = _Codes.apply(values, weights.steps(layer.weight.ndim), units[1], dtype)
+    return codes, weight, scale * weights.scale / (units[0] * units[1])
 
 
 def _scaled(sums: Tensor, steps: Tensor, bias: Tensor | None, axis: int) -> Tensor:
     """Sums of codes as values, float32: times the step of each output channel, plus the bias."""
     shape = [-1 if dimension == axis % sums.ndim else 1 for dimension in range(sums.ndim)]
-    # a grouped transposed layer has one step per place in a group
-    steps = steps.repeat(sums.shape[axis] // steps.numel()).reshape(shape)
+    if steps.numel() != sums.shape[axis]:  # a grouped transposed layer has one step per place in a group
+        steps = steps.repeat(sums.shape[axis] // steps.numel())
+    steps = steps.reshape(shape)
     values = sums.float().mul_(steps)
     return values if bias is None else values.add_(bias.reshape(shape))
 
@@ -91,9 +94,8 @@ def _compute(
     if _on_codes(layer, input):
         codes, weight, steps = _operands(layer, input)
         return _scaled(operation(codes, weight, None), steps, layer.bias, axis)
-    with torch.autocast(
-        input.device.type, enabled=False
-    ):  # half a type would move the weights off their grid
+    # float32 even under autocast, whose types would move the weights off their grid
+    with torch.autocast(input.device.type, enabled=False):
         return operation(input.to(layer.weight.dtype), weights(layer.weight), layer.bias)
 
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from quant.fake_quantize import Mode
 from quant.insertion import quantized_layers
-from quant.layers import QuantizedLayer
 
 MOMENTUM = 0.02
 OSCILLATING = 0.005  # frequency from which a weight counts as oscillating, as in the paper's tables
@@ -117,7 +116,7 @@ class OscillationTracker:
         return torch.cat([values.flatten().to(torch.int8) for values in scaled])
 
     def _scales(self) -> list[Tensor]:
-        return [per_channel(layer, layer.weight_quantizer.scale) for layer in self.layers]
+        return [layer.weight_quantizer.steps(layer.weight.ndim) for layer in self.layers]
 
     def _hold(self) -> None:
         """Put frozen weights on their integers, whatever the optimizer or the scale did."""
@@ -139,15 +138,9 @@ def dampening_loss(model: nn.Module) -> Tensor:
         quantizer = layer.weight_quantizer
         if quantizer.mode is not Mode.QUANTIZE:
             continue
-        scale = per_channel(layer, quantizer.scale)
+        scale = quantizer.steps(layer.weight.ndim)
         limit = scale * quantizer.grid.high
         inside = torch.minimum(torch.maximum(layer.weight, -limit), limit)
         point = (inside.detach() / scale).round() * scale
         terms.append((inside - point).square().sum())
     return torch.stack(terms).sum() if terms else torch.zeros(())
-
-
-def per_channel(layer: QuantizedLayer, values: Tensor) -> Tensor:
-    """Values [channels] in a shape that broadcasts over the layer's weight."""
-    axis = layer.weight_quantizer.axis
-    return values.reshape([-1 if d == axis else 1 for d in range(layer.weight.ndim)])

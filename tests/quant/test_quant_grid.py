@@ -58,7 +58,7 @@ def test_a_plan_is_a_file_with_bits_and_signs(tmp_path: Path) -> None:
     assert load_placement(path) == placement
     content = yaml.safe_load(path.read_text())
     groups = {entry["name"]: (entry["bits"], entry["signed"]) for entry in content["groups"]}
-    assert groups["x"] == (8, False)
+    assert groups["input.x"] == (8, False)
     assert groups["stem.act"] == (4, True)
     assert {entry["layer"]: entry["bits"] for entry in content["weights"]}["side.conv"] == 3
     assert set(content["weights"][0]) == {"layer", "axis", "bits", "group"}
