@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -94,6 +95,18 @@ def test_charts_follow_the_width_of_the_window(page: ReportPage, report: Path) -
     page.resize(390)
     page.until(f"return {width_of} < 390")
     assert page.run(f"return {width_of}") < 390 < wide
+
+
+def test_long_names_are_shortened_on_a_narrow_page_only(page: ReportPage, tmp_path: Path) -> None:
+    name = "backbone.stage3.branch1.csp.bottlenecks.2.add"
+    data = dataclasses.replace(sample_data(), sensitivity=[{"unit": name, "score": 1.0}])
+    labels = "return [...document.querySelectorAll('#chart-sensitivity .ytick')].map(e => e.textContent)"
+    html = write_report(tmp_path, data).html
+    page.open(html, 1440)
+    assert page.run(labels) == [name]
+    page.resize(390)
+    page.until(f"{labels}[0]?.length <= 20")
+    assert page.run(labels) == ["…p.bottlenecks.2.add"]
 
 
 def test_charts_follow_light_and_dark(page: ReportPage, report: Path) -> None:
