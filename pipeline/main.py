@@ -54,14 +54,14 @@ def run_job(config: Config) -> float:
 def run_stage(job: Job, stage: Stage) -> None:
     """Run one stage, unless it is done: all that it read and wrote is as it was."""
     run, team = job.run, job.team
-    changes = team.share(stage.changes(job) if team.first else [])
+    inputs = stage.inputs(job) if team.first else None
+    changes = team.share([] if inputs is None else stage.changes(job, inputs))
     if not changes and not stage.is_always_run:
         say(f"{stage.name}: done before")
         return
     again = team.first and run.is_done(stage.name) and not stage.is_always_run
     say(f"--- {stage.name}" + (f" again: {'; '.join(changes[:3])}" if again else ""))
     started = time.perf_counter()
-    inputs = stage.inputs(job) if team.first else None
     if inputs is not None:
         stage.clear(job, inputs)
         run.ledger.start(stage.name, inputs)

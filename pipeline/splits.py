@@ -46,6 +46,7 @@ class Splits:
         self.task = task
         self.device = device
         self.seed = seed
+        self._digests: dict[str, str] = {}
 
     @cached_property
     def root(self) -> Path:
@@ -95,11 +96,14 @@ class Splits:
 
     def digest(self, split: str) -> str:
         """Hash of what a split holds: class names, image ids, boxes and labels (not the pixels)."""
+        if split in self._digests:
+            return self._digests[split]
         dataset = self.train if split == TRAIN else self.val
         digest = hashlib.sha256(repr((list(dataset.names), list(dataset.ids))).encode())
         for record in getattr(dataset, "records", ()):
             digest.update(record.boxes.tobytes() + record.labels.tobytes())
-        return digest.hexdigest()
+        self._digests[split] = digest.hexdigest()
+        return self._digests[split]
 
     def letterboxed(
         self,

@@ -83,12 +83,12 @@ class Stage:
         """Hashes of what the stage wrote."""
         return hash_files(job.run.directory, self.writes)
 
-    def changes(self, job: Job) -> list[str]:
-        """Why the stage has to run (again); empty where it is done."""
+    def changes(self, job: Job, inputs: Inputs) -> list[str]:
+        """Why the stage has to run (again) with these inputs; empty where it is done."""
         record = job.run.ledger.get(self.name)
         if record is None or not record.is_done:
             return ["not run yet"] if record is None else ["not finished"]
-        changes = record.inputs.changes(self.inputs(job))
+        changes = record.inputs.changes(inputs)
         outputs = self.outputs(job)
         changes += [
             f"{name} is missing" if outputs.get(name) is None else f"{name} was changed"
