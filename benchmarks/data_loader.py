@@ -18,11 +18,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
+from data.dataset import DetectionDataset
+from data.metrics.detection import compute_metrics
 
 
-def time_loader(
-    dataset: data.DetectionDataset, size: int, batch: int, workers: int, augmented: bool
-) -> float:
+def time_loader(dataset: DetectionDataset, size: int, batch: int, workers: int, augmented: bool) -> float:
     """Images per second over one pass, after a first pass that starts the workers and fills the file cache."""
     options = data.AugmentOptions() if augmented else None
     loader = data.build_loader(dataset, size, batch, workers, options, shuffle=augmented)
@@ -100,7 +100,7 @@ def main() -> None:
     ids = [image["id"] for image in truth["images"]]
     for engine in ("hotcoco", "pycocotools"):
         start = time.perf_counter()
-        metrics = data.compute_metrics(found, ids, truth, engine)
+        metrics = compute_metrics(found, ids, truth, engine)
         elapsed = time.perf_counter() - start
         print(f"metrics, {engine}: {len(found)} detections in {elapsed:.2f} s, AP {metrics.ap:.6f}")
 

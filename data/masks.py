@@ -62,7 +62,7 @@ def encode_mask(mask: NDArray[np.bool_], left: int = 0, width: int | None = None
 
 
 def decode_mask(rle: Rle) -> NDArray[np.bool_]:
-    """The mask [H, W] of a code.
+    """The mask [H, W] of a code; pycocotools' gives uninitialised pixels where the runs do not fill the mask.
 
     Raises:
         ValueError: the runs do not fill the mask.

@@ -1,27 +1,22 @@
 """Float detectors: networks, decode, loss, and loading of checkpoints without running anything they name."""
 
-from core.errors import CheckpointError
 from models.boxes import Decode, non_max_suppression
 from models.checkpoints.loading import find_task, load_detector, save_detector
-from models.checkpoints.reading import Checkpoint, read_checkpoint
+from models.checkpoints.reading import read_checkpoint
 from models.detector import Detector, build_detector, placeholder_names
-from models.facts import count_parameters, measure_network
+from models.facts import measure_network
 from models.folding import fold_detector
 from models.losses.detection import DetectionLoss
 from models.losses.segmentation import SegmentationLoss, SegmentTargets
-from models.segmentation import detection_maps, soft_masks, suppress_segments
+from models.segmentation import soft_masks, suppress_segments
 
 __all__ = [
-    "Checkpoint",
-    "CheckpointError",
     "Decode",
     "DetectionLoss",
     "Detector",
     "SegmentTargets",
     "SegmentationLoss",
     "build_detector",
-    "count_parameters",
-    "detection_maps",
     "find_task",
     "fold_detector",
     "load_detector",

@@ -212,7 +212,11 @@ def read_npz(path: Path) -> dict[str, Tensor]:
 
 
 def _read_npy(stream: IO[bytes], info: zipfile.ZipInfo, path: Path) -> Tensor:
-    """One array. Its header is matched as text: numpy's own reader would parse it as a Python expression."""
+    """One array.
+
+    Its header is matched as text: numpy's own reader compiles it as a Python expression, and allocates the shape that
+    it declares before it reads.
+    """
     with stream:
         start = stream.read(8)
         if start[:6] != b"\x93NUMPY" or start[6:8] not in (b"\x01\x00", b"\x02\x00"):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from core.command import reports_errors
 from core.errors import CheckpointError
+from core.names import listing
 from models.checkpoints.convert import is_folded
 from models.checkpoints.interpretation import PROJECTION_KEYS, interpret
 from models.checkpoints.loading import load_detector, save_detector
@@ -86,8 +87,7 @@ def _describe_network(checkpoint: Checkpoint) -> str:
 def _describe_classes(checkpoint: Checkpoint) -> str:
     names = checkpoint.metadata.get("manifest", {}).get("names") or checkpoint.metadata.get("names")
     if names:
-        shown = ", ".join(str(name) for name in names[:12]) + (", ..." if len(names) > 12 else "")
-        return f"{len(names)}: {shown}"
+        return f"{len(names)}: {listing(map(str, names), 12)}"
     try:
         meaning = interpret(checkpoint, "the file")
     except CheckpointError:

@@ -1,6 +1,6 @@
 """What an inert pickle reader may build: descriptions of objects and tensors, and the few builders that run for them.
 
-`models.checkpoints.inert_pickle` interprets the opcodes; here stand the decisions: which names are refused, which
+`models.checkpoints.inert_pickle` interprets the opcodes; here are the decisions: which names are refused, which
 calls are known, which keys are accepted.
 """
 
@@ -140,7 +140,7 @@ def check_name(module: str, name: str) -> Name:
 
 
 def call_builder(function: Any, arguments: Any) -> Any:
-    """Stand in for `function(*arguments)`: known builders give data, classes of inert values give records."""
+    """What `function(*arguments)` becomes: known builders give data, classes of inert values give records."""
     if not isinstance(function, Name) or not isinstance(arguments, tuple):
         raise CheckpointError("Refused a call of something that is not a name; nothing was executed")
     builder = _BUILDERS.get(str(function))

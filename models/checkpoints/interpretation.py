@@ -89,7 +89,7 @@ def _interpret(checkpoint: Checkpoint, source: str, architecture: str | None) ->
     if ranges:
         _logger.info("%s: quantized; %d ranges of convolutions read", source, len(amax))
         _logger.info(
-            "%s: no counterpart for %d quantizers: %s", source, len(unmatched), ", ".join(unmatched) or "-"
+            "%s: no counterpart for %d quantizers: %s", source, len(unmatched), listing(unmatched) or "-"
         )
     amax.update(own_ranges)
     return Interpretation(match, state, conversion, amax, tuple(original.get(key, key) for key in unmatched))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from core.errors import CheckpointError
 from core.families import SEGMENTERS
 from core.files import written_atomically
+from core.names import listing
 from models.blocks import ACTIVATIONS
 from models.checkpoints.convert import build_empty
 from models.checkpoints.interpretation import interpret
@@ -73,7 +74,7 @@ def detector_from_checkpoint(
     names = _choose_names(checkpoint.metadata, manifest, meaning.num_classes, source)
     if num_classes is not None and num_classes != len(names):
         raise CheckpointError(
-            f"{source} has {len(names)} classes ({', '.join(names[:12])}); {num_classes} are expected: "
+            f"{source} has {len(names)} classes ({listing(names, 12)}); {num_classes} are expected: "
             "use weights and data of the same classes"
         )
     chosen = _choose_activation(checkpoint.metadata, manifest, activation, source)
@@ -91,7 +92,7 @@ def detector_from_checkpoint(
             values[key] = torch.arange(REG_MAX, dtype=torch.float32)
         elif key.endswith("num_batches_tracked"):
             values.setdefault(key, torch.zeros((), dtype=empty.dtype))
-    _check_finite(values, source)
+    check_finite(values, source)
     detector.load_state_dict(values, assign=True)
     _logger.info(
         "%s: %s, %d classes, %s, %d tensors", source, match.architecture, len(names), chosen, len(values)
@@ -185,7 +186,12 @@ def _choose_activation(
     return str(stated or activation or "silu")
 
 
-def _check_finite(values: Mapping[str, Tensor], source: str) -> None:
+def check_finite(values: Mapping[str, Tensor], source: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        CheckpointError: If there is any; names the tensors.
+    """
     broken = [
         key
         for key, tensor in values.items()
@@ -193,5 +199,5 @@ def _check_finite(values: Mapping[str, Tensor], source: str) -> None:
     ]
     if broken:
         raise CheckpointError(
-            f"{source}: not all numbers are finite in {', '.join(broken[:6])}; the file is damaged or training diverged"
+            f"{source}: not all numbers are finite in {listing(broken, 6)}; the file is damaged or training diverged"
         )

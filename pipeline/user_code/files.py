@@ -36,7 +36,7 @@ def import_file(path: Path) -> ModuleType:
 
 
 class _FileFinder:
-    """Finds the file that a module name of this kind stands for."""
+    """Finds the file whose path is the last part of a module name of this kind."""
 
     @staticmethod
     def find_spec(

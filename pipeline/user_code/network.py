@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from core.errors import CheckpointError, ConfigError
 from core.files import written_atomically
+from core.names import listing
 from core.types import TaskLoss
 from models import Decode, DetectionLoss, Detector, read_checkpoint
+from models.checkpoints.loading import check_finite
 from pipeline.user_code.factories import call_user, load_factory
 from quant import fold_batchnorms
 
@@ -240,19 +242,13 @@ def load_state(network: nn.Module, path: Path) -> None:
     ]
     for label, keys in (("lacks", missing), ("has besides", extra), ("has in other shapes", shapes)):
         if keys:
-            problems.append(
-                f"{label} {', '.join(keys[:6])}{f' and {len(keys) - 6} more' if len(keys) > 6 else ''}"
-            )
+            problems.append(f"{label} {listing(keys, 6)}")
     if problems:
         raise CheckpointError(
             f"{path} does not fit the network of model.factory: it {'; it '.join(problems)}. Give a state dict of "
             "exactly this network"
         )
-    broken = [
-        key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())
-    ]
-    if broken:
-        raise CheckpointError(f"{path}: not all numbers are finite in {', '.join(broken[:6])}")
+    check_finite(state, str(path))
     network.load_state_dict({**{key: own[key] for key in own if key not in state}, **state})
 
 

@@ -12,8 +12,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from core.errors import DataError
-from data import Instances, build_loader, compute_metrics, evaluate, generate_synthetic, open_dataset
+from data import Instances, build_loader, evaluate, generate_synthetic, open_dataset
 from data.masks import Rle, encode_mask
+from data.metrics.detection import compute_metrics
 
 SIZE = (90, 120)
 

@@ -196,7 +196,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_synthetic_outlines_are_what_was_painted(monkeypatch: pytest.MonkeyPatch):
     """Each shape painted alone in white covers the pixels that pycocotools gives its outline; rings have their hole."""
-    from data import synthetic_scene
+    from data.formats import synthetic_scene
 
     windows: list[tuple] = []
     monkeypatch.setattr(

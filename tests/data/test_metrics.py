@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from core.errors import DataError
-from data import DetectionMetrics, build_loader, compute_metrics, evaluate, ground_truth, open_dataset
+from data import DetectionMetrics, build_loader, evaluate, ground_truth, open_dataset
 from data.metrics.coco import ENGINES, average, coco_precision
+from data.metrics.detection import compute_metrics
 from data.metrics.precision_recall import Boxes, best_f1, match
 from tests.data.test_loader import Squares
 

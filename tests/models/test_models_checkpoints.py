@@ -12,18 +12,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from core.errors import CheckpointError
-from models import (
-    Checkpoint,
-    Detector,
-    build_detector,
-    count_parameters,
-    fold_detector,
-    load_detector,
-    read_checkpoint,
-    save_detector,
-)
+from models import Detector, build_detector, fold_detector, load_detector, read_checkpoint, save_detector
 from models.checkpoints.command import describe_checkpoint, main
 from models.checkpoints.loading import detector_from_checkpoint
+from models.checkpoints.reading import Checkpoint
+from models.facts import count_parameters
 
 
 def assert_same_weights(a: Detector, b: Detector) -> None:

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import build_detector, count_parameters, fold_detector, measure_network
+from models import build_detector, fold_detector, measure_network
+from models.facts import count_parameters
 
 
 def test_counts_of_a_small_network_by_hand() -> None:

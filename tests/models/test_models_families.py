@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from core import families
 from core.choices import ACTIVATIONS
 from core.errors import CheckpointError
-from models import Checkpoint, blocks, build_detector
+from models import blocks, build_detector
 from models.boxes import Decode
 from models.checkpoints import interpretation
 from models.checkpoints.convert import official_name
 from models.checkpoints.loading import detector_from_checkpoint
+from models.checkpoints.reading import Checkpoint
 from models.families import registry
 from models.families.family import Family
 from models.heads import DetectionHead, HeadBuilder

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import DetectionLoss, SegmentationLoss, SegmentTargets, build_detector, detection_maps
+from models import DetectionLoss, SegmentationLoss, SegmentTargets, build_detector
 from models.boxes import distances_to_boxes, expected_distances, make_anchor_points
 from models.losses.assigner import assign, pad_targets
 from models.losses.segmentation import mask_losses, target_rows
+from models.segmentation import detection_maps
 
 STRIDES, SIZE, CLASSES, PROTOTYPES = (8, 16), (64, 64), 3, 5
 TARGETS = torch.tensor(

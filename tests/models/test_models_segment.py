@@ -11,9 +11,10 @@ from model_fixtures import recipe_state, waves
 from torch import Tensor
 
 from core.errors import CheckpointError
-from models import Checkpoint, Detector, build_detector, fold_detector, load_detector, save_detector
+from models import Detector, build_detector, fold_detector, load_detector, save_detector
 from models.checkpoints.convert import official_name
 from models.checkpoints.loading import detector_from_checkpoint
+from models.checkpoints.reading import Checkpoint
 from models.segmentation import SEGMENTATION_HEADS, soft_masks, suppress_segments
 
 
