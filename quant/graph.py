@@ -1,15 +1,12 @@
 """Reading a network's fx graph: what each node is to quantization.
 
-Four kinds (see docs/quantization.md): *weighted* nodes want INT8 data and INT8 weights; quantize-dequantize commutes
-through *transparent* ones; *arithmetic* ones take INT8 and make a new tensor with a scale of its own; the
-rest is *float*. Kinds are decided by the module type or the function called, never by a name.
+The kind of a node (see `core.operators`) is decided by the module's type or the function called, never by the name
+under which a network holds it.
 """
 
 from __future__ import annotations
 
-import enum
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,76 +14,31 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from core.errors import TraceError
+from core.operators import NONNEGATIVE, OPERATORS, RESIZE, Kind, Names
+
+_ROOTS: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "operator": operator}
 
 
-class Kind(enum.Enum):
-    """What a node is to quantization."""
-
-    WEIGHTED = "weighted"
-    TRANSPARENT = "transparent"
-    CONCAT = "concat"  # transparent where its inputs share one scale
-    ADD = "add"
-    AVERAGE = "average"
-    FLOAT = "float"
+def _resolve(name: str) -> Any:
+    """What a name of the table, such as `F.max_pool2d`, stands for."""
+    root, _, attribute = name.partition(".")
+    return getattr(_ROOTS[root], attribute)
 
 
-WEIGHTED_MODULES = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-_TRANSPARENT_MODULES = (
-    nn.MaxPool2d,
-    nn.Flatten,
-    nn.Unflatten,
-    nn.PixelShuffle,
-    nn.ChannelShuffle,
-    nn.Dropout,
-    nn.Dropout2d,
-)
-_TRANSPARENT_FUNCTIONS: set[Callable[..., Any]] = {
-    operator.getitem,
-    torch.chunk,
-    torch.split,
-    torch.flatten,
-    torch.reshape,
-    torch.permute,
-    torch.transpose,
-    torch.squeeze,
-    torch.unsqueeze,
-    torch.max_pool2d,
-    F.max_pool2d,
-    F.pixel_shuffle,
-    F.dropout,
-}
-_TRANSPARENT_METHODS = {
-    "chunk",
-    "split",
-    "view",
-    "reshape",
-    "flatten",
-    "permute",
-    "transpose",
-    "squeeze",
-    "unsqueeze",
-    "contiguous",
-    "expand",
-}
-_CONCAT_FUNCTIONS: set[Callable[..., Any]] = {torch.cat, torch.concat, torch.stack}
-_ADD_FUNCTIONS: set[Callable[..., Any]] = {operator.add, torch.add, operator.iadd}
-_AVERAGE_MODULES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-_RECTIFYING_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
-_RECTIFYING_FUNCTIONS: set[Callable[..., Any]] = {
-    torch.relu,
-    torch.sigmoid,
-    torch.softmax,
-    F.relu,
-    F.relu6,
-    F.sigmoid,
-    F.hardsigmoid,
-    F.softmax,
-}
-_RECTIFYING_METHODS = {"relu", "sigmoid", "softmax"}
-_AVERAGE_FUNCTIONS: set[Callable[..., Any]] = {
-    torch.nn.functional.avg_pool2d,
-    torch.nn.functional.adaptive_avg_pool2d,
-}
+def _modules(names: Names) -> tuple[type[nn.Module], ...]:
+    return tuple(_resolve(name) for name in names.modules)
+
+
+def _functions(names: Names) -> frozenset[Any]:
+    return frozenset(_resolve(name) for name in names.functions)
+
+
+WEIGHTED_MODULES = _modules(OPERATORS[Kind.WEIGHTED])
+_KINDS_OF_MODULES = {kind: _modules(names) for kind, names in OPERATORS.items()}
+_KINDS_OF_FUNCTIONS = {function: kind for kind, names in OPERATORS.items() for function in _functions(names)}
+_KINDS_OF_METHODS = {method: kind for kind, names in OPERATORS.items() for method in names.methods}
+_RESIZE_MODULES, _RESIZE_FUNCTIONS = _modules(RESIZE), _functions(RESIZE)
+_NONNEGATIVE_MODULES, _NONNEGATIVE_FUNCTIONS = _modules(NONNEGATIVE), _functions(NONNEGATIVE)
 
 
 class _Tracer(fx.Tracer):
@@ -144,46 +96,35 @@ def kind_of(node: fx.Node, modules: dict[str, nn.Module]) -> Kind:
         return _kind_of_module(modules[str(node.target)])
     if node.op == "call_function":
         return _kind_of_function(node)
-    if node.op == "call_method" and node.target in _TRANSPARENT_METHODS:
-        return Kind.TRANSPARENT
+    if node.op == "call_method":
+        return _KINDS_OF_METHODS.get(str(node.target), Kind.FLOAT)
     return Kind.FLOAT
 
 
 def _kind_of_module(module: nn.Module) -> Kind:
-    if isinstance(module, WEIGHTED_MODULES):
-        return Kind.WEIGHTED
-    if isinstance(module, _TRANSPARENT_MODULES):
-        return Kind.TRANSPARENT
-    if isinstance(module, nn.Upsample) and module.mode == "nearest":
-        return Kind.TRANSPARENT
-    if isinstance(module, _AVERAGE_MODULES):
-        return Kind.AVERAGE
-    return Kind.FLOAT
+    if isinstance(module, _RESIZE_MODULES):
+        return Kind.TRANSPARENT if module.mode == "nearest" else Kind.FLOAT
+    return next((kind for kind, types in _KINDS_OF_MODULES.items() if isinstance(module, types)), Kind.FLOAT)
 
 
 def _kind_of_function(node: fx.Node) -> Kind:
     function: Any = node.target
-    if function in _CONCAT_FUNCTIONS:
-        return Kind.CONCAT
-    if function in _ADD_FUNCTIONS and len(node.all_input_nodes) == 2:
-        return Kind.ADD
-    if function is F.interpolate:
+    if function in _RESIZE_FUNCTIONS:
         mode = node.kwargs.get("mode", node.args[3] if len(node.args) > 3 else "nearest")
         return Kind.TRANSPARENT if mode == "nearest" else Kind.FLOAT
-    if function in _AVERAGE_FUNCTIONS:
-        return Kind.AVERAGE
-    if function in _TRANSPARENT_FUNCTIONS:
-        return Kind.TRANSPARENT
-    return Kind.FLOAT
+    kind = _KINDS_OF_FUNCTIONS.get(function, Kind.FLOAT)
+    if kind is Kind.ADD and len(node.all_input_nodes) != 2:
+        return Kind.FLOAT
+    return kind
 
 
-def is_rectified(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def is_nonnegative(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether a node's function has no negative results, whatever it is given."""
     if node.op == "call_module":
-        return isinstance(modules[str(node.target)], _RECTIFYING_MODULES)
+        return isinstance(modules[str(node.target)], _NONNEGATIVE_MODULES)
     if node.op == "call_function":
-        return node.target in _RECTIFYING_FUNCTIONS
-    return node.op == "call_method" and node.target in _RECTIFYING_METHODS
+        return node.target in _NONNEGATIVE_FUNCTIONS
+    return node.op == "call_method" and node.target in NONNEGATIVE.methods
 
 
 def inputs_of(node: fx.Node) -> list[fx.Node]:
@@ -192,7 +133,7 @@ def inputs_of(node: fx.Node) -> list[fx.Node]:
     Only concats and sums have several; what else a node is given (sizes, indices) is not data.
     """
     arguments = [*node.args, *node.kwargs.values()]
-    if node.op == "call_function" and node.target in _ADD_FUNCTIONS:
+    if node.op == "call_function" and _KINDS_OF_FUNCTIONS.get(node.target) is Kind.ADD:
         return [argument for argument in arguments if isinstance(argument, fx.Node)]
     data = next((a for a in arguments if isinstance(a, (fx.Node, list, tuple))), ())
     parts = [data] if isinstance(data, fx.Node) else data

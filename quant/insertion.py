@@ -9,8 +9,9 @@ from torch import fx, nn
 
 from core.errors import PlacementError
 from core.names import closest_hint
+from core.operators import Kind
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
-from quant.graph import Kind, inputs_of, kind_of, trace
+from quant.graph import inputs_of, kind_of, trace
 from quant.layers import QuantizedLayer, quantize_layer
 from quant.placement.plan import Group, Placement
 

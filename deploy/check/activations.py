@@ -9,10 +9,9 @@ from collections.abc import Iterator
 
 from onnx import NodeProto
 
+from core.operators import ACTIVATIONS, SIGMOIDS
 from deploy.check.finding import Finding, Findings
-from deploy.check.view import ACTIVATIONS, View, behind
-
-SIGMOIDS = ("Sigmoid", "HardSigmoid")
+from deploy.check.view import View, behind
 
 
 def quantizer_inside_conv(view: View) -> Findings:
@@ -62,13 +61,5 @@ def _is_activation(view: View, node: NodeProto) -> bool:
         return True
     if node.op_type != "Mul" or len(node.input) != 2:
         return False
-    sources = [_before_quantizer(view, name) for name in node.input]
+    sources = [view.producer(view.before_quantizer(name)) for name in node.input]
     return any(source is not None and source.op_type in SIGMOIDS for source in sources)
-
-
-def _before_quantizer(view: View, tensor: str) -> NodeProto | None:
-    """Producer of a tensor, looked up through a Q/DQ pair."""
-    node = view.producer(tensor)
-    while node is not None and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-        node = view.producer(node.input[0])
-    return node

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from onnx import NodeProto
 
+from core.operators import narrow_reason
 from deploy.check.activations import quantizer_inside_conv
 from deploy.check.finding import Finding, Findings, Rule
 from deploy.check.parameters import bad_parameters, weight_parameters
 from deploy.check.placement import float_islands, float_pools, needless_quantizers
-from deploy.check.view import WEIGHTED, View, format_scale, reached
+from deploy.check.sums import residual_adds
+from deploy.check.view import View, format_scale
 from deploy.graph.model import attributes
 
 
@@ -68,59 +70,6 @@ def _why_float(view: View, node: NodeProto) -> tuple[str, str]:
     )
 
 
-def residual_adds(view: View) -> Findings:
-    """Rule 3: of a residual sum the skip is quantized and the conv branch is not."""
-    for node in view.graph.nodes:
-        if node.op_type != "Add" or any(name in view.fixed for name in node.input) or len(node.input) != 2:
-            continue
-        if not any(reader.op_type in WEIGHTED for reader in reached(view, node.output[0])):
-            continue  # not inside the network: the decode's sums
-        quantized = [
-            all(view.dequantizer(root) is not None for root in view.roots(name)) for name in node.input
-        ]
-        branches = [_is_branch(view, node.input[i], node.input[1 - i]) for i in (0, 1)]
-        if all(quantized) and any(branches):
-            tensor = node.input[branches.index(True)]
-            yield Finding(
-                node.name, f"both summands are quantized; Q/DQ on the branch '{tensor}' keeps the sum out of its conv",
-                "remove the Q/DQ on the branch, keep the one on the skip", "residual", 1,
-            )  # fmt: skip
-        elif not any(quantized):
-            yield Finding(
-                node.name, "neither summand is quantized: the skip is kept and read in float",
-                "put Q/DQ on the skip, with the scale of the block's first conv", "residual", 1,
-            )  # fmt: skip
-
-
-def _is_branch(view: View, tensor: str, other: str) -> bool:
-    """Whether a summand comes from a conv that works on the other summand: the longer way to the common ancestor."""
-    sources = {_source_tensor(view, root) for root in view.roots(other)}
-    pending: list[str] = [tensor]
-    seen: set[str] = set()
-    while pending:
-        name = pending.pop()
-        node = view.producer(name)
-        if node is None or name in seen or len(seen) > 400:
-            continue
-        seen.add(name)
-        for before in node.input:
-            if before in view.fixed:
-                continue
-            if before in sources and (len(seen) > 1 or node.op_type in WEIGHTED):
-                return any(made.op_type in WEIGHTED for n in seen if (made := view.producer(n)) is not None)
-            pending.append(before)
-    return False
-
-
-def _source_tensor(view: View, tensor: str) -> str:
-    """The tensor in front of the Q/DQ pair that makes `tensor`."""
-    node = view.producer(tensor)
-    while node is not None and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-        tensor = node.input[0]
-        node = view.producer(tensor)
-    return tensor
-
-
 def unequal_scales(view: View) -> Findings:
     """Rule 4, the master check: all scales that reach one computed tensor through moving operators are equal."""
     for tensor in _computed_tensors(view):
@@ -164,33 +113,19 @@ def _computed_tensors(view: View) -> list[str]:
 
 
 def narrow_convs(view: View) -> Findings:
-    """Rule 6: convs too narrow for an INT8 kernel (modelopt's conditions), and the DFL's fixed 1x1 conv."""
+    """Rule 6: convs too narrow for an INT8 kernel, see `core.operators.narrow_reason`."""
     for node in view.weighted():
         weight = view.shapes.get(node.input[1])
         if node.op_type != "Conv" or not view.is_quantized(node) or weight is None or None in weight:
             continue
         outputs, inputs, *kernel = (size or 0 for size in weight)
         groups = int(str(attributes(node).get("group", 1)))
-        if outputs == 1 and set(kernel) == {1}:
-            reason = "the DFL's projection"
-        elif groups > 1:
-            reason = (
-                ""
-                if outputs % 8 == 0 and min(kernel) >= 3
-                else f"{groups} groups, {outputs} outputs, kernel {kernel}"
-            )
-        else:
-            from_image = any(
-                _source_tensor(view, root) in view.graph.inputs for root in view.roots(node.input[0])
-            )
-            aligned = (outputs % 8 == 0 or inputs % 8 == 0) and len(set(kernel)) == 1
-            wide = from_image or max(inputs, outputs) >= 16
-            reason = "" if aligned and wide else f"{inputs} inputs, {outputs} outputs, kernel {kernel}"
+        reads_image = any(view.before_quantizer(t) in view.graph.inputs for t in view.roots(node.input[0]))
+        reason = narrow_reason(inputs * groups, outputs, groups, kernel, reads_image)
         if reason:
             yield Finding(
-                node.name, f"quantized conv is too narrow for a good INT8 kernel ({reason})",
-                "leave it in float", "narrow-conv",
-            )  # fmt: skip
+                node.name, f"quantized conv is too narrow: {reason}", "leave it in float", "narrow-conv"
+            )
 
 
 RULES: tuple[Rule, ...] = (

@@ -16,40 +16,14 @@ import onnx
 from onnx import ModelProto, NodeProto
 
 from core.errors import DeployError
+from core.operators import OPERATORS, RESIZE, Kind
 from deploy.graph.model import Array, Graph, attributes, stored_metadata
 from deploy.graph.passes import drop_identities
 
-MOVING = frozenset(
-    {
-        "Concat",
-        "Split",
-        "Slice",
-        "MaxPool",
-        "Reshape",
-        "Transpose",
-        "Squeeze",
-        "Unsqueeze",
-        "Flatten",
-        "Resize",
-    }
-)
-AVERAGE_POOLS = ("AveragePool", "GlobalAveragePool")
-WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-ACTIVATIONS = frozenset(
-    {
-        "Relu",
-        "LeakyRelu",
-        "Sigmoid",
-        "HardSigmoid",
-        "HardSwish",
-        "Clip",
-        "Mish",
-        "Gelu",
-        "Tanh",
-        "Elu",
-        "PRelu",
-    }
-)
+WEIGHTED = frozenset(OPERATORS[Kind.WEIGHTED].onnx)
+AVERAGE_POOLS = OPERATORS[Kind.AVERAGE].onnx
+CONCATS = OPERATORS[Kind.CONCAT].onnx
+MOVING = frozenset((*OPERATORS[Kind.TRANSPARENT].onnx, *CONCATS))
 FLOAT_TYPES: Mapping[int, str] = {
     onnx.TensorProto.FLOAT: "fp32",
     onnx.TensorProto.FLOAT16: "fp16",
@@ -164,13 +138,13 @@ class View:
 
     def is_moving(self, node: NodeProto) -> bool:
         """Whether a node only moves or selects values."""
-        if node.op_type == "Resize":
+        if node.op_type in RESIZE.onnx:
             return attributes(node).get("mode", b"nearest") == b"nearest"
         return node.op_type in MOVING
 
     def moved_inputs(self, node: NodeProto) -> list[str]:
         """Data inputs of a moving node."""
-        return list(node.input) if node.op_type == "Concat" else [node.input[0]]
+        return list(node.input) if node.op_type in CONCATS else [node.input[0]]
 
     def roots(self, tensor: str) -> list[str]:
         """The tensors a value really comes from, backward through moving operators; DQ outputs count as roots."""
@@ -192,6 +166,14 @@ class View:
         """The DQ that produces a tensor, if one does."""
         node = self.producer(tensor)
         return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+    def before_quantizer(self, tensor: str) -> str:
+        """The tensor in front of the Q/DQ pairs that make `tensor`; `tensor` itself where there is none."""
+        node = self.producer(tensor)
+        while node is not None and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            tensor = node.input[0]
+            node = self.producer(tensor)
+        return tensor
 
     def weight_dequantizer(self, node: NodeProto) -> NodeProto | None:
         """The DQ of a weighted node's weight, also behind a reshape or transpose of it."""

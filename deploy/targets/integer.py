@@ -26,14 +26,13 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
+from core.operators import OPERATORS, RESIZE, Kind
 from deploy.graph.model import Graph
 from deploy.graph.passes import GraphPass, PassRequest, PassResult
 from deploy.runtimes.onnxruntime import record_histograms
 from deploy.targets.unsigned import unsigned_activations
 
-TRANSPARENT = frozenset(
-    {"Concat", "Split", "Slice", "MaxPool", "Resize", "Reshape", "Transpose", "Flatten", "Squeeze"}
-)
+TRANSPARENT = frozenset((*OPERATORS[Kind.TRANSPARENT].onnx, *OPERATORS[Kind.CONCAT].onnx, *RESIZE.onnx))
 NUM_BINS = 1024
 NUM_CANDIDATES = 20
 

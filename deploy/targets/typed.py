@@ -18,11 +18,12 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from core.errors import DeployError
+from core.operators import OPERATORS, Kind
 from core.targets import SCALE_TYPES
 from deploy.graph.model import Array, Graph
 from deploy.graph.passes import GraphPass, PassRequest, PassResult
 
-COMPUTE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "QuantizeLinear", "DequantizeLinear"})
+COMPUTE = frozenset((*OPERATORS[Kind.WEIGHTED].onnx, "QuantizeLinear", "DequantizeLinear"))
 KEEPS_FLOAT32: Mapping[str, tuple[int, ...]] = {"Resize": (1, 2)}  # roi and scales
 HALF_MAX = float(np.finfo(np.float16).max)
 HALF_TINY = np.float16(2**-24)

@@ -23,7 +23,8 @@ from torch import Tensor, fx, nn
 
 from core.errors import DistillationError
 from core.names import closest_hint
-from quant.graph import Kind, inputs_of, kind_of, paths_of, trace
+from core.operators import Kind
+from quant.graph import inputs_of, kind_of, paths_of, trace
 
 _EPSILON = 1e-8
 VARIANCE_FLOOR = 0.1

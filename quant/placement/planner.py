@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from core.grid import Grid
-from quant.graph import WEIGHTED_MODULES, Kind, inputs_of, is_rectified, kind_of, paths_of, trace
+from core.operators import Kind, fused_summand, narrow_reason
+from quant.graph import WEIGHTED_MODULES, inputs_of, is_nonnegative, kind_of, paths_of, trace
 from quant.placement.plan import Group, Placement, TensorSite, WeightSite
 from quant.placement.policy import Policy, Rule
 
@@ -166,21 +167,15 @@ class _Planner:
         return leaves, read
 
     def _narrow(self, node: fx.Node) -> str | None:
-        """Why a convolution below 16 channels has no good INT8 kernel, by the channel rules modelopt publishes."""
+        """Why a convolution is too narrow for INT8, see `core.operators.narrow_reason`."""
         layer = self.modules[str(node.target)]
-        if not isinstance(layer, nn.Conv2d):
+        if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
             return None
-        inputs, outputs = layer.in_channels, layer.out_channels
-        if min(inputs // layer.groups, outputs) >= 16:
-            return None  # wide enough to be padded to the kernel's width at little cost
-        if layer.groups == 1:
-            reads_image = inputs_of(node)[0].op == "placeholder"
-            fits = (outputs % 8 == 0 or inputs % 8 == 0) and (reads_image or max(inputs, outputs) >= 16)
-        else:
-            fits = outputs % 8 == 0 and min(layer.kernel_size) >= 3
-        if fits:
-            return None
-        return f"narrow: {inputs} -> {outputs} channels in {layer.groups} groups has no good INT8 kernel"
+        reads_image = any(source.op == "placeholder" for source in self._peek(inputs_of(node)[0]))
+        reason = narrow_reason(
+            layer.in_channels, layer.out_channels, layer.groups, layer.kernel_size, reads_image
+        )
+        return reason and f"narrow: {reason}"
 
     # -- which tensors
 
@@ -233,7 +228,7 @@ class _Planner:
     def _sum_demands(self, total: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
         """Every operand but the one that is fused with the sum; in a chain of sums, those of the inner ones, too."""
         operands = inputs_of(total)
-        branch = self._branch(operands)
+        branch = fused_summand(self, operands)
         demands = [(total, operand) for operand in operands if operand is not branch]
         if branch is not None and self.kinds[branch] is Kind.ADD:
             demands = self._sum_demands(branch) + demands
@@ -244,19 +239,19 @@ class _Planner:
             self.policy.lookup("keep_float", [self.paths[source] for source in self._peek(operand)]) is True
         )
 
-    def _branch(self, operands: list[fx.Node]) -> fx.Node | None:
-        """The operand whose convolution the engine fuses with the sum: fresh from it, and read by nobody else."""
-        fresh = [o for o in operands if len(o.users) == 1 and self._comes_from_layer(o)]
-        if len(fresh) < 2:
-            return fresh[0] if fresh else None
-        return max(fresh, key=lambda operand: len(_ancestors(operand)))
+    # -- what `fused_summand` asks of the graph
 
-    def _comes_from_layer(self, node: fx.Node) -> bool:
-        if self.kinds[node] in {Kind.WEIGHTED, Kind.ADD}:
-            return True
-        return self.kinds[node] is Kind.FLOAT and any(
-            self.kinds[parent] is Kind.WEIGHTED for parent in node.all_input_nodes
-        )
+    def kind(self, tensor: fx.Node) -> Kind:
+        """Kind of a node."""
+        return self.kinds[tensor]
+
+    def sources(self, tensor: fx.Node) -> list[fx.Node]:
+        """Nodes that a node reads."""
+        return tensor.all_input_nodes
+
+    def num_readers(self, tensor: fx.Node) -> int:
+        """How many nodes read a node."""
+        return len(tensor.users)
 
     # -- groups
 
@@ -303,7 +298,7 @@ class _Planner:
         """Whether no value of a tensor can be below 0, images being in [0, 1]."""
         if self.kinds[node] in {Kind.TRANSPARENT, Kind.CONCAT, Kind.ADD, Kind.AVERAGE}:
             return all(self._is_nonnegative(source) for source in inputs_of(node))
-        return node.op == "placeholder" or is_rectified(node, self.modules)
+        return node.op == "placeholder" or is_nonnegative(node, self.modules)
 
     def _readers(self, producer: fx.Node) -> tuple[str, ...]:
         return tuple(node.name for node in sorted(self.edges[producer], key=self.order.__getitem__))
@@ -323,14 +318,3 @@ class _Planner:
             options.weight_bits, options.edge_bits if is_edge else 0
         )
         return WeightSite(path, axis, Grid(bits, symmetric=True), group)
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    frontier = [node]
-    while frontier:
-        for parent in frontier.pop().all_input_nodes:
-            if parent not in seen:
-                seen.add(parent)
-                frontier.append(parent)
-    return seen
