@@ -26,6 +26,7 @@ from core.targets import SCALE_TYPES, TARGETS, Target
 from deploy.graph import passes
 from deploy.graph.model import opset_of, save_onnx
 from deploy.graph.passes import GraphPass, PassCount, PassRequest, TargetPasses, count_qdq, run_pass
+from deploy.naming import rename_scopes
 from deploy.parity.outputs import CompareReport, compare_arrays
 from deploy.runtimes.base import FloatArray
 from deploy.runtimes.onnxruntime import run_model
@@ -83,6 +84,7 @@ def export_onnx(
     outputs: str = "decoded",
     nms: NMSOptions | None = None,
     opset: int | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> ExportReport:
     """Write `module` as an ONNX file for `target`; `path` is touched only when everything went well.
 
@@ -105,6 +107,7 @@ def export_onnx(
         outputs: "decoded" (default), "raw", "onnx_nms" or "efficient_nms"; see `deploy.targets.outputs`.
         nms: thresholds for the last two.
         opset: operator set version; None takes the target's own.
+        names: paths for what runs in submodules of `module`, see `deploy.naming.rename_scopes`.
 
     Raises:
         DeployError: unknown target, wrong opset in the result, Q/DQ missing or unexpected, or a pass that
@@ -116,6 +119,7 @@ def export_onnx(
     opset = entry.opset_for(scale_type, opset)
     change_outputs = output_pass(outputs, nms or NMSOptions(), entry)
     model = _trace(module, image_size, opset, tuple(output_names), dynamic_batch, dynamic_size)
+    rename_scopes(model, names or {})
     counts = [run_pass(model, graph_pass) for graph_pass in (*COMMON_PASSES, change_outputs)]
     request = PassRequest(scale_type, images if quantized and entry.wants_images else ())
     target_counts, parity = _run_target_passes(model, entry, request)

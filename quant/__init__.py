@@ -11,7 +11,7 @@ from core.errors import (
 )
 from quant.calibration.calibrate import CalibrationResult, calibrate
 from quant.calibration.imported import ImportedRanges, import_ranges
-from quant.codes import activation_codes, quantizer_calls
+from quant.codes import activation_codes
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
 from quant.finetuning.distillation import feature_nodes
 from quant.finetuning.quantization_aware import FineTuningOptions, QuantizationAware
@@ -25,6 +25,7 @@ from quant.insertion import (
     quantized_layers,
     set_mode,
 )
+from quant.naming import QUANTIZER, with_named_nodes
 from quant.placement.files import dump_placement, load_placement, parse_placement
 from quant.placement.plan import Group, Placement, TensorSite, WeightSite
 from quant.placement.planner import PlacementOptions, place
@@ -37,6 +38,7 @@ from quant.sensitivity.scores import UnitScore, measure_fisher, measure_sqnr
 
 __all__ = [
     "ACTIVATION_QUANTIZERS",
+    "QUANTIZER",
     "BudgetResult",
     "CalibrationError",
     "CalibrationResult",
@@ -81,10 +83,10 @@ __all__ = [
     "place",
     "placement_of",
     "quantized_layers",
-    "quantizer_calls",
     "reconstruct",
     "search_budget",
     "set_mode",
     "trace",
+    "with_named_nodes",
     "without_units",
 ]

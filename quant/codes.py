@@ -9,29 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from quant.fake_quantize import FakeQuantize, Mode
-from quant.insertion import ACTIVATION_QUANTIZERS, placement_of
-
-
-def quantizer_calls(model: fx.GraphModule) -> dict[str, str]:
-    """Name of each call of an activation quantizer -> name of the tensor of the placement that it quantizes.
-
-    A group's quantizer is called once for each of its tensors: `activation_quantizers.3`, `activation_quantizers.3_1`
-    and so on, in the order of the graph. Exported files name their quantizers in the same way.
-    """
-    tensors = {site.node: site.name for group in placement_of(model).groups for site in group.tensors}
-    return {name: tensors[node.all_input_nodes[0].name] for node, name in _calls(model).items()}
-
-
-def _calls(model: fx.GraphModule) -> dict[fx.Node, str]:
-    counts: dict[str, int] = {}
-    names = {}
-    for node in model.graph.nodes:
-        target = str(node.target)
-        if node.op == "call_module" and target.startswith(f"{ACTIVATION_QUANTIZERS}."):
-            number = counts.get(target, 0)
-            counts[target] = number + 1
-            names[node] = f"{target}_{number}" if number else target
-    return names
+from quant.insertion import placement_of
 
 
 class _Recorder(fx.Interpreter):
@@ -40,18 +18,17 @@ class _Recorder(fx.Interpreter):
     def __init__(self, model: fx.GraphModule, forced: Mapping[str, Tensor]) -> None:
         super().__init__(model)
         self.forced = forced
-        self.names = _calls(model)
+        self.names = {site.node: site.name for group in placement_of(model).groups for site in group.tensors}
         self.codes: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        name = self.names.get(n)
-        if name is not None:
-            quantizer = self.module.get_submodule(str(n.target))
-            assert isinstance(quantizer, FakeQuantize)
+        quantizer = self.submodules.get(n.target) if n.op == "call_module" else None
+        if isinstance(quantizer, FakeQuantize):
+            name = self.names[n.all_input_nodes[0].name]
             if quantizer.mode is not Mode.QUANTIZE:
                 raise ValueError(
-                    f"{name} is {quantizer.mode.value}: switch the quantizers on before reading codes"
+                    f"{name}: its quantizer is {quantizer.mode.value}: switch the quantizers on before reading codes"
                 )
             self.codes[name] = (result / quantizer.scale).round().to(torch.int16).cpu()
             if name in self.forced:
@@ -67,11 +44,12 @@ def activation_codes(
     Args:
         model: quantized, in evaluation mode, its quantizers on.
         images: float32 [B, 3, H, W] in 0..1, on the model's device.
-        forced: codes, by name, that go on from a quantizer in the place of its own; what is returned are its own. With
-            all codes of another implementation, every quantizer shows only what its own layer does differently.
+        forced: codes by name of the tensor that go on from its quantizer in the place of its own; what is returned
+            are its own. With all codes of another implementation, every quantizer shows only what its own layer does
+            differently.
 
     Returns:
-        Name of the call (see `quantizer_calls`) -> int16 tensor of the shape of the quantized one, in steps from zero.
+        Name of the tensor in the placement -> int16 tensor of the shape of the quantized one, in steps from zero.
 
     Raises:
         ValueError: the quantizers are off.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from onnx import ModelProto
@@ -12,6 +12,7 @@ from deploy.check.rules import rules_for, unequal_scales
 from deploy.check.view import AVERAGE_POOLS, WEIGHTED, View
 from deploy.graph.model import load_onnx
 from deploy.graph.passes import count_qdq
+from deploy.naming import module_path
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,10 @@ def inspect_model(
 ) -> CheckReport:
     """Check a model in memory; it is not changed."""
     view = View(model, image_size, target)
-    findings = [finding for rule in rules_for(view) for finding in rule(view)]
+    found = [finding for rule in rules_for(view) for finding in rule(view)]
+    findings = (
+        [replace(finding, name=module_path(finding.name)) for finding in found] if view.is_ours else found
+    )
     return CheckReport(path, view.target, tuple(findings), summarize_view(view, model))
 
 

@@ -36,5 +36,5 @@ def _sources(view: View, node: NodeProto, places: dict[int, int]) -> list[int]:
 
 def _label(node: NodeProto) -> str:
     parts = [part for part in node.name.split("/") if part]
-    tail = parts[-2] if len(parts) > 1 else ""
+    tail = parts[-2] if len(parts) > 1 else ".".join(node.name.split(".")[-2:])
     return f"{node.op_type} {tail}".strip()

@@ -67,6 +67,7 @@ class View:
     Attributes:
         graph: the graph without Identity nodes.
         target: the engine; "" for files of other tools, also where they quantized a float file of ours.
+        is_ours: whether this project exported the file.
         shapes: shapes with batch 1; types: element types; both by tensor name, where inference could tell.
         fixed: tensors computed from constants only.
     """
@@ -79,6 +80,7 @@ class View:
         metadata = stored_metadata(copy)
         stated = "" if metadata.get("octet.quantized") == "false" else metadata.get("octet.target", "")
         self.target = stated if target is None else target
+        self.is_ours = "octet.target" in metadata
         fix_input_shapes(copy, image_size or _stored_size(metadata))
         self.graph = Graph(copy)
         drop_identities(self.graph)

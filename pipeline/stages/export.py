@@ -33,7 +33,7 @@ from pipeline.splits import TRAIN, VAL
 from pipeline.stages.fixed_point import FIXED_POINT, compare_fixed_point
 from pipeline.stages.load import FLOAT_FILES
 from pipeline.stages.stage import Stage
-from quant import Placement, placement_of
+from quant import Placement, placement_of, with_named_nodes
 
 EXPORT_REPORT = "export.json"
 INT8_MODEL = "model.onnx"
@@ -180,9 +180,10 @@ def write_onnx(
 ) -> ExportReport:
     """Export one network of the run with the settings of `deploy`; `source` is its row."""
     config = job.config.deploy
+    named, names = with_named_nodes(network)
     try:
         return export_onnx(
-            Deployed(network, job.networks.detector.decode.cpu()).eval(),
+            Deployed(named, job.networks.detector.decode.cpu()).eval(),
             path,
             (job.config.data.image_size,) * 2,
             target,
@@ -196,6 +197,7 @@ def write_onnx(
             outputs=config.outputs,
             nms=nms_options(config.nms),
             opset=config.opset,
+            names=names,
         )
     finally:
         job.networks.detector.to(job.device)

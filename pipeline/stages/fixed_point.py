@@ -16,10 +16,10 @@ from deploy.parity.codes import Codes
 from deploy.runtimes.onnxruntime import CodeRecorder
 from pipeline.job import Job
 from pipeline.run.progress import say, track
-from quant import activation_codes, quantizer_calls
+from quant import QUANTIZER, activation_codes
 
 FIXED_POINT = "fixed_point.json"
-SCOPE = "/network/"  # of the network inside what is exported
+SUFFIX = f"{QUANTIZER}/QuantizeLinear"  # behind the name of a tensor: its quantizer in the graph
 
 
 def compare_fixed_point(job: Job, path: Path) -> None:
@@ -32,10 +32,9 @@ def compare_fixed_point(job: Job, path: Path) -> None:
     pairs = list(_codes(job, path))
     report = compare_codes((graph, free) for graph, free, _ in pairs)
     local = compare_codes((graph, forced) for graph, _, forced in pairs)
-    tensors = quantizer_calls(job.networks.best()[0])
     content = report.as_dict()
     content["tensors"] = [
-        {**tensor, "name": tensors[tensor["name"]], "differing_locally": alone.differing}
+        {**tensor, "differing_locally": alone.differing}
         for tensor, alone in zip(content["tensors"], local.tensors, strict=True)
     ]
     sentence = f"from the same codes on, {local.describe()}; from the image on, {report.describe()}"
@@ -53,9 +52,11 @@ def _codes(job: Job, path: Path) -> Iterator[tuple[dict[str, Codes], dict[str, C
         images = to_input(batch.images, job.device)
         in_graph = {}
         for name, codes in recorder.codes(np.asarray(images.cpu().numpy(), np.float32)).items():
-            if not name.startswith(SCOPE):
-                raise DeployError(f"Quantizer '{name}' of {path.name} lies outside {SCOPE}; export it again.")
-            in_graph[name.removeprefix(SCOPE).rsplit("/", 1)[0]] = codes
+            if not name.endswith(SUFFIX):
+                raise DeployError(
+                    f"Quantizer '{name}' of {path.name} is not named by a path; export it again."
+                )
+            in_graph[name.removesuffix(SUFFIX)] = codes
         forced = {name: torch.from_numpy(codes) for name, codes in in_graph.items()}
         free, locally = activation_codes(model, images), activation_codes(model, images, forced)
         yield in_graph, to_arrays(free), to_arrays(locally)

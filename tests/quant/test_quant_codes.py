@@ -9,8 +9,8 @@ from quant import (
     activation_quantizers,
     insert,
     place,
+    placement_of,
     quantized_layers,
-    quantizer_calls,
     set_mode,
 )
 from quant.fake_quantize import Mode
@@ -42,36 +42,34 @@ def model():
     return quantized.eval()
 
 
-def test_calls_are_named_in_the_order_of_the_graph(model):
-    calls = quantizer_calls(model)
-    assert list(calls) == [f"activation_quantizers.{name}" for name in ("0", "1", "1_1")]
-    assert calls["activation_quantizers.0"].endswith("x")
-    assert calls["activation_quantizers.1"].startswith("relu")
-    assert calls["activation_quantizers.1_1"].startswith("tanh")
+def test_codes_are_named_as_the_tensors_of_the_placement(model):
+    codes = activation_codes(model, torch.rand(1, 3, 8, 8))
+    assert list(codes) == [site.name for group in placement_of(model).groups for site in group.tensors]
+    assert list(codes) == ["input.x", "relu_0", "tanh"]
 
 
 def test_codes_are_the_rounded_values(model):
     x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     codes = activation_codes(model, x)
     image = torch.clamp(torch.round(x / 0.01), -128, 127)
-    assert torch.equal(codes["activation_quantizers.0"].float(), image)
+    assert torch.equal(codes["input.x"].float(), image)
     a = model.a(image * 0.01).relu()
     wanted = torch.clamp(torch.round(a.double() / 0.02), -128, 127)
-    assert (codes["activation_quantizers.1"].double() - wanted).abs().max() <= 1
-    assert (codes["activation_quantizers.1"].double() == wanted).double().mean() > 0.99
-    assert codes["activation_quantizers.1_1"].min() < 0
+    assert (codes["relu_0"].double() - wanted).abs().max() <= 1
+    assert (codes["relu_0"].double() == wanted).double().mean() > 0.99
+    assert codes["tanh"].min() < 0
 
 
 def test_forced_codes_reach_the_next_layer_only(model):
     x = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     free = activation_codes(model, x)
-    image = free["activation_quantizers.0"]
-    forced = activation_codes(model, x, {"activation_quantizers.0": image + 20})
-    assert torch.equal(forced["activation_quantizers.0"], image)
+    image = free["input.x"]
+    forced = activation_codes(model, x, {"input.x": image + 20})
+    assert torch.equal(forced["input.x"], image)
     moved = model.a((image.float() + 20) * 0.01).relu()
     wanted = torch.clamp(torch.round(moved / 0.02), -128, 127)
-    assert (forced["activation_quantizers.1"].float() - wanted).abs().max() <= 1
-    assert not torch.equal(forced["activation_quantizers.1"], free["activation_quantizers.1"])
+    assert (forced["relu_0"].float() - wanted).abs().max() <= 1
+    assert not torch.equal(forced["relu_0"], free["relu_0"])
 
 
 def test_quantizers_that_are_off_have_no_codes(model):

@@ -1,0 +1,79 @@
+"""The check is silent on every architecture for every target, and its files name layers as the placement does."""
+
+import copy
+
+import onnx
+import pytest
+import torch
+from placed import export_named, quantized
+
+import deploy.export
+from deploy import TARGETS, inspect_graph
+from models import ARCHITECTURES, SEGMENTATION_ARCHITECTURES, build_detector, fold_detector
+from quant import place
+
+SIZE = (64, 64)
+NAMES = [*ARCHITECTURES, *SEGMENTATION_ARCHITECTURES]
+QUICK = ("yolov9t",)
+
+
+def detector(name):
+    torch.manual_seed(0)
+    return fold_detector(build_detector(name, 3)).eval()
+
+
+def outputs_of(model):
+    return ("output0", "output1") if model.task == "segment" else ("output0",)
+
+
+@pytest.fixture
+def shared_traces(monkeypatch):
+    """Targets of one opset share the trace, which is half of an export's time."""
+    traced, trace = {}, deploy.export._trace
+
+    def trace_once(module, image_size, opset, *args):
+        if opset not in traced:
+            traced[opset] = trace(module, image_size, opset, *args)
+        return copy.deepcopy(traced[opset])
+
+    monkeypatch.setattr(deploy.export, "_trace", trace_once)
+
+
+def layers_in(path):
+    """Names of the convs and matrix products outside the decode."""
+    nodes = onnx.load(path).graph.node
+    found = [node.name for node in nodes if node.op_type in {"Conv", "ConvTranspose", "Gemm", "MatMul"}]
+    return [name for name in found if not name.startswith("/decode/")]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
+def test_no_findings_on_what_is_placed_and_exported(name, tmp_path, shared_traces):
+    model = detector(name)
+    placement = place(model.network)
+    network = quantized(model.network, placement)
+    layers = sorted(site.layer for site in placement.weights)
+    found = {}
+    for target in TARGETS:
+        path = export_named(
+            network, model.decode, tmp_path / f"{target}.onnx", SIZE, target, outputs_of(model)
+        )
+        report = inspect_graph(path)
+        found[target] = [(finding.rule, finding.name) for finding in report.findings]
+        assert report.summary.num_int8_convs == len(layers)
+        assert sorted(layers_in(path)) == sorted([*layers, *placement.kept_float])
+    assert found == {target: [] for target in TARGETS}
+
+
+@pytest.mark.parametrize("name", ["yolov9t", pytest.param("yolov9c-seg", marks=pytest.mark.slow)])
+def test_float_files_name_layers_as_the_placement_does(name, tmp_path):
+    model = detector(name)
+    placement = place(model.network)
+    path = export_named(
+        model.network, model.decode, tmp_path / "float.onnx", SIZE, "trt10", outputs_of(model), False
+    )
+    wanted = [*(site.layer for site in placement.weights), *placement.kept_float]
+    assert sorted(layers_in(path)) == sorted(wanted)
+    names = [node.name for node in onnx.load(path).graph.node]
+    assert len(set(names)) == len(names)
