@@ -8,12 +8,12 @@ import torch
 from placed import export_named, quantized
 
 import deploy.export
+from core.families import ARCHITECTURES
 from deploy import TARGETS, inspect_graph
-from models import ARCHITECTURES, SEGMENTATION_ARCHITECTURES, build_detector, fold_detector
+from models import build_detector, fold_detector
 from quant import place
 
 SIZE = (64, 64)
-NAMES = [*ARCHITECTURES, *SEGMENTATION_ARCHITECTURES]
 
 
 def detector(name):
@@ -47,7 +47,7 @@ def layers_in(path):
 
 CASES = [
     ("yolov9t", ("trt10",)),
-    *(pytest.param(name, TARGETS, marks=pytest.mark.slow) for name in NAMES),
+    *(pytest.param(name, TARGETS, marks=pytest.mark.slow) for name in ARCHITECTURES),
 ]
 
 
