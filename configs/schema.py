@@ -185,8 +185,10 @@ class QuantConfig:
     equalize: bool = setting(
         False, "Even out channel ranges between layers around ReLU before quantizing (arXiv:1906.04721)"
     )
-    adaround: bool = setting(
-        False, "Round weights up or down by their layer's output error on the data (arXiv:2004.10568)"
+    greedy_rounding: bool = setting(
+        False,
+        "Round weights up or down, one flip after the other, by their layer's output error (the problem of "
+        "arXiv:2004.10568)",
     )
     bias_correction: bool = setting(
         False, "Move the mean output of every quantized layer back to the float one (arXiv:1906.04721)"

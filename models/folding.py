@@ -1,7 +1,6 @@
 """Batch-normalisation folding and RepConv merging: what a deployed network computes, in fewer layers.
 
-Folding a convolution W with normalisation (x - mean) / sqrt(var + eps) * gamma + beta gives, per output channel,
-W' = W * g and b' = beta - mean * g, with g = gamma / sqrt(var + eps). A 1x1 convolution beside a 3x3 one is a 3x3
+A normalisation becomes part of the convolution before it (core/folding.py). A 1x1 convolution beside a 3x3 one is a 3x3
 kernel that is zero except at its centre, so both add up to one kernel. The sums are done in float64 whatever the
 weights' type.
 """
@@ -13,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from core.folding import folded_parameters, gain_of
 from models.blocks import ConvBlock, ConvNorm, RepConvBlock
 from models.detector import Detector
 
@@ -61,30 +61,19 @@ def _folded_ranges(network: nn.Module, amax: Mapping[str, Tensor]) -> dict[str, 
         elif isinstance(module, ConvNorm) and isinstance(module.bn, nn.BatchNorm2d):
             key = f"{name}.conv.weight"
             if key in ranges:
-                ranges[key] = (ranges[key].double() * _gain(module.bn).abs()).float()
+                ranges[key] = (ranges[key].double() * gain_of(module.bn).abs()).float()
     if lost:
         _logger.info("ranges of merged kernels left out: %s", ", ".join(lost))
     return ranges
 
 
-def _gain(norm: nn.BatchNorm2d) -> Tensor:
-    """What a normalisation multiplies each channel with, in float64."""
-    assert norm.running_var is not None
-    return norm.weight.detach().double() / torch.sqrt(norm.running_var.double() + norm.eps)
-
-
 def _folded_weight(block: ConvNorm) -> tuple[Tensor, Tensor]:
     """Kernel and bias of a block, in float64. The block may be folded already."""
-    weight = block.conv.weight.detach().double()
-    bias = weight.new_zeros(weight.shape[0]) if block.conv.bias is None else block.conv.bias.detach().double()
-    norm = block.bn
-    if isinstance(norm, nn.Identity):
-        return weight, bias
-    assert isinstance(norm, nn.BatchNorm2d)
-    assert norm.running_mean is not None
-    gain = _gain(norm)
-    shifted = norm.bias.detach().double() + (bias - norm.running_mean.double()) * gain
-    return weight * gain.reshape(-1, 1, 1, 1), shifted
+    conv, norm = block.conv, block.bn
+    if isinstance(norm, nn.BatchNorm2d):
+        return folded_parameters(conv.weight, conv.bias, norm)
+    weight = conv.weight.detach().double()
+    return weight, weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach().double()
 
 
 def _with_bias(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:

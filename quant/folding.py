@@ -1,11 +1,7 @@
 """Batch-normalisation folding on the fx graph, for networks that this project did not write.
 
 Quantization wants a convolution that an engine can run as one kernel, so a normalisation behind it has to be part of
-its weights before a quantizer sees them. Per output channel, with g = gamma / sqrt(var + eps):
-
-    W' = W * g        b' = beta + (b - mean) * g
-
-The sums are done in float64 whatever the weights' type.
+its weights before a quantizer sees them (core/folding.py has the arithmetic).
 """
 
 from __future__ import annotations
@@ -13,16 +9,15 @@ from __future__ import annotations
 import copy
 import logging
 
-import torch
 from torch import Tensor, fx, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from core.folding import BatchNorm, folded_parameters
 from quant.graph import trace
 
 log = logging.getLogger(__name__)
 
 _Foldable = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.Linear
-_Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
 def fold_batchnorms(network: nn.Module) -> fx.GraphModule:
@@ -48,7 +43,7 @@ def fold_batchnorms(network: nn.Module) -> fx.GraphModule:
     left = []
     for name, nodes in calls.items():
         norm = modules[name]
-        if not isinstance(norm, _Norm):
+        if not isinstance(norm, BatchNorm):
             continue
         layer = _layer_before(nodes, calls, modules)
         if layer is None or norm.running_mean is None or norm.running_var is None:
@@ -89,33 +84,21 @@ def _layer_before(
     return layer
 
 
-def _fold(layer: _Foldable, norm: _Norm) -> None:
+def _fold(layer: _Foldable, norm: BatchNorm) -> None:
     """Move the normalisation into the layer's weight and bias, in place."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    weight = layer.weight.detach().double()
-    mean, variance = norm.running_mean.double(), norm.running_var.double()
-    gain = torch.rsqrt(variance + norm.eps)
-    shift = torch.zeros_like(mean)
-    if norm.affine:
-        gain, shift = gain * norm.weight.detach().double(), norm.bias.detach().double()
-    bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.detach().double()
-    if isinstance(
-        layer, nn.ConvTranspose2d
-    ):  # [in, out / groups, h, w]: channel k of group i is output i * n + k
-        scaled = _scale_transposed(weight, gain, layer.groups)
+    if isinstance(layer, nn.ConvTranspose2d):
+        weight, bias = folded_parameters(_swapped(layer.weight, layer.groups), layer.bias, norm)
+        weight = _swapped(weight, layer.groups)
     else:
-        scaled = weight * gain.reshape(-1, *(1,) * (weight.ndim - 1))
+        weight, bias = folded_parameters(layer.weight, layer.bias, norm)
     dtype = layer.weight.dtype
-    layer.weight = nn.Parameter(scaled.to(dtype))
-    layer.bias = nn.Parameter((shift + (bias - mean) * gain).to(dtype))
+    layer.weight = nn.Parameter(weight.to(dtype))
+    layer.bias = nn.Parameter(bias.to(dtype))
 
 
-def _scale_transposed(weight: Tensor, gain: Tensor, groups: int) -> Tensor:
-    inputs, outputs = weight.shape[:2]
-    grouped = weight.reshape(groups, inputs // groups, outputs, *weight.shape[2:])
-    gains = gain.reshape(groups, 1, outputs, *(1,) * (weight.ndim - 2))
-    return (grouped * gains).reshape(weight.shape)
+def _swapped(weight: Tensor, groups: int) -> Tensor:
+    """[in, out / groups, h, w], as transposed convolutions have it, as [out, in / groups, h, w], and the other way."""
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _thaw(network: nn.Module) -> nn.Module:

@@ -43,7 +43,7 @@ def calibrate_stage(job: Job) -> None:
         say(line)
     if result.convergence is not None:
         say(f"calibration: {result.convergence.sentence()}")
-    if config.adaround or config.bias_correction:
+    if config.greedy_rounding or config.bias_correction:
         _repair(job, model)
     job.run.write_json(CALIBRATION, result.as_dict())
     job.networks.save(model, placement, PTQ)
@@ -74,7 +74,7 @@ def _repair(job: Job, model: fx.GraphModule) -> None:
     """Rounding and bias correction by the layers' outputs; `repairs.json` has the figures of every layer."""
     config = job.config.quant
     images = torch.cat(list(calibration_images(job, REPAIR_IMAGES)))
-    repairs = reconstruct(model, images, config.adaround, config.bias_correction)
+    repairs = reconstruct(model, images, config.greedy_rounding, config.bias_correction)
     job.run.write_json(REPAIRS, {"images": len(images), "layers": [asdict(repair) for repair in repairs]})
     rounded = [
         repair.error_rounded / repair.error_nearest
@@ -82,9 +82,7 @@ def _repair(job: Job, model: fx.GraphModule) -> None:
         if repair.error_nearest and repair.error_rounded is not None
     ]
     if rounded:
-        say(
-            f"adaround: {len(rounded)} layers; output error {median(rounded):.2f} of rounding to nearest (median)"
-        )
+        say(f"greedy rounding: {len(rounded)} layers; output error {median(rounded):.2f} of nearest (median)")
     shifts = [repair.shift for repair in repairs if repair.shift is not None]
     if shifts:
         say(f"bias correction: {len(shifts)} layers; largest mean shift taken out {max(shifts):.3g}")

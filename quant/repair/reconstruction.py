@@ -1,11 +1,12 @@
 """Layer-by-layer repair of a calibrated model: rounding that fits the data, and biases without a mean error.
 
-The graph is walked once. At every quantized layer both worlds are at hand: what the float network feeds it and gets out
-of it, and what the quantized one feeds it, with all layers before it repaired already. Two repairs, each optional:
+The graph is walked once. At every quantized layer three things are known: its input and output in the float network,
+and its input in the quantized one, with all layers before it repaired already. Two repairs, each optional:
 
-*Rounding* (the problem of AdaRound, Nagel et al., arXiv:2004.10568): each weight goes to the code below or above it,
-such that the layer's output on the data, not the weight, changes least. With X the layer's inputs in the quantized
-network, Y what the float weights make of them, and one row w of weights, the error is quadratic,
+*Greedy rounding* (the problem of AdaRound, Nagel et al., arXiv:2004.10568, solved otherwise): each weight goes to the
+code below or above it, such that the layer's output on the data, not the weight, changes least. With X the layer's
+inputs in the quantized network, Y what the float weights make of them, and w one row of weights, the error is
+quadratic,
 
     |w X - y|^2  =  w H w' - 2 w g' + const,      H = X X',   g = y X'
 

@@ -94,19 +94,19 @@ def search_budget(
 
 
 def without_units(placement: Placement, units: Sequence[str], reason: str) -> Placement:
-    """The plan with some groups, and the weights of the layers that read them, left in float.
+    """The plan with some groups left in float, and with them the weights of the layers that read no other group.
 
     All other groups stay as they are, so that a model inserted by the new plan computes what the old one computes with
     these units switched off.
     """
-    gone = set(units)
-    kept_float = dict(placement.kept_float)
-    for group in placement.groups:
-        if group.name in gone:
-            kept_float.update(dict.fromkeys(group.layers, reason))
+    groups = tuple(group for group in placement.groups if group.name not in set(units))
+    feeding = {layer: group.name for group in reversed(groups) for layer in group.layers}
+    weights = tuple(
+        dataclasses.replace(site, group=feeding[site.layer])
+        for site in placement.weights
+        if site.layer in feeding
+    )
+    lost = {site.layer: reason for site in placement.weights if site.layer not in feeding}
     return dataclasses.replace(
-        placement,
-        groups=tuple(group for group in placement.groups if group.name not in gone),
-        weights=tuple(site for site in placement.weights if site.group not in gone),
-        kept_float=kept_float,
+        placement, groups=groups, weights=weights, kept_float={**placement.kept_float, **lost}
     )

@@ -91,7 +91,7 @@ def test_an_edited_plan_is_taken_and_calibrated(placed: tuple[Path, str]) -> Non
     plan["kept_float"][dropped["layer"]] = "edited by hand"
     edited = folder / "edited.yaml"
     edited.write_text(yaml.safe_dump(plan, sort_keys=False))
-    repairs = ("quant.equalize=true", "quant.adaround=true", "quant.bias_correction=true")
+    repairs = ("quant.equalize=true", "quant.greedy_rounding=true", "quant.bias_correction=true")
     outcome = run_entry(
         "train_qat.py",
         *TINY,
