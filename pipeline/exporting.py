@@ -12,6 +12,7 @@ from core.targets import TARGETS
 from deploy import build_engine
 from pipeline.job import Job
 from pipeline.run.directory import CONFIG, Run
+from pipeline.run.files import export_path
 from pipeline.run.progress import say
 from pipeline.stages.export import export_quantized
 
@@ -42,7 +43,7 @@ def run_export(request: ExportConfig) -> Path:
         raise ConfigError(
             f"outputs={request.outputs}: target={target} runs outputs={', '.join(TARGETS[target].outputs)}"
         )
-    path = Path(request.output) if request.output else run.path("export") / f"model-{target}.onnx"
+    path = Path(request.output) if request.output else export_path(run, target)
     job = Job(config, run)
     TARGETS[target].opset_for(request.scale_type, request.opset)
     report = export_quantized(job, target, path)

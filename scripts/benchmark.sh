@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # Latency of the engines of a run at several batch sizes, measured alternately: INT8 against float, with differences.
 #
-# Usage: scripts/benchmark.sh RUN [--batch 1,4,8,12] [--runtime openvino|onnxruntime|tensorrt] [--time SECONDS]
+# Usage: scripts/benchmark.sh RUN [--batch 1,4,8,12] [--runtime NAME] [--time SECONDS]
 #   RUN        run directory of train_qat.py
 #   --batch    batch sizes, default 1,4,8,12
-#   --runtime  default openvino
+#   --runtime  openvino (default), onnxruntime, tensorrt
 #   --time     seconds for each engine and batch, default 5
 #
-# PYTHON names the Python to use, default python3. Exit code 2: wrong arguments. 3: something is missing.
+# PYTHON names the Python to use, default .venv/bin/python of the repository, else python3. Which files are timed the run
+# itself tells (python -m pipeline.run.files). Exit code 2: wrong arguments. 3: something is missing.
 # The last line of stdout is the Markdown table's path.
 set -euo pipefail
 
-usage() { sed -n '2,11s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,12s/^# \{0,1\}//p' "$0"; }
 fail() { echo "$2" >&2; exit "$1"; }
 
 batches="1,4,8,12" runtime=openvino seconds=5 run=""
@@ -29,22 +30,15 @@ done
 [[ -n "$run" ]] || { usage >&2; exit 2; }
 [[ -d "$run" ]] || fail 3 "No run directory at '$run'."
 
-python="${PYTHON:-python3}"
-command -v "$python" >/dev/null || fail 3 "No Python at '$python'; set PYTHON."
 run="$(realpath "$run")"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-case "$runtime" in
-    openvino) engines=("$run/float.onnx@openvino" "$run/float.onnx@openvino:bf16" "$run/model.onnx@openvino") ;;
-    onnxruntime)
-        int8="$run/model-onnxruntime.onnx"
-        [[ -f "$int8" ]] || int8="$run/model.onnx"
-        engines=("$run/float.onnx@onnxruntime" "$int8@onnxruntime") ;;
-    tensorrt) engines=("$run/tensorrt/float.engine@tensorrt" "$run/tensorrt/int8.engine@tensorrt") ;;
-    *) fail 2 "Unknown runtime '$runtime'; expected openvino, onnxruntime or tensorrt." ;;
-esac
-for engine in "${engines[@]}"; do
-    [[ -f "${engine%@*}" ]] || fail 3 "No '${engine%@*}'; run the export stage (or scripts/val_trt.sh) first."
-done
+default=python3
+[[ ! -x .venv/bin/python ]] || default=.venv/bin/python
+python="${PYTHON:-$default}"
+command -v "$python" >/dev/null || fail 3 "No Python at '$python'; set PYTHON."
+models="$("$python" -m pipeline.run.files "$run" --runtime "$runtime")" || exit
+mapfile -t engines <<<"$models"
+printf 'timing %s\n' "${engines[@]}" >&2
 table="$run/latency-$runtime.md"
 "$python" -m deploy.benchmark --compare "${engines[@]}" --runtime "$runtime" --batch "$batches" --time "$seconds" \
     --json "${table%.md}.json" --table "$table" >&2

@@ -9,8 +9,9 @@
 #   --batch     batch sizes to time, default 1,4,8,12
 #   --graph     draw the engine's layers and write their times (--generate-graph is the same)
 #
-# Runs inside NVIDIA's container (see Dockerfile). PYTHON names the Python to use, default python3. The TensorRT version is
-# found, and decides between target trt10 (8.6 to 10) and trt11. Exit code 2: wrong arguments. 3: something is missing.
+# Runs inside NVIDIA's container (see Dockerfile). PYTHON names the Python to use, default .venv/bin/python of the
+# repository, else python3. The TensorRT version is found, and decides between target trt10 (8.6 to 10) and trt11.
+# Exit code 2: wrong arguments. 3: something is missing.
 # The last line of stdout is the folder with engines, accuracy.json, latency.json and report.md.
 set -euo pipefail
 
@@ -39,7 +40,9 @@ fi
 [[ -e "$data" ]] || fail 3 "No data set at '$data'."
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-python="${PYTHON:-python3}"
+default=python3
+[[ ! -x "$here/.venv/bin/python" ]] || default="$here/.venv/bin/python"
+python="${PYTHON:-$default}"
 command -v "$python" >/dev/null || fail 3 "No Python at '$python'; set PYTHON."
 source="$(realpath "$source")" data="$(realpath "$data")"
 cd "$here"
@@ -78,8 +81,8 @@ int8="$(build "$out/int8.onnx" int8)"
 fp16="$(build "$float" fp16)"
 
 # 4. Accuracy, then latency in turns.
-"$python" scripts/evaluate_engine.py "$int8" "$data" "$size" --json "$out/accuracy.json" >&2
-"$python" scripts/evaluate_engine.py "$fp16" "$data" "$size" --json "$out/accuracy-fp16.json" >&2
+"$python" -m pipeline.evaluate "$int8" --data "$data" --size "$size" --json "$out/accuracy.json" >&2
+"$python" -m pipeline.evaluate "$fp16" --data "$data" --size "$size" --json "$out/accuracy-fp16.json" >&2
 "$python" -m deploy.benchmark --compare "$fp16@tensorrt" "$int8@tensorrt" --runtime tensorrt --batch "$batches" --graph \
     --shapes "${size}x${size}" --json "$out/latency.json" --table "$out/latency.md" >&2
 if "$draw"; then
@@ -95,7 +98,7 @@ import json, pathlib, sys
 print("| engine | AP | AP50 |\n|---|---|---|")
 for name in sys.argv[1:]:
     row = json.loads(pathlib.Path(name).read_text())
-    print(f"| {pathlib.Path(row['engine']).name} | {row['ap']:.4f} | {row['ap50']:.4f} |")
+    print(f"| {pathlib.Path(row['model']).name} | {row['ap']:.4f} | {row['ap50']:.4f} |")
 PYTHON
     echo
     cat "$out/latency.md"

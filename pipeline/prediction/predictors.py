@@ -23,7 +23,7 @@ from core.runtimes import INT8, RUNTIMES
 from data import Found, Rle, decode_mask, letterbox, to_input, to_picture
 from deploy import EngineRequest, Runtime, open_engine
 from deploy.runtimes.engines import find_image_size, runtime_of
-from models import fold_detector, load_detector
+from models import Detector, fold_detector, load_detector
 from pipeline.evaluation.engine_outputs import OutputReader
 from pipeline.evaluation.suppression import suppress_overlaps
 from pipeline.job import Job, choose_device
@@ -92,6 +92,7 @@ class Predictor:
         names: class names by index.
         size: (height, width) of the input, pixels.
         function: float32 images [1, 3, height, width] in 0..1 to detections in input pixels.
+        task: `detect`, or `segment` where it gives masks.
         close: releases the model.
     """
 
@@ -99,6 +100,7 @@ class Predictor:
     names: tuple[str, ...]
     size: tuple[int, int]
     function: Detect
+    task: str = "detect"
     close: Callable[[], None] = lambda: None
 
     def detect(self, image: NDArray[np.uint8]) -> Seen:
@@ -130,7 +132,7 @@ def open_predictor(path: Path, options: Options) -> Predictor:
         )
     detector = fold_detector(load_detector(path))
     size = (options.size or DEFAULT_SIZE,) * 2
-    return _of_torch(f"{path.name} (torch)", detector.network, detector.decode, detector.names, size, options)
+    return _of_torch(f"{path.name} (torch)", detector.network, detector, size, options)
 
 
 def open_run(directory: Path, options: Options) -> Predictor:
@@ -155,14 +157,19 @@ def open_float(path: Path, options: Options) -> Predictor:
     Raises:
         DeployError: the file lies in no run directory.
     """
-    folders = [path, *path.resolve().parents][:4]
-    directory = next((folder for folder in folders if (folder / CONFIG).is_file()), None)
+    directory = find_run(path)
     if directory is None:
         raise DeployError(
             f"--compare float: {path} lies in no run directory; give --compare the float model's path."
         )
     job = _job(directory, options)
     return _of_job(job, job.networks.detector.network, "float (torch)", options)
+
+
+def find_run(path: Path) -> Path | None:
+    """The run directory that a path is or lies in; None for a path outside of runs."""
+    folders = [path, *path.resolve().parents][:4]
+    return next((folder for folder in folders if (folder / CONFIG).is_file()), None)
 
 
 def _job(directory: Path, options: Options) -> Job:
@@ -176,25 +183,20 @@ def _job(directory: Path, options: Options) -> Job:
 
 def _of_job(job: Job, network: nn.Module, label: str, options: Options) -> Predictor:
     size = (options.size or job.config.data.image_size,) * 2
-    return _of_torch(label, network, job.networks.detector.decode, job.networks.detector.names, size, options)
+    return _of_torch(label, network, job.networks.detector, size, options)
 
 
 def _of_torch(
-    label: str,
-    network: nn.Module,
-    decode: nn.Module,
-    names: tuple[str, ...],
-    size: tuple[int, int],
-    options: Options,
+    label: str, network: nn.Module, detector: Detector, size: tuple[int, int], options: Options
 ) -> Predictor:
     device = choose_device(options.device)
-    network, decode = network.to(device).eval(), decode.to(device).eval()
+    network, decode = network.to(device).eval(), detector.decode.to(device).eval()
 
     def detect(images: Tensor) -> Sequence[Found]:
         decoded = decode(network(images.to(device)))
         return suppress_overlaps(decoded, options.confidence, options.iou, options.max_detections)
 
-    return Predictor(label, tuple(names), size, detect)
+    return Predictor(label, tuple(detector.names), size, detect, detector.task)
 
 
 # --------------------------------------------------------------------------------------------------------- engines
@@ -215,7 +217,8 @@ def open_file(path: Path, options: Options, runtime: str | None = None) -> Predi
         names = tuple(str(index) for index in range(reader.num_classes(outputs)))
 
     label = f"{path.name} ({engine.name}, {engine.precision})"
-    return Predictor(label, names, size, reader.predictor(engine, 1), engine.close)
+    task = "segment" if masks else "detect"
+    return Predictor(label, names, size, reader.predictor(engine, 1), task, engine.close)
 
 
 def _stored_size(path: Path) -> tuple[int, int]:

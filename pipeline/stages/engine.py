@@ -10,9 +10,10 @@ from deploy.runtimes.engines import runtime_class
 from pipeline.evaluation.parity import check_parity, engine_row, reader_of
 from pipeline.job import Job
 from pipeline.networks import QUANTIZED
+from pipeline.run.files import FLOAT_ONNX
 from pipeline.run.progress import say
 from pipeline.splits import VAL
-from pipeline.stages.export import FLOAT_ONNX, model_name, target_of
+from pipeline.stages.export import model_name, target_of
 from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
 from pipeline.stages.stage import Stage
 

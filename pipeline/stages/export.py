@@ -28,6 +28,7 @@ from models import Detector
 from pipeline.evaluation.parity import check_parity, describe
 from pipeline.job import Job
 from pipeline.networks import QUANTIZED
+from pipeline.run.files import EXPORT_REPORT, FLOAT_ONNX
 from pipeline.run.progress import say
 from pipeline.splits import TRAIN, VAL
 from pipeline.stages.fixed_point import FIXED_POINT, compare_fixed_point
@@ -35,9 +36,7 @@ from pipeline.stages.load import FLOAT_FILES
 from pipeline.stages.stage import Stage
 from quant import Placement, placement_of, with_named_nodes
 
-EXPORT_REPORT = "export.json"
 INT8_MODEL = "model.onnx"
-FLOAT_ONNX = "float.onnx"
 MASK_TEXTS = {
     "task": "segment",
     "output0": "[B, 4 + classes + prototypes, anchors]: cx, cy, w, h in input pixels, class scores, mask coefficients",

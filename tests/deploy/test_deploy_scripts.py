@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 FAKE = """#!{python}
-import json, pathlib, sys
+import json, os, pathlib, sys
 arguments = sys.argv[1:]
 with open({log!r}, "a") as stream:
     stream.write(json.dumps(arguments) + "\\n")
@@ -36,8 +36,10 @@ elif arguments[0] == "train_qat.py":
     run = pathlib.Path(next(a for a in arguments if a.startswith("run_dir=")).split("=")[1])
     run.mkdir(parents=True)
     (run / "float.onnx").touch()
-elif arguments[0].endswith("evaluate_engine.py"):
-    write("--json", json.dumps({{"engine": arguments[1], "ap": 0.5984, "ap50": 0.8879}}))
+elif arguments[:2] == ["-m", "pipeline.run.files"]:
+    os.execv(sys.executable, [sys.executable, *arguments])
+elif arguments[:2] == ["-m", "pipeline.evaluate"]:
+    write("--json", json.dumps({{"model": arguments[2], "ap": 0.5984, "ap50": 0.8879}}))
 write("--table", "| batch | a | b |\\n")
 """
 
@@ -50,6 +52,7 @@ def world(tmp_path):
     data.mkdir()
     for name in ("float.onnx", "model.onnx"):
         (run / name).touch()
+    (run / "export.json").write_text(json.dumps({"exports": [{"path": "model.onnx", "target": "openvino"}]}))
 
     def call(script, *arguments, version="10.3.0"):
         fake = tmp_path / "python"
@@ -148,7 +151,8 @@ def test_benchmark_script(world):
     result, commands = call("benchmark.sh", run, "--batch", "1,4", "--time", "2")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == str(run / "latency-openvino.md")
-    (command,) = commands
+    assert commands[0] == ["-m", "pipeline.run.files", str(run), "--runtime", "openvino"]
+    (command,) = commands[1:]
     assert command[command.index("--compare") + 1 : command.index("--runtime")] == [
         f"{run}/float.onnx@openvino",
         f"{run}/float.onnx@openvino:bf16",
@@ -158,6 +162,64 @@ def test_benchmark_script(world):
     assert call("benchmark.sh", run, "--runtime", "tflite")[0].returncode == 2
     assert call("benchmark.sh")[0].returncode == 2
     assert call("benchmark.sh", run / "none")[0].returncode == 3
+
+
+def compared(command):
+    return command[command.index("--compare") + 1 : command.index("--runtime")]
+
+
+def test_benchmark_script_times_the_graph_of_the_runtime(world):
+    call, run, _ = world
+    result, commands = call("benchmark.sh", run, "--runtime", "onnxruntime")
+    assert result.returncode == 3  # not the graph that was written for OpenVINO
+    assert f"python export.py run={run} target=onnxruntime" in result.stderr
+    assert not any("deploy.benchmark" in command for command in commands)
+    (run / "export").mkdir()
+    graph = run / "export" / "model-onnxruntime.onnx"  # where export.py writes it
+    graph.touch()
+    result, commands = call("benchmark.sh", run, "--runtime", "onnxruntime")
+    assert result.returncode == 0, result.stderr
+    assert compared(commands[-1]) == [f"{run}/float.onnx@onnxruntime", f"{graph}@onnxruntime"]
+    assert f"timing {graph}@onnxruntime" in result.stderr
+    (run / "model-onnxruntime.onnx").touch()  # of the stage `export`, for a run with both runtimes
+    names = {"openvino": "model.onnx", "onnxruntime": "model-onnxruntime.onnx"}
+    exports = [{"path": path, "target": target} for target, path in names.items()]
+    (run / "export.json").write_text(json.dumps({"exports": exports}))
+    _, commands = call("benchmark.sh", run, "--runtime", "onnxruntime")
+    assert compared(commands[-1])[-1] == f"{run}/model-onnxruntime.onnx@onnxruntime"
+
+
+def test_benchmark_script_times_tensorrt_engines(world):
+    call, run, _ = world
+    (run / "export.json").write_text(json.dumps({"exports": [{"path": "model.onnx", "target": "trt10"}]}))
+    built = [
+        run / "engines" / "tensorrt-fp16" / "float.engine",
+        run / "engines" / "tensorrt-int8" / "model.engine",
+    ]
+    result, _ = call("benchmark.sh", run, "--runtime", "tensorrt")
+    assert "scripts/val_trt.sh" in result.stderr
+    for own in (built, [run / "tensorrt" / "float.engine", run / "tensorrt" / "int8.engine"]):
+        for path in own:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        _, commands = call("benchmark.sh", run, "--runtime", "tensorrt")
+        assert compared(commands[-1]) == [f"{path}@tensorrt" for path in own]
+
+
+@pytest.mark.parametrize("script", ["val_trt.sh", "benchmark.sh"])
+def test_python_is_the_repositorys_environment(world, tmp_path, script):
+    _, run, data = world
+    copy = tmp_path / "repository"
+    shutil.copytree(ROOT / "scripts", copy / "scripts")
+    python = copy / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\necho called >>'{tmp_path}/calls'\nexit 3\n")
+    python.chmod(0o755)
+    arguments = [run] if script == "benchmark.sh" else [run, data, 320]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    command = [str(copy / "scripts" / script), *map(str, arguments)]
+    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 3
+    assert (tmp_path / "calls").read_text() == "called\n"
 
 
 @pytest.mark.parametrize("script", ["val_trt.sh", "benchmark.sh"])

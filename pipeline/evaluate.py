@@ -1,0 +1,93 @@
+"""Measure any engine, run or checkpoint on a dataset, with the suppression and the metric of a report's rows.
+
+    python -m pipeline.evaluate MODEL [--data FOLDER] [--size PIXELS] [--split NAME] [--limit N] [--json FILE]
+
+MODEL is what `python -m pipeline.predict` takes. Dataset, thresholds and metric are those of the run that MODEL lies
+in, outside a run the defaults of `data` and `evaluate` (docs/configuration.md). The last line of stdout is the AP, or
+the value of the run's own metric. Exit code 2: wrong arguments. 3: a model or data that cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from configs.compose import read
+from configs.schema import DataConfig, EvaluateConfig
+from core.command import reports_errors, run_command
+from core.errors import DataError
+from core.files import write_json
+from core.runtimes import RUNTIMES
+from pipeline.evaluation.evaluator import Evaluator
+from pipeline.evaluation.measuring import describe, row_figures, value_of
+from pipeline.prediction.predictors import TORCH, Options, find_run, open_predictor
+from pipeline.run.directory import CONFIG
+from pipeline.run.progress import say
+from pipeline.splits import Splits
+
+
+@reports_errors
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    data, thresholds, metric = _settings(options)
+    wanted = Options(
+        confidence=thresholds.confidence,
+        iou=thresholds.iou,
+        max_detections=thresholds.max_detections,
+        runtime=options.runtime,
+        size=options.size,
+        threads=options.threads,
+        device="cpu",
+    )
+    predictor = open_predictor(options.model, wanted)
+    try:
+        data.image_size = predictor.size[0]
+        splits = Splits(data, predictor.task, torch.device("cpu"))
+        evaluator = Evaluator(thresholds, metric, splits, torch.device("cpu"))
+        metrics = evaluator.measure(predictor.function, predictor.label, 1, options.limit)
+    finally:
+        predictor.close()
+    say(f"{predictor.label}: {describe(metrics)}")
+    if options.json is not None:
+        write_json(options.json, {"model": str(options.model), **row_figures(metrics)})
+    print(f"{value_of(metrics):.4f}")
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> tuple[DataConfig, EvaluateConfig, str | None]:
+    """Data, thresholds and metric: those of the run that the model lies in, changed by the options."""
+    data, thresholds, metric = DataConfig(), EvaluateConfig(), None
+    run = find_run(options.model)
+    if run is not None:
+        config = read(run / CONFIG)
+        data, thresholds, metric = config.data, config.evaluate, config.metric.factory
+    if options.data is not None:
+        data.kind, data.root, data.factory = "folder", str(options.data), None
+    elif run is None:
+        raise DataError(f"{options.model} lies in no run directory: name the dataset with --data FOLDER.")
+    if options.split is not None:
+        data.val_split = options.split
+    return data, thresholds, metric
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.evaluate", description="Measure a model on a dataset."
+    )
+    parser.add_argument("model", type=Path, help="run directory, engine, .onnx file, or float checkpoint")
+    parser.add_argument("--data", type=Path, help="dataset: YOLO data.yaml tree or COCO JSON folder")
+    parser.add_argument("--size", type=int, help="side of the input in pixels; default: what the model says")
+    parser.add_argument("--split", help="default: the run's data.val_split, or val")
+    parser.add_argument("--limit", type=int, help="images to use; default: all")
+    parser.add_argument("--runtime", choices=(TORCH, *RUNTIMES), help="default: the run's, or the file's own")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)
