@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from core.errors import DeployError
-from deploy.runtimes.base import FloatArray, Runtime
+from deploy.runtimes.base import FloatArray
 
 
 @dataclass(frozen=True)
@@ -76,32 +76,6 @@ class CompareReport:
             )
 
 
-def compare_outputs(
-    runtime: Runtime,
-    reference: FloatArray,
-    images: FloatArray,
-    confident_score: float = 0.25,
-    batch: int | None = None,
-) -> CompareReport:
-    """Run `images` [N, 3, H, W] through the engine and compare with `reference` [N, 4 + K, A].
-
-    Args:
-        runtime: the engine.
-        reference: decoded output of the model that was exported, on the same images.
-        images: float32, in [0, 1].
-        confident_score: see `CompareReport`.
-        batch: images for one call; all at once when None.
-
-    Raises:
-        DeployError: shapes differ, or the engine returns values that are not finite.
-    """
-    step = batch or len(images)
-    output = np.concatenate([runtime.infer(images[i : i + step]) for i in range(0, len(images), step)])
-    return compare_arrays(
-        output, reference, confident_score, label=f"{runtime.name} engine {runtime.path.name}"
-    )
-
-
 def unexplained_variance(output: FloatArray, reference: FloatArray, label: str = "output") -> float:
     """Mean squared difference over the variance of the reference: 0 for equal arrays, 1 for a constant answer.
 
@@ -119,7 +93,17 @@ def unexplained_variance(output: FloatArray, reference: FloatArray, label: str =
 def compare_arrays(
     output: FloatArray, reference: FloatArray, confident_score: float = 0.25, label: str = "output"
 ) -> CompareReport:
-    """Compare two decoded outputs [N, 4 + K, A]; see `compare_outputs`."""
+    """Compare two decoded outputs [N, 4 + K, A].
+
+    Args:
+        output: of the engine.
+        reference: of the model that was exported, on the same images.
+        confident_score: see `CompareReport`.
+        label: what `output` is, for messages.
+
+    Raises:
+        DeployError: shapes differ, or the engine returns values that are not finite.
+    """
     if output.shape != reference.shape or output.ndim != 3 or output.shape[1] < 5:
         raise DeployError(
             f"{label} has shape {output.shape}, the reference {reference.shape}; both should be [N, 4 + K, "

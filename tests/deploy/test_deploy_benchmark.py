@@ -16,7 +16,7 @@ from deploy_networks import SmallDetector
 from core.errors import DeployError
 from core.machine import available_processors, describe_machine
 from deploy import Runtime, export_onnx
-from deploy.benchmark.command import main, parse_spec
+from deploy.benchmark.__main__ import main, parse_spec
 from deploy.benchmark.pinning import parse_list, pin_process
 from deploy.benchmark.scenarios import run_scenario
 from deploy.runtimes.engines import find_image_size

@@ -1,5 +1,8 @@
 """A runtime and a target are data: both are added here from outside, and go through every stage that names them."""
 
+import subprocess
+import sys
+
 import onnx
 import pytest
 import test_deploy_engine_stage as stages
@@ -126,3 +129,10 @@ def test_entries_name_code_that_exists():
     for runtime in RUNTIMES.values():
         assert resolve(runtime.factory).name == runtime.name
         assert set(runtime.targets) <= set(TARGETS)
+
+
+@pytest.mark.parametrize("module", ["deploy.check.command", "pipeline.run.files"])
+def test_small_commands_start_without_torch(module):
+    code = f"import sys, {module}; print(sorted({{'torch', 'openvino', 'onnxruntime'}} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
