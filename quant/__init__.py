@@ -27,8 +27,8 @@ from quant.insertion import (
 )
 from quant.naming import QUANTIZER, with_named_nodes
 from quant.placement.files import dump_placement, load_placement, parse_placement
-from quant.placement.plan import Group, Placement, TensorSite, WeightSite
-from quant.placement.planner import PlacementOptions, place
+from quant.placement.placement import Group, Placement, TensorSite, WeightSite
+from quant.placement.placer import PlacementOptions, place
 from quant.placement.policy import Policy, Rule
 from quant.placement.sharing import ConcatDecision, SharingResult, measure_sharing
 from quant.repair.equalization import EqualizationResult, equalize

@@ -13,7 +13,7 @@ from core.operators import Kind
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
 from quant.graph import inputs_of, kind_of, trace
 from quant.layers import QuantizedLayer, quantize_layer
-from quant.placement.plan import Group, Placement
+from quant.placement.placement import Group, Placement
 
 ACTIVATION_QUANTIZERS = "activation_quantizers"
 
@@ -27,7 +27,7 @@ def insert(network: nn.Module, placement: Placement, learn_scales: bool = True) 
 
     Args:
         network: the module that `place` read.
-        placement: its plan.
+        placement: what `place` decided for it.
         learn_scales: whether fine-tuning learns the scales of activations and weights (fixed ones never move).
             Otherwise activation scales stay, and weight scales follow the largest weight of their channel.
 
@@ -117,7 +117,7 @@ def _unknown(what: str, name: str, known: list[str]) -> str:
 
 
 def placement_of(model: fx.GraphModule) -> Placement:
-    """The plan that `insert` worked from."""
+    """The placement that `insert` worked from."""
     placement = model.meta["placement"]
     assert isinstance(placement, Placement)
     return placement

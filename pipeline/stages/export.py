@@ -138,7 +138,7 @@ def check_export(job: Job) -> None:
 
     Raises:
         DeployError: an operator set that a target's graph cannot be written in.
-        ConfigError: a plan with unsigned codes for a target that takes signed ones only.
+        ConfigError: a placement with unsigned codes for a target that takes signed ones only.
     """
     for target in targets(job):
         if job.config.quant.activations.unsigned:
@@ -242,14 +242,14 @@ def check_signs(target: str, what: str) -> None:
 
 
 def check_widths(placement: Placement, target: str) -> None:
-    """Refuse a plan whose widths or signs no engine of the target runs.
+    """Refuse a placement whose widths or signs no engine of the target runs.
 
     Raises:
         ConfigError: some tensor or weight is narrower than 8 bits, or unsigned where the target takes signed codes.
     """
     unsigned = [group.name for group in placement.groups if not group.grid.signed]
     if unsigned:
-        check_signs(target, f"the plan has {len(unsigned)} unsigned groups ({unsigned[0]}, ...)")
+        check_signs(target, f"the placement has {len(unsigned)} unsigned groups ({unsigned[0]}, ...)")
     widths = {group.name: group.grid.bits for group in placement.groups}
     widths |= {site.layer: site.grid.bits for site in placement.weights}
     able = TARGETS[target].widths

@@ -116,7 +116,7 @@ def _placement_items(job: Job) -> list[dict[str, Any]] | None:
 
 
 def _model_facts(job: Job) -> dict[str, Any] | None:
-    """What the float network costs, layer by layer, and what the plan makes of each layer."""
+    """What the float network costs, layer by layer, and what the placement makes of each layer."""
     if not job.run.path(FLOAT_MODEL).exists():
         return None
     path = job.run.path("placement.yaml")

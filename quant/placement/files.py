@@ -10,12 +10,12 @@ import yaml
 
 from core.errors import PlacementError
 from core.grid import Grid
-from quant.placement.plan import Group, Placement, TensorSite, WeightSite
+from quant.placement.placement import Group, Placement, TensorSite, WeightSite
 from quant.placement.policy import Rule
 
 
 def dump_placement(placement: Placement) -> str:
-    """The plan as YAML text that a person can edit."""
+    """The placement as YAML text that a person can edit."""
     content = _plain(asdict(placement))
     for entry in content["groups"]:
         grid = entry.pop("grid")

@@ -29,8 +29,8 @@ from quant.fake_quantize import Mode
 from quant.finetuning.distillation import distillation_loss
 from quant.graph import trace
 from quant.insertion import insert, quantized_layers, set_mode
-from quant.placement.plan import Group, Placement, TensorSite
-from quant.placement.planner import PlacementOptions, place
+from quant.placement.placement import Group, Placement, TensorSite
+from quant.placement.placer import PlacementOptions, place
 from quant.placement.policy import Policy, Rule
 
 
@@ -58,7 +58,7 @@ class ConcatDecision:
 
 @dataclass(frozen=True)
 class SharingResult:
-    """The decided plan, the decisions in graph order, and the output error of three plans."""
+    """The decided placement, the decisions in graph order, and the output error of three placements."""
 
     placement: Placement
     decisions: tuple[ConcatDecision, ...]
@@ -94,21 +94,21 @@ def measure_sharing(
         options: as for `place`; `share_concat_scales` is ignored.
         rules: policy rules.
         batches: calibration images [B, C, H, W], read once.
-        compared: images on which the outputs are compared, as batches; read once per candidate plan.
+        compared: images on which the outputs are compared, as batches; read once per candidate placement.
         method: calibration method of activations, `percentile` in percent.
         weight_method: calibration method of weights.
         percentile: for the percentile method.
         tolerance: relative rise of the output error that one shared scale may cost.
 
     Returns:
-        The plan with its decisions; the plan is that of `place` with `share: false` rules for the split concats.
+        The placement, which is that of `place` with `share: false` rules for the split concats, and its decisions.
     """
     trial = _Trial(network, replace(options, share_concat_scales=True), rules)
     trial.prepare(batches, compared, weight_method, method, percentile)
     decided = Policy(rules)
     open_concats = [
         name
-        for name, shared in trial.plan(()).concats.items()
+        for name, shared in trial.placement(()).concats.items()
         if shared and decided.lookup("share", [name]) is None
     ]
     all_shared = current = trial.error(())
@@ -127,25 +127,25 @@ def measure_sharing(
         if split:
             splits, current = (*splits, concat), error
     decisions = tuple(found[concat] for concat in open_concats)
-    return SharingResult(trial.plan(splits), decisions, tolerance, all_shared, current)
+    return SharingResult(trial.placement(splits), decisions, tolerance, all_shared, current)
 
 
 class _Trial:
-    """Candidate plans of one network, all calibrated from the same histograms and compared on the same images."""
+    """Candidate placements of one network, all calibrated from the same histograms and compared on the same images."""
 
     def __init__(self, network: nn.Module, options: PlacementOptions, rules: tuple[Rule, ...]) -> None:
         self.network = trace(network)
         self.options = options
         self.rules = rules
-        self.plans: dict[tuple[str, ...], Placement] = {}
+        self.placements: dict[tuple[str, ...], Placement] = {}
 
-    def plan(self, splits: Sequence[str]) -> Placement:
-        """The plan with these concats split and all others shared."""
+    def placement(self, splits: Sequence[str]) -> Placement:
+        """The placement with these concats split and all others shared."""
         key = tuple(splits)
-        if key not in self.plans:
+        if key not in self.placements:
             extra = tuple(Rule(glob.escape(name), share=False) for name in splits)
-            self.plans[key] = place(self.network, self.options, (*self.rules, *extra))
-        return self.plans[key]
+            self.placements[key] = place(self.network, self.options, (*self.rules, *extra))
+        return self.placements[key]
 
     def prepare(
         self,
@@ -155,14 +155,19 @@ class _Trial:
         method: str,
         percentile: float,
     ) -> None:
-        """Count every tensor that any plan quantizes, choose the weight scales, and keep the float outputs.
+        """Count every tensor that any placement quantizes, choose the weight scales, and keep the float outputs.
 
-        A plan with several splits quantizes no tensor that no single split quantizes: a concat is quantized where a
-        reader reaches it, which the splits of others can only prevent.
+        A placement with several splits quantizes no tensor that no single split quantizes: a concat is quantized where
+        a reader reaches it, which the splits of others can only prevent.
         """
-        base = self.plan(())
-        plans = [base, *(self.plan((concat,)) for concat in base.concats)]
-        sites = {site.node: site for plan in plans for group in plan.groups for site in group.tensors}
+        base = self.placement(())
+        placements = [base, *(self.placement((concat,)) for concat in base.concats)]
+        sites = {
+            site.node: site
+            for placement in placements
+            for group in placement.groups
+            for site in group.tensors
+        }
         groups = tuple(Group(node, (TensorSite(node, node, site.users),), ()) for node, site in sites.items())
         observed = insert(self.network, Placement(groups, base.weights)).eval()
         self.histograms, self.num_images = collect_histograms(observed, batches)
@@ -177,8 +182,8 @@ class _Trial:
             self.references = [observed(images) for images in compared]
 
     def error(self, splits: Sequence[str]) -> float:
-        """Output error of the calibrated plan, the mean over the compared batches."""
-        model = self._calibrated(self.plan(splits))
+        """Output error of the calibrated placement, the mean over the compared batches."""
+        model = self._calibrated(self.placement(splits))
         with torch.no_grad():
             errors = [
                 float(distillation_loss(model(images), reference))
@@ -186,13 +191,13 @@ class _Trial:
             ]
         return sum(errors) / len(errors)
 
-    def _calibrated(self, plan: Placement) -> fx.GraphModule:
+    def _calibrated(self, placement: Placement) -> fx.GraphModule:
         device = self.compared[0].device
-        model = insert(self.network, plan, learn_scales=False).to(device).eval()
+        model = insert(self.network, placement, learn_scales=False).to(device).eval()
         for name, layer in quantized_layers(model).items():
             layer.weight_quantizer.load_state_dict(self.weights[name])
         merged = {}
-        for group in plan.groups:
+        for group in placement.groups:
             merged[group.name] = Histogram()
             for site in group.tensors:
                 merged[group.name].merge(self.histograms[site.node])

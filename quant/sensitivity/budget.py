@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from quant.placement.plan import Placement
+from quant.placement.placement import Placement
 
 Measure = Callable[[frozenset[str]], float]  # units left float -> accuracy
 
@@ -94,10 +94,10 @@ def search_budget(
 
 
 def without_units(placement: Placement, units: Sequence[str], reason: str) -> Placement:
-    """The plan with some groups left in float, and with them the weights of the layers that read no other group.
+    """The placement with some units left in float, and with them the weights of layers that read no other unit.
 
-    All other groups stay as they are, so that a model inserted by the new plan computes what the old one computes with
-    these units switched off.
+    All other groups stay as they are, so that a model inserted by the new placement computes what the old one
+    computes with these units switched off.
     """
     groups = tuple(group for group in placement.groups if group.name not in set(units))
     feeding = {layer: group.name for group in reversed(groups) for layer in group.layers}

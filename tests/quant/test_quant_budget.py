@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from core.grid import INT8_WEIGHTS
-from quant.placement.plan import Group, Placement, TensorSite, WeightSite
+from quant.placement.placement import Group, Placement, TensorSite, WeightSite
 from quant.sensitivity.budget import search_budget, without_units
 
 COSTS = {"a": 0.010, "b": 0.006, "c": 0.003, "d": 0.001, "e": 0.0005}

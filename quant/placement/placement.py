@@ -1,4 +1,4 @@
-"""The plan that placement makes and every later step reads: plain data, printable, editable."""
+"""The placement: what `place` decides and every later step reads, as plain data, printable and editable."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class WeightSite:
 
 @dataclass(frozen=True)
 class Placement:
-    """The whole plan; plain data.
+    """The whole placement; plain data.
 
     Attributes:
         groups: activation groups in graph order.
@@ -64,7 +64,7 @@ class Placement:
     concats: dict[str, bool] = field(default_factory=dict)
 
     def describe(self) -> str:
-        """The plan as a tree: one line per group, its tensors and layers below; then what is float, and the concats."""
+        """As a tree: one line per group, its tensors and layers below; then what is float, and the concats."""
         lines = []
         for group in self.groups:
             scale = f", scale {group.scale:g}" if group.scale is not None else ""

@@ -24,7 +24,7 @@ from torch import fx, nn
 from core.grid import Grid
 from core.operators import Kind, fused_summand, narrow_reason
 from quant.graph import WEIGHTED_MODULES, inputs_of, is_nonnegative, kind_of, paths_of, trace
-from quant.placement.plan import Group, Placement, TensorSite, WeightSite
+from quant.placement.placement import Group, Placement, TensorSite, WeightSite
 from quant.placement.policy import Policy, Rule
 
 
@@ -68,10 +68,10 @@ def place(
         TraceError: the network cannot be traced.
         PolicyError: a rule matches nothing.
     """
-    return _Planner(trace(network), options or PlacementOptions(), Policy(rules)).plan()
+    return _Placer(trace(network), options or PlacementOptions(), Policy(rules)).placement()
 
 
-class _Planner:
+class _Placer:
     """State of one placement: demands still to walk, edges found so far, and the union-find over producers."""
 
     def __init__(self, network: fx.GraphModule, options: PlacementOptions, policy: Policy) -> None:
@@ -87,7 +87,7 @@ class _Planner:
         self.edges: dict[fx.Node, set[fx.Node]] = {}  # producer -> readers of the quantized tensor
         self.parent: dict[fx.Node, fx.Node] = {}
 
-    def plan(self) -> Placement:
+    def placement(self) -> Placement:
         weighted = [node for node in self.nodes if self.kinds[node] is Kind.WEIGHTED]
         for node in weighted:
             self._decide(node)
