@@ -108,12 +108,14 @@ def _read_line(line: str) -> Kernel:
     match = _LINE.fullmatch(line)
     if match is None:
         raise _unknown("kernel", line)
-    parts = [tuple(_read_tensors(match[name])) for name in ("inputs", "constants", "outputs")]
+    inputs, constants, outputs = (
+        tuple(_read_tensors(match[name])) for name in ("inputs", "constants", "outputs")
+    )
     layers = [_LAYER.fullmatch(part) for part in match["metadata"].split(SEPARATOR) if part]
     nodes = [found["name"] for found in layers if found is not None]
     if len(nodes) != len(layers):
         raise _unknown("metadata", match["metadata"])
-    return Kernel(match["name"], match["kind"], *parts, tuple(nodes))
+    return Kernel(match["name"], match["kind"], inputs, constants, outputs, tuple(nodes))
 
 
 def _read_tensors(text: str) -> Iterator[KernelTensor]:
