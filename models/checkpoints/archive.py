@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from core.errors import CheckpointError
-from models.checkpoints.inert_pickle import MAX_PICKLE_BYTES, read_pickle
+from models.checkpoints.inert_pickle import read_pickle
 from models.checkpoints.inert_records import StorageRecord, TensorRecord
 
 MAX_ENTRIES = 200_000
@@ -130,11 +130,6 @@ class TorchArchive:
         if self.root + "byteorder" in self.entries and self.read("byteorder") != b"little":
             raise CheckpointError(
                 f"{self.path} was written on a big-endian machine; only little-endian files are read"
-            )
-        declared = self.entries[self.root + "data.pkl"].file_size
-        if declared > MAX_PICKLE_BYTES:
-            raise CheckpointError(
-                f"{self.path}: its pickle has {declared} bytes; at most {MAX_PICKLE_BYTES} are read"
             )
         try:
             return read_pickle(self.read("data.pkl"))
