@@ -1,4 +1,4 @@
-"""Saving a placement as YAML, loading it back after a person has edited it, and the state of a quantized model."""
+"""Saving a placement as YAML, and loading it back after a person has edited it."""
 
 from __future__ import annotations
 
