@@ -273,7 +273,7 @@ def test_a_plan_that_cannot_be_read(plan_path, change, message):
 
 
 def test_a_plan_that_is_not_there(tmp_path):
-    with pytest.raises(PlacementError, match=r"no placement at .*missing.yaml"):
+    with pytest.raises(PlacementError, match=r"missing.yaml cannot be read .*stage `place`"):
         load_placement(tmp_path / "missing.yaml")
 
 
