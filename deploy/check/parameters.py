@@ -9,7 +9,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from deploy.check.finding import Finding, Findings
-from deploy.check.view import CPU_TARGETS, Quantization, View, format_scale
+from deploy.check.view import Quantization, View, format_scale
 from deploy.graph.model import Array
 
 
@@ -33,7 +33,7 @@ def bad_parameters(view: View) -> Findings:
             )
             continue
         yield from _scale_findings(view, node, parameters.scale)
-        if view.target not in CPU_TARGETS:
+        if not view.takes_unsigned:
             yield from _code_findings(view, node, parameters)
 
 
@@ -103,7 +103,7 @@ def weight_parameters(view: View) -> Findings:
                     f"use axis {wanted}", "per-tensor-weight",
                 )  # fmt: skip
         has_bias = len(node.input) > 2 and node.op_type != "MatMul"
-        if has_bias and view.dequantizer(node.input[2]) is not None and view.target not in CPU_TARGETS:
+        if has_bias and view.dequantizer(node.input[2]) is not None and not view.takes_unsigned:
             yield Finding(
                 node.name, "its bias is quantized; TensorRT reads no INT32 bias", "leave the bias in float",
                 "quantized-bias",

@@ -126,11 +126,9 @@ def summarize_view(view: View, model: ModelProto) -> Summary:
 def count_precision_changes(view: View) -> int:
     """Kernels that only change type or scale: Q or DQ that no neighbour takes in, and scales beyond the first."""
     takers = {*WEIGHTED, "Add", *AVERAGE_POOLS, "QuantizeLinear"}
-    if view.target == "onnxruntime":
+    if view.quantizes_results:
         takers |= {"Sigmoid", "Mul"}  # it has integer kernels for these
-    changes = (
-        0 if view.target == "onnxruntime" else sum(finding.reformats for finding in unequal_scales(view))
-    )
+    changes = 0 if view.quantizes_results else sum(finding.reformats for finding in unequal_scales(view))
     for quantize in view.quantizers("QuantizeLinear"):
         source = view.producer(quantize.input[0])
         changes += source is None or source.op_type in ("Cast", "Softmax")  # nobody computes it: the image

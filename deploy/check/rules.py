@@ -147,4 +147,4 @@ INTEGER_OPERATOR_RULES: tuple[Rule, ...] = (float_convs, bad_parameters, weight_
 
 def rules_for(view: View) -> tuple[Rule, ...]:
     """The rules that hold for the target named in the file's metadata; TensorRT's for files of other tools."""
-    return INTEGER_OPERATOR_RULES if view.target == "onnxruntime" else RULES
+    return INTEGER_OPERATOR_RULES if view.quantizes_results else RULES

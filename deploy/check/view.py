@@ -17,6 +17,7 @@ from onnx import ModelProto, NodeProto
 
 from core.errors import DeployError
 from core.operators import OPERATORS, RESIZE, Kind
+from core.targets import TARGETS
 from deploy.graph.model import Array, Graph, attributes, stored_metadata
 from deploy.graph.passes import drop_identities
 
@@ -29,7 +30,6 @@ FLOAT_TYPES: Mapping[int, str] = {
     onnx.TensorProto.FLOAT16: "fp16",
     onnx.TensorProto.BFLOAT16: "bf16",
 }
-CPU_TARGETS = frozenset({"openvino", "onnxruntime"})
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,16 @@ class View:
         self.shapes, self.types = _infer(self.graph.commit())
         self.fixed = self._fixed_tensors()
         self.output_convs = self._output_convs()
+
+    @property
+    def takes_unsigned(self) -> bool:
+        """Whether the target takes unsigned codes; TensorRT, which files of other tools are checked for, does not."""
+        return self.target in TARGETS and not TARGETS[self.target].signed_only
+
+    @property
+    def quantizes_results(self) -> bool:
+        """Whether the target runs a conv in integers only where its result is quantized as well."""
+        return self.target in TARGETS and TARGETS[self.target].result_quantizers
 
     def _fixed_tensors(self) -> set[str]:
         fixed = set(self.graph.constants)
@@ -201,7 +211,7 @@ class View:
 
     def lacks_result_quantizer(self, node: NodeProto) -> bool:
         """Whether ONNX Runtime runs a conv in float because somebody reads its result without Q."""
-        if self.target != "onnxruntime" or node.op_type != "Conv":
+        if not self.quantizes_results or node.op_type != "Conv":
             return False
         readers = self.readers(node.output[0])
         if len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
