@@ -112,7 +112,9 @@ def preactivations(graph: Graph) -> list[str]:
     editor = _Editor(graph)
     names = []
     for node in graph.nodes:
-        activation = _activation_of(graph, node) if is_quantized_conv(graph, node) else None
+        if node.op_type != "Conv" or not all(_is_behind_quantizers(graph, name) for name in node.input[:2]):
+            continue
+        activation = _activation_of(graph, node)
         if activation is None:
             continue
         if activation.sigmoid is not None or editor.result_grid(activation.result) is None:
@@ -123,6 +125,15 @@ def preactivations(graph: Graph) -> list[str]:
 def is_quantized_conv(graph: Graph, node: NodeProto) -> bool:
     """Whether both the data and the weight of a conv come from a DQ."""
     return node.op_type == "Conv" and all(_is_dequantized(graph, name) for name in node.input[:2])
+
+
+def _is_behind_quantizers(graph: Graph, tensor: str) -> bool:
+    """Whether a tensor comes from a DQ, directly or through operators that only move values."""
+    producer = graph.producers.get(tensor)
+    if producer is None or producer.op_type not in TRANSPARENT:
+        return _is_dequantized(graph, tensor)
+    data = producer.input if producer.op_type == "Concat" else producer.input[:1]
+    return all(_is_behind_quantizers(graph, name) for name in data)
 
 
 def _is_dequantized(graph: Graph, tensor: str) -> bool:

@@ -126,9 +126,10 @@ MOVES = {
 }
 
 
+@pytest.mark.parametrize("target", ["trt10", "onnxruntime"])
 @pytest.mark.parametrize("name", MOVES)
-def test_the_check_looks_through_what_placement_looks_through(name, tmp_path):
-    path = placed_file(Moved(*MOVES[name]), tmp_path / "m.onnx")
+def test_the_check_looks_through_what_placement_looks_through(name, target, tmp_path):
+    path = placed_file(Moved(*MOVES[name]), tmp_path / "m.onnx", target)
     assert check_graph(path) == []
 
 
