@@ -83,7 +83,7 @@ TARGETS: Registry[Target] = Registry(
             result_quantizers=True,
         ),
         # TensorRT 8.6 reads opset 17 at most
-        Target("trt10", opset=17, signed_only=True, outputs=OUTPUTS),
+        Target("trt10", opset=17, passes="deploy.targets.resize:passes", signed_only=True, outputs=OUTPUTS),
         # FP16 scales came with opset 19, a DQ that names its output type with 23. The builder writes the FP16 graph of
         # a float model where FP16 is wanted, so float models are exported in FP32.
         Target(

@@ -1,5 +1,8 @@
 """`python -m deploy.check MODEL.onnx [--strict] [--json FILE] [--svg FILE] [--target TARGET]`: findings of a graph.
 
+With `--compile SM89` NVIDIA's compiler (TensorRT for RTX, no GPU needed) builds the graph as well, and the report says
+what the engine does with every convolution.
+
 Exit code 0; 4 with --strict when there are findings; 3 when the file cannot be read.
 """
 
@@ -9,15 +12,20 @@ import argparse
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from core.command import reports_errors
 from core.errors import EXIT_GATE
 from core.files import write_json, write_text
 from core.targets import TARGETS
+from deploy.check.finding import Finding
 from deploy.check.report import CheckReport, inspect_graph
 from deploy.check.svg import draw_graph
 from deploy.check.view import View
 from deploy.graph.model import load_onnx
+
+if TYPE_CHECKING:
+    from deploy.compile.report import CompileReport
 
 
 @reports_errors
@@ -28,22 +36,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.svg is not None:
         view = View(load_onnx(options.model), options.size, options.target)
         write_text(options.svg, draw_graph(view))
+    builds = []
+    if options.compile is not None:
+        from deploy.compile.report import inspect_build  # with the compiler's libraries, 220 MB
+
+        model = load_onnx(options.model)
+        builds = [inspect_build(model, name, options.size) for name in options.compile.split(",")]
     if options.json is not None:
-        write_json(options.json, report.as_dict())
+        compiled = {"compiled": [build.as_dict() for build in builds]} if builds else {}
+        write_json(options.json, {**report.as_dict(), **compiled})
     print(format_report(report))
-    return EXIT_GATE if options.strict and report.findings else 0
+    for build in builds:
+        print(format_build(build))
+    findings = [*report.findings, *(finding for build in builds for finding in build.findings)]
+    return EXIT_GATE if options.strict and findings else 0
 
 
 def format_report(report: CheckReport) -> str:
     """The report as text: findings by rule, then the summary."""
     lines = [f"{report.path}  (target: {report.target or 'not stated, TensorRT assumed'})"]
-    for finding in report.findings:
-        cost = f"  [+{finding.reformats} kernels]" if finding.reformats else ""
-        lines += [
-            f"  {finding.rule}: {finding.name}{cost}",
-            f"      {finding.hazard}",
-            f"      -> {finding.remedy}",
-        ]
+    lines += format_findings(report.findings)
     summary = report.summary
     counts = Counter(finding.rule for finding in report.findings)
     listed = ", ".join(f"{rule} {count}" for rule, count in counts.most_common())
@@ -60,12 +72,46 @@ def format_report(report: CheckReport) -> str:
     return "\n".join(lines)
 
 
+def format_findings(findings: Sequence[Finding]) -> list[str]:
+    """Three lines for each finding: rule and name, hazard, remedy."""
+    lines = []
+    for finding in findings:
+        cost = f"  [+{finding.reformats} kernels]" if finding.reformats else ""
+        lines += [
+            f"  {finding.rule}: {finding.name}{cost}",
+            f"      {finding.hazard}",
+            f"      -> {finding.remedy}",
+        ]
+    return lines
+
+
+def format_build(build: CompileReport) -> str:
+    """What the compiler made of the graph: findings, then the engine's figures beside those of its FP16 build."""
+    lines = [f"compiled for {build.capability} by TensorRT for RTX {build.version} (no GPU: no times)"]
+    lines += format_findings(build.findings)
+    lines.append(f"{len(build.findings)} findings")
+    for label, engine in (("as the file says", build.engine), ("without Q/DQ, FP16", build.fp16)):
+        convolutions = ", ".join(f"{count} {name}" for name, count in engine.convolutions.items())
+        lines.append(
+            f"{label}: {engine.num_kernels} kernels, convolutions: {convolutions}; kernels read and write "
+            f"{engine.moved_bytes / 1e6:.1f} MB"
+        )
+    return "\n".join(lines)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m deploy.check", description="Check a Q/DQ ONNX graph.")
     parser.add_argument("model", type=Path, help="ONNX file")
     parser.add_argument("--strict", action="store_true", help="exit with 4 when there are findings")
     parser.add_argument("--json", type=Path, help="write findings and summary to this file")
     parser.add_argument("--svg", type=Path, help="draw the graph, coloured by precision, to this file")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="SM89",
+        metavar="CAPABILITY,...",
+        help="build with TensorRT for RTX for these compute capabilities, such as SM86,SM89, and report the engine",
+    )
     parser.add_argument("--size", type=_size, help="image size HEIGHTxWIDTH, for graphs that leave it open")
     parser.add_argument(
         "--target", choices=TARGETS, help="engine the graph is for, where the file does not tell"

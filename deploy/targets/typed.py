@@ -22,6 +22,7 @@ from core.operators import OPERATORS, Kind
 from core.targets import SCALE_TYPES
 from deploy.graph.model import Array, Graph
 from deploy.graph.passes import GraphPass, PassRequest, PassResult
+from deploy.targets.resize import quantize_behind_resize
 
 COMPUTE = frozenset((*OPERATORS[Kind.WEIGHTED].onnx, "QuantizeLinear", "DequantizeLinear"))
 KEEPS_FLOAT32: Mapping[str, tuple[int, ...]] = {"Resize": (1, 2)}  # roi and scales
@@ -31,7 +32,7 @@ HALF_TINY = np.float16(2**-24)
 
 def passes(model: ModelProto, request: PassRequest) -> list[GraphPass]:
     """The passes of the target trt11."""
-    return [strongly_typed(request.scale_type)]
+    return [quantize_behind_resize, strongly_typed(request.scale_type)]
 
 
 def strongly_typed(scale_type: str = "fp16") -> GraphPass:

@@ -1,0 +1,243 @@
+"""What an engine does with a graph's convolutions: precision, fusions, bytes moved; and an FP16 build beside it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto
+
+from core.operators import RESIZE
+from deploy.check.finding import Finding
+from deploy.check.view import View
+from deploy.compile.compiler import WITHOUT_INT8_CONVOLUTIONS, Compiled, Shapes, compile_graph
+from deploy.compile.kernels import Kernel, total_bytes
+from deploy.graph.model import Array, Graph, attributes
+from deploy.graph.passes import PassResult, fold_constants, run_pass
+from deploy.naming import module_path
+from deploy.targets.typed import strongly_typed
+
+PRECISIONS = {"Int8": "int8", "FP8": "fp8", "Half": "fp16", "BFloat16": "bf16", "Float": "fp32"}
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
+COMPUTING = frozenset({"correlation", "runtime_fusion"})  # kinds of kernels that convolutions run in
+
+
+@dataclass(frozen=True)
+class LayerBuild:
+    """One convolution (or matrix product) in the engine.
+
+    Attributes:
+        name: module path, or the node's name in other tools' files.
+        precision: of the data that its kernel multiplies: int8, fp8, fp16, bf16, fp32; "" where no kernel names it.
+        result: precision of what the kernel writes.
+        fused: other ONNX nodes in the same kernel.
+        moved_bytes: bytes that its kernels read and write, those that only finish it (bias, activation) included.
+        is_quantized: whether the file quantizes it.
+    """
+
+    name: str
+    precision: str
+    result: str
+    fused: tuple[str, ...]
+    moved_bytes: float
+    is_quantized: bool
+
+
+@dataclass(frozen=True)
+class BuildSummary:
+    """An engine in numbers: kernels, convolutions by precision, and bytes that all kernels read and write."""
+
+    num_kernels: int
+    convolutions: dict[str, int]
+    moved_bytes: float
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What the compiler makes of a graph for one compute capability.
+
+    Attributes:
+        capability: the compute capability.
+        version: of TensorRT for RTX.
+        layers: every convolution and matrix product with weights, in the order of the graph.
+        engine: the whole engine.
+        fp16: the engine of the same graph without quantizers, in FP16.
+        findings: where the compiler does not do what the file says.
+    """
+
+    capability: str
+    version: str
+    layers: tuple[LayerBuild, ...]
+    engine: BuildSummary
+    fp16: BuildSummary
+    findings: tuple[Finding, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dict, ready for JSON."""
+        return asdict(self)
+
+
+def inspect_build(
+    model: ModelProto, capability: str, image_size: tuple[int, int] | None = None
+) -> CompileReport:
+    """Compile a graph, and the same graph in FP16, and compare the engine with what the file says.
+
+    Args:
+        model: any graph that TensorRT reads; it is not changed.
+        capability: a compute capability, such as `SM89`.
+        image_size: (height, width) for graphs that leave it open.
+
+    Raises:
+        DeployError: TensorRT for RTX is missing, or refuses the graph.
+    """
+    view = View(model, image_size)
+    shapes = _fixed(view)
+    built = compile_graph(model, [capability], shapes)
+    half = compile_graph(half_precision(model), [capability], shapes)
+    layers = tuple(_layers(view, built.kernels))
+    names = [node.name for node in view.weighted()]
+    return CompileReport(
+        capability,
+        built.version,
+        layers,
+        _summary(built, [layer.precision for layer in layers]),
+        _summary(half, [_precision(_kernel_of(name, half.kernels)) for name in names]),
+        tuple(_findings(view, layers, capability)),
+    )
+
+
+def half_precision(model: ModelProto) -> ModelProto:
+    """The same graph without quantizers, its float part in FP16 and the tail behind the last layers in FP32."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    for graph_pass in (remove_quantizers, write_float32, fold_constants, strongly_typed("fp16")):
+        run_pass(copy, graph_pass)
+    return copy
+
+
+def remove_quantizers(graph: Graph) -> PassResult:
+    """Take Q and DQ nodes out; quantized weights become their float values, in the type of their scales."""
+    counts = {"QuantizeLinear": 0, "DequantizeLinear": 0}
+    gone = [node for node in graph.nodes if node.op_type in counts]
+    for node in gone:
+        counts[node.op_type] += 1
+        codes = graph.constants.get(node.input[0])
+        if codes is None:
+            graph.rewire(node.output[0], node.input[0])
+        else:
+            graph.constants[node.output[0]] = _values(graph, node, codes)
+    graph.remove(gone)
+    return PassResult(-counts["QuantizeLinear"], -counts["DequantizeLinear"], len(gone))
+
+
+def write_float32(graph: Graph) -> PassResult:
+    """Bring a graph of mixed float types back to FP32: constants, and the casts between float types go."""
+    for name, value in graph.constants.items():
+        if value.dtype == np.float16:
+            graph.constants[name] = value.astype(np.float32)
+    casts = [node for node in graph.nodes if node.op_type == "Cast" and attributes(node)["to"] in FLOATS]
+    kept = [node for node in casts if node.output[0] in graph.outputs]
+    gone = [node for node in casts if node not in kept]
+    for node in gone:
+        graph.rewire(node.output[0], node.input[0])
+    graph.remove(gone)
+    return PassResult(edits=len(gone))
+
+
+def _values(graph: Graph, node: NodeProto, codes: Array) -> Array:
+    """What a DQ makes of constant codes; a Q hands its float constant on."""
+    if node.op_type == "QuantizeLinear":
+        return codes
+    scale = graph.constants[node.input[1]]
+    zero_point = (
+        graph.constants[node.input[2]] if len(node.input) > 2 and node.input[2] else np.zeros((), codes.dtype)
+    )
+    shape = [1] * codes.ndim
+    if scale.size > 1:
+        shape[int(str(attributes(node).get("axis", 1)))] = scale.size
+    steps = codes.astype(np.float32) - zero_point.astype(np.float32).reshape(
+        shape if zero_point.size > 1 else ()
+    )
+    return (steps * scale.astype(np.float32).reshape(shape if scale.size > 1 else ())).astype(scale.dtype)
+
+
+def _fixed(view: View) -> Shapes:
+    shape = tuple(size or 1 for size in view.shapes[view.graph.inputs[0]])
+    return Shapes(shape, shape, shape)
+
+
+def _kernel_of(node: str, kernels: Sequence[Kernel]) -> Kernel | None:
+    """The kernel in which a convolution's products are computed."""
+    return next((k for k in kernels if k.kind in COMPUTING and node in k.nodes), None)
+
+
+def _precision(kernel: Kernel | None) -> str:
+    return "" if kernel is None else PRECISIONS.get(kernel.inputs[0].type, kernel.inputs[0].type.lower())
+
+
+def _layers(view: View, kernels: Sequence[Kernel]) -> Iterator[LayerBuild]:
+    for node in view.weighted():
+        kernel = _kernel_of(node.name, kernels)
+        involved = [one for one in kernels if node.name in one.nodes]
+        fused = dict.fromkeys(name for one in involved for name in one.nodes if name != node.name)
+        yield LayerBuild(
+            name=module_path(node.name) if view.is_ours else node.name,
+            precision=_precision(kernel),
+            result=""
+            if kernel is None
+            else PRECISIONS.get(kernel.outputs[0].type, kernel.outputs[0].type.lower()),
+            fused=tuple(fused),
+            moved_bytes=total_bytes(involved),
+            is_quantized=view.is_quantized(node),
+        )
+
+
+def _summary(built: Compiled, precisions: Sequence[str]) -> BuildSummary:
+    counts = Counter(precision or "unknown" for precision in precisions)
+    return BuildSummary(len(built.kernels), dict(sorted(counts.items())), total_bytes(built.kernels))
+
+
+def _findings(view: View, layers: Sequence[LayerBuild], capability: str) -> Iterator[Finding]:
+    for node, layer in zip(view.weighted(), layers, strict=True):
+        if not layer.precision:
+            yield Finding(
+                layer.name,
+                "no kernel of the engine names it",
+                "look for it in the JSON report",
+                "not-in-engine",
+            )
+        elif layer.is_quantized and layer.precision not in ("int8", "fp8"):
+            yield Finding(layer.name, *_why_float(view, node, layer, capability), rule="float-in-engine")
+
+
+def _why_float(view: View, node: NodeProto, layer: LayerBuild, capability: str) -> tuple[str, str]:
+    """Why a layer that the file quantizes runs in float, as far as the graph tells, and what to do."""
+    hazard = f"quantized in the file, but the engine for {capability} runs it in {layer.precision}"
+    if capability in WITHOUT_INT8_CONVOLUTIONS:
+        return f"{hazard}: TensorRT for RTX has no INT8 convolutions there", "build an FP16 engine for it"
+    roots = view.roots(node.input[0])
+    dequantizers = [dq for root in roots if (dq := view.dequantizer(root)) is not None]
+    scales = [view.graph.constants.get(dq.input[1]) for dq in dequantizers]
+    if any(scale is not None and scale.ndim > 0 and scale.size == 1 for scale in scales):
+        return f"{hazard}: a scale of its input has shape [1]", "store activation scales as scalars, shape []"
+    if _reads_resize(view, node.input[0]):
+        return (
+            f"{hazard}: its input comes through a nearest Resize, behind which the compiler does not move DQ",
+            "put a Q/DQ pair with the same scale behind the Resize",
+        )
+    return f"{hazard}; the graph does not tell why", "compare its input with a layer that runs in INT8"
+
+
+def _reads_resize(view: View, tensor: str) -> bool:
+    """Whether a tensor comes through a Resize without a DQ behind it."""
+    pending = [tensor]
+    while pending:
+        node = view.producer(pending.pop())
+        if node is not None and view.is_moving(node):
+            if node.op_type in RESIZE.onnx:
+                return True
+            pending.extend(view.moved_inputs(node))
+    return False
