@@ -29,7 +29,7 @@ from deploy.graph.passes import GraphPass, PassCount, PassRequest, TargetPasses,
 from deploy.naming import rename_scopes
 from deploy.parity.outputs import CompareReport, compare_arrays
 from deploy.runtimes.base import FloatArray
-from deploy.runtimes.onnxruntime import run_model
+from deploy.runtimes.onnxruntime import record_histograms, run_model
 from deploy.targets.outputs import NMSOptions, output_pass
 
 COMMON_PASSES: tuple[GraphPass, ...] = (
@@ -121,7 +121,7 @@ def export_onnx(
     model = _trace(module, image_size, opset, tuple(output_names), dynamic_batch, dynamic_size)
     rename_scopes(model, names or {})
     counts = [run_pass(model, graph_pass) for graph_pass in (*COMMON_PASSES, change_outputs)]
-    request = PassRequest(scale_type, images if quantized and entry.wants_images else ())
+    request = PassRequest(scale_type, images if quantized and entry.wants_images else (), record_histograms)
     target_counts, parity = _run_target_passes(model, entry, request)
     counts += target_counts
     _check_result(model, target, opset, quantized)

@@ -30,11 +30,11 @@ from quant.placement.files import dump_placement, load_placement, parse_placemen
 from quant.placement.placement import Group, Placement, TensorSite, WeightSite
 from quant.placement.placer import PlacementOptions, place
 from quant.placement.policy import Policy, Rule
-from quant.placement.sharing import ConcatDecision, SharingResult, measure_sharing
 from quant.repair.equalization import EqualizationResult, equalize
 from quant.repair.reconstruction import LayerRepair, reconstruct
 from quant.sensitivity.budget import BudgetResult, search_budget, without_units
 from quant.sensitivity.scores import UnitScore, measure_fisher, measure_sqnr
+from quant.sharing import ConcatDecision, SharingResult, measure_sharing
 
 __all__ = [
     "ACTIVATION_QUANTIZERS",

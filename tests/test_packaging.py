@@ -62,7 +62,9 @@ def test_everything_imported_by_the_packages_is_declared() -> None:
             for module in {name.split(".")[0] for name in modules}:
                 if module in sys.stdlib_module_names or module in PACKAGES or module in USERS_OWN:
                     continue
-                offered = {normal(name) for name in [*providers.get(module, [module]), *INSTALLED_BY.get(module, ())]}
+                offered = {
+                    normal(name) for name in [*providers.get(module, [module]), *INSTALLED_BY.get(module, ())]
+                }
                 if not offered & declared:
                     missing.setdefault(module, []).append(file.relative_to(REPOSITORY).as_posix())
     assert missing == {}

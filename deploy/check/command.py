@@ -25,7 +25,7 @@ from deploy.check.view import View
 from deploy.graph.model import load_onnx
 
 if TYPE_CHECKING:
-    from deploy.compile.report import CompileReport
+    from deploy.check.compiled import CompileReport
 
 
 @reports_errors
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_text(options.svg, draw_graph(view))
     builds = []
     if options.compile is not None:
-        from deploy.compile.report import inspect_build  # with the compiler's libraries, 220 MB
+        from deploy.check.compiled import inspect_build  # with the compiler's libraries, 220 MB
 
         model = load_onnx(options.model)
         builds = [inspect_build(model, name, options.size) for name in options.compile.split(",")]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,10 +67,12 @@ class PassRequest:
     Attributes:
         scale_type: type of the scale tensors, one of `core.targets.SCALE_TYPES`.
         images: batches float32 [B, 3, H, W] in [0, 1] to measure ranges on; may be empty.
+        record: (model, tensor names, images) -> for each tensor the parts of a histogram of its values.
     """
 
     scale_type: str = "fp16"
     images: Sequence[NDArray[np.float32]] = ()
+    record: Callable[..., dict[str, tuple[Any, ...]]] = lambda *_: {}
 
 
 TargetPasses = Callable[[ModelProto, PassRequest], Iterable[GraphPass]]

@@ -29,7 +29,6 @@ from onnx import ModelProto, NodeProto, helper
 from core.operators import OPERATORS, RESIZE, Kind
 from deploy.graph.model import Graph
 from deploy.graph.passes import GraphPass, PassRequest, PassResult
-from deploy.runtimes.onnxruntime import record_histograms
 from deploy.targets.unsigned import unsigned_activations
 
 TRANSPARENT = frozenset((*OPERATORS[Kind.TRANSPARENT].onnx, *OPERATORS[Kind.CONCAT].onnx, *RESIZE.onnx))
@@ -73,8 +72,7 @@ SIGMOID_GRID = Grid(1 / 256, 0)
 def passes(model: ModelProto, request: PassRequest) -> Iterator[GraphPass]:
     """The passes of the target onnxruntime: unsigned codes, then `integer_operators` with ranges seen on the images."""
     yield unsigned_activations
-    tensors = preactivations(Graph(model)) if request.images else []
-    recorded = record_histograms(model, tensors, request.images)
+    recorded = request.record(model, preactivations(Graph(model)), request.images) if request.images else {}
     yield integer_operators({name: Histogram(*parts) for name, parts in recorded.items()})
 
 

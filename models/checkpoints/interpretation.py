@@ -15,8 +15,8 @@ from core.families import FAMILIES
 from core.names import listing
 from models.checkpoints.convert import CLASS_BIAS, Match, normalise_key, normalise_tensor, recognise
 from models.checkpoints.reading import Checkpoint
-from models.checkpoints.training_forms import Conversion, to_deployed_form
 from models.families.registry import family_of, load_family
+from models.families.training_forms import Conversion, to_deployed_form
 from models.heads import REG_MAX
 
 PROJECTION_TOLERANCE = 0.06  # half a step of 0 .. 15 in 8 bits, for weights that were quantized once

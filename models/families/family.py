@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from models.boxes import Decode
-from models.checkpoints.training_forms import TrainingForm
+from models.families.training_forms import TrainingForm
 from models.heads import HeadBuilder
 from models.segmentation import SegmentationDecode
 

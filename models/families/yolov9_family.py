@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from models.checkpoints.training_forms import TrainingForm
 from models.families.family import Family
+from models.families.training_forms import TrainingForm
 from models.families.yolov9 import STRIDES, yolov9c, yolov9m, yolov9s, yolov9t
 from models.families.yolov9e import yolov9e
 from models.heads import BOX_GROUPS, HEADS

@@ -7,7 +7,6 @@ from core.runtimes import INT8, RUNTIMES
 from data import Predict
 from deploy import EngineRequest, Runtime, benchmark_alternately, build_engine, open_engine
 from deploy.runtimes.engines import runtime_class
-from pipeline.evaluation.parity import check_parity, engine_row, reader_of
 from pipeline.job import Job
 from pipeline.networks import QUANTIZED
 from pipeline.run.files import FLOAT_ONNX
@@ -15,6 +14,7 @@ from pipeline.run.progress import say
 from pipeline.splits import VAL
 from pipeline.stages.export import model_name, target_of
 from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
+from pipeline.stages.parity import check_parity, engine_row, reader_of
 from pipeline.stages.stage import Stage
 
 ENGINES = "engines"  # folder of the run

@@ -25,7 +25,6 @@ from deploy import (
 )
 from deploy.runtimes.base import FloatArray
 from models import Detector
-from pipeline.evaluation.parity import check_parity, describe
 from pipeline.job import Job
 from pipeline.networks import QUANTIZED
 from pipeline.run.files import EXPORT_REPORT, FLOAT_ONNX
@@ -33,6 +32,7 @@ from pipeline.run.progress import say
 from pipeline.splits import TRAIN, VAL
 from pipeline.stages.fixed_point import FIXED_POINT, compare_fixed_point
 from pipeline.stages.load import FLOAT_FILES
+from pipeline.stages.parity import check_parity, describe
 from pipeline.stages.stage import Stage
 from quant import Placement, placement_of, with_named_nodes
 

@@ -9,7 +9,7 @@ import torchvision
 
 from core.errors import DeployError
 from pipeline.evaluation.engine_outputs import OutputReader, decode_maps, match_detections
-from pipeline.evaluation.parity import compare_detections
+from pipeline.stages.parity import compare_detections
 
 STRIDES = (8, 16, 32)
 BINS, CLASSES = 16, 2
