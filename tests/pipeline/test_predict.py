@@ -221,7 +221,7 @@ def test_bad_input_is_told(
     (world / "text.txt").write_text("hello\n")
     model, source, *rest = arguments
     code = predict.main([str(world / model), str(world / source), *rest, "--out", str(tmp_path / "out")])
-    assert code == 3
+    assert code == (2 if words == "no run directory" else 3)  # a wrong argument; anything else is data
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out" / "detections.json").exists()
 
