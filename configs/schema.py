@@ -17,7 +17,7 @@ from omegaconf import MISSING
 
 from configs.deploy_schema import DeployConfig, GraphConfig
 from configs.setting import setting
-from core.choices import ACTIVATIONS, OBSERVERS, SENSITIVITY_METHODS
+from core.choices import ACTIVATIONS, GRIDS, INTEGER, OBSERVERS, SENSITIVITY_METHODS
 from core.families import ARCHITECTURES
 
 MODELS = ("auto", *ARCHITECTURES, "custom")
@@ -155,12 +155,20 @@ class PolicyRule:
     scale: float | None = setting(None, "Fixed scale, e.g. 1/255 for an 8-bit camera image", above=0)
     observer: str | None = setting(None, "Calibration method of the matching quantizers", choices=OBSERVERS)
     share: bool | None = setting(None, "true forces, false forbids one shared scale over a concat")
+    grid: str | None = setting(
+        None, "Kind of the grid of the matching activations and of the weights that read them", choices=GRIDS
+    )
 
 
 @dataclass
 class QuantConfig:
     """Placement and calibration of the fake quantizers."""
 
+    grid: str = setting(
+        INTEGER,
+        "Kind of the codes: integers, or FP8 E4M3 for TensorRT on SM89, SM120 and SM121",
+        choices=GRIDS,
+    )
     observer: str = setting("mse", "How a scale is chosen from observed values", choices=OBSERVERS)
     percentile: float = setting(99.99, "For observer=percentile", unit="percent", above=50, maximum=100)
     calibration_images: int = setting(256, "Training images observed, letterboxed", unit="images", minimum=1)

@@ -12,6 +12,7 @@ from typing import Any
 
 from configs.deploy_schema import DeployConfig
 from configs.schema import STAGES, Config
+from core.choices import FP8
 from core.errors import ConfigError
 from core.names import closest
 from core.runtimes import RUNTIMES, RuntimeEntry
@@ -117,14 +118,29 @@ def _combination_problems(config: Config) -> list[str]:
 
 
 def _quant_problems(config: Config) -> list[str]:
-    """Check that an accuracy budget has a ranking to work from."""
-    budget = config.quant.accuracy_budget
-    if budget is None or config.sensitivity.method != "none":
-        return []
-    return [
-        f"quant.accuracy_budget={budget} with sensitivity.method=none: the budget needs a ranking; use "
-        "sensitivity.method=fisher."
-    ]
+    """Check that an accuracy budget has a ranking to work from, and that FP8 is used as it can be."""
+    problems: list[str] = []
+    budget, quant = config.quant.accuracy_budget, config.quant
+    if budget is not None and config.sensitivity.method == "none":
+        problems.append(
+            f"quant.accuracy_budget={budget} with sensitivity.method=none: the budget needs a ranking; use "
+            "sensitivity.method=fisher."
+        )
+    if quant.grid == FP8:
+        problems += [
+            f"quant.{name}.bits={part.bits} with quant.grid=fp8: FP8 has 8 bits; use quant.{name}.bits=8."
+            for name, part in (("weights", quant.weights), ("activations", quant.activations))
+            if part.bits != 8
+        ]
+        if quant.observer == "entropy":
+            problems.append(
+                "quant.observer=entropy with quant.grid=fp8: entropy needs steps of equal size; use quant.observer=mse."
+            )
+        if quant.greedy_rounding:
+            problems.append(
+                "quant.greedy_rounding=true with quant.grid=fp8: it rounds integers; use quant.greedy_rounding=false."
+            )
+    return problems
 
 
 def _deploy_problems(config: Config) -> list[str]:

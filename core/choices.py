@@ -5,6 +5,8 @@ Adding one takes its name here and its implementation there; a test holds both a
 
 from __future__ import annotations
 
+INTEGER, FP8 = "integer", "fp8"
+GRIDS = (INTEGER, FP8)  # core.grid
 OBSERVERS = ("minmax", "percentile", "mse", "entropy")  # quant.calibration.observers
 SENSITIVITY_METHODS = {  # quant.sensitivity and the stage
     "fisher": "one backward pass (arXiv:2210.08502)",

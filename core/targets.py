@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from core.choices import GRIDS, INTEGER
 from core.errors import DeployError
 from core.registry import Registry
 
@@ -29,6 +30,7 @@ class Target:
             takes the model and a `deploy.targets.request.PassRequest` and yields passes. None for no passes.
         signed_only: activations have signed codes, zero point 0.
         widths: bits of the integer grids that its engines run.
+        grids: kinds of grids that its engines run.
         outputs: forms of the outputs that its graph can have, of `OUTPUTS`.
         wants_images: its passes measure ranges on images, and add quantizers that the torch model does not have.
         result_quantizers: its engine runs a convolution in integers only where the result is quantized as well.
@@ -43,6 +45,7 @@ class Target:
     passes: str | None = None
     signed_only: bool = False
     widths: tuple[int, ...] = (8,)
+    grids: tuple[str, ...] = (INTEGER,)
     outputs: tuple[str, ...] = ("decoded", "raw", "onnx_nms")
     wants_images: bool = False
     result_quantizers: bool = False
@@ -92,6 +95,7 @@ TARGETS: Registry[Target] = Registry(
             scale_opsets={"fp16": 19, "fp32": 23},
             passes="deploy.targets.typed:passes",
             signed_only=True,
+            grids=GRIDS,
             outputs=OUTPUTS,
             half=True,
             float_target="trt10",

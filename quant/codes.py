@@ -1,4 +1,4 @@
-"""The integers behind fake quantization: which code every value of a quantized tensor has."""
+"""The codes behind fake quantization: which one every value of a quantized tensor has."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class _Recorder(fx.Interpreter):
                 raise ValueError(
                     f"{name}: its quantizer is {quantizer.mode.value}: switch the quantizers on before reading codes"
                 )
-            self.codes[name] = (result / quantizer.scale).round().to(torch.int16).cpu()
+            self.codes[name] = quantizer.grid.ranks(result / quantizer.scale).cpu()
             if name in self.forced:
-                result = self.forced[name].to(result) * quantizer.scale
+                result = quantizer.grid.ranked(self.forced[name].to(result.device)) * quantizer.scale
         return result
 
 

@@ -1,4 +1,4 @@
-"""Fake quantization: the integer grid, its gradient, and the two quantizers that a network carries.
+"""Fake quantization: rounding to a grid, its gradient, and the two quantizers that a network carries.
 
 Why it is our own: torch's fused `fake_quantize_*` kernels give the forward pass and the in-range mask in one
 sweep over memory, but their gradient for the scale is slow. With the scale learned in the log domain the
@@ -19,7 +19,10 @@ LSQ also divides the gradient by sqrt(number of values * highest code), to balan
 SGD. Here it is left out: AdamW divides a gradient by its own size, so the factor changes nothing, unless it makes the
 gradient so small that AdamW's eps (1e-8) outweighs it, and then scales move the slower the larger image and batch are.
 
-The codes are those of a `Grid` (core/grid.py).
+The codes are those of a `Grid` (core/grid.py). An FP8 grid has codes q of unequal steps in the place of round(x / s),
+and m = 1 where |x / s| <= 448: with y = s * q(x / s) and the straight-through dq/dx = m / s, dy/ds is q(x/s) - x/s or
++-448 in the same way, so that the two formulas for the gradients hold for it, too. Rounding is a cast to
+torch.float8_e4m3fn.
 """
 
 from __future__ import annotations
@@ -44,12 +47,14 @@ class Mode(enum.Enum):
     QUANTIZE = "quantize"  # rounds it to the grid
 
 
-def _round_to_grid(x: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+def _round_to_grid(x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """X on the grid and the in-range mask, with a scale that stays where it is, on the device."""
+    if grid.is_fp8:
+        return grid.round(x, scale), x.abs() <= scale * grid.high
     zero_point = torch.zeros(1, dtype=torch.int32, device=x.device)
     enabled = torch.ones(1, dtype=torch.int64, device=x.device)
     y, mask = torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
-        x, scale.reshape(1), zero_point, enabled, low, high
+        x, scale.reshape(1), zero_point, enabled, grid.low, grid.high
     )
     return y, mask
 
@@ -58,8 +63,8 @@ class _FakeQuantizeTensor(torch.autograd.Function):
     """Per-tensor fake quantization with gradients for the input and the logarithm of the scale."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, log_scale: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-        y, mask = _round_to_grid(x, scale, low, high)
+    def forward(ctx: Any, x: Tensor, log_scale: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+        y, mask = _round_to_grid(x, scale, grid)
         ctx.save_for_backward(x, y, mask)
         return y
 
@@ -73,20 +78,21 @@ class _FakeQuantizeTensor(torch.autograd.Function):
             along_y = torch.dot(g.reshape(-1), y.contiguous().reshape(-1))
             along_x = torch.dot(grad_x.reshape(-1), x.contiguous().reshape(-1))
             grad_log_scale = along_y - along_x
-        return grad_x, grad_log_scale, None, None, None
+        return grad_x, grad_log_scale, None, None
 
 
 class _FakeQuantizeChannel(torch.autograd.Function):
     """Per-channel fake quantization with gradients for the input and the logarithm of each scale."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, log_scale: Tensor, scale: Tensor, axis: int, low: int, high: int
-    ) -> Tensor:
-        zero_point = torch.zeros(scale.shape, dtype=torch.int32, device=x.device)
-        y, mask = torch.ops.aten.fake_quantize_per_channel_affine_cachemask(
-            x, scale, zero_point, axis, low, high
-        )
+    def forward(ctx: Any, x: Tensor, log_scale: Tensor, scale: Tensor, axis: int, grid: Grid) -> Tensor:
+        if grid.is_fp8:
+            y, mask = _round_to_grid(x, _broadcast(scale, axis, x.ndim), grid)
+        else:
+            zero_point = torch.zeros(scale.shape, dtype=torch.int32, device=x.device)
+            y, mask = torch.ops.aten.fake_quantize_per_channel_affine_cachemask(
+                x, scale, zero_point, axis, grid.low, grid.high
+            )
         ctx.save_for_backward(x, y, mask)
         ctx.axis = axis
         return y
@@ -100,7 +106,28 @@ class _FakeQuantizeChannel(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             others = [d for d in range(x.ndim) if d != ctx.axis]
             grad_log_scale = (g * y - grad_x * x).sum(others)
-        return grad_x, grad_log_scale, None, None, None, None
+        return grad_x, grad_log_scale, None, None, None
+
+
+class _ExportFP8(torch.autograd.Function):
+    """FP8 rounding that torch's ONNX exporter writes as Q/DQ: it knows no FP8 form of torch.fake_quantize_*."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, axis: int, grid: Grid) -> Tensor:
+        return grid.round(x, _broadcast(scale, axis, x.ndim) if scale.ndim else scale)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, scale: Any, axis: int, grid: Grid) -> Any:
+        sizes = scale.type().sizes()
+        zero_point = g.op("Constant", value_t=torch.zeros(sizes, dtype=torch.float8_e4m3fn))
+        along = {"axis_i": axis} if sizes else {}
+        codes = g.op("QuantizeLinear", x, scale, zero_point, **along)
+        return g.op("DequantizeLinear", codes, scale, zero_point, **along)
+
+
+def _broadcast(scale: Tensor, axis: int, ndim: int) -> Tensor:
+    """Scales of the channels on an axis, in a shape that broadcasts over a tensor of `ndim` axes."""
+    return scale.reshape([-1 if d == axis else 1 for d in range(ndim)])
 
 
 class FakeQuantize(nn.Module):
@@ -144,14 +171,17 @@ class FakeQuantize(nn.Module):
             return x
         low, high = self.grid.low, self.grid.high
         if torch.onnx.is_in_onnx_export():
+            if self.grid.is_fp8:
+                scale = torch.tensor(float(self.scale), device=x.device)  # a constant in the file
+                return _ExportFP8.apply(x, scale, 0, self.grid)  # type: ignore[no-any-return]
             return torch.fake_quantize_per_tensor_affine(x, float(self.scale), 0, low, high)
         y = x.float()
         if torch.is_grad_enabled() and (x.requires_grad or self.log_scale.requires_grad):
-            y = _FakeQuantizeTensor.apply(y, self.log_scale, self.scale, low, high)
-        elif y.device.type == "cpu":
+            y = _FakeQuantizeTensor.apply(y, self.log_scale, self.scale, self.grid)
+        elif y.device.type == "cpu" and not self.grid.is_fp8:
             y = torch.fake_quantize_per_tensor_affine(y, float(self.scale), 0, low, high)
         else:  # reading the scale as a number would wait for all that the device has still to do
-            y, _ = _round_to_grid(y, self.scale, low, high)
+            y, _ = _round_to_grid(y, self.scale, self.grid)
         return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -199,7 +229,7 @@ class WeightFakeQuantize(nn.Module):
 
     def steps(self, ndim: int) -> Tensor:
         """The steps, without gradient, in a shape that broadcasts over a weight of `ndim` axes."""
-        return self.scale.reshape([-1 if d == self.axis else 1 for d in range(ndim)])
+        return _broadcast(self.scale, self.axis, ndim)
 
     def set_scale(self, scale: Tensor, weight: Tensor) -> None:
         """Set the steps, shape [channels], and remember their proportion to the weight's amax."""
@@ -234,10 +264,10 @@ class WeightFakeQuantize(nn.Module):
         if torch.onnx.is_in_onnx_export():
             # The exporter knows the full signed range only; after clipping, no code falls on the lowest.
             scale = torch.tensor(self.scale.tolist(), device=weight.device)  # a constant in the file
+            if self.grid.is_fp8:
+                return _ExportFP8.apply(weight, scale, self.axis, self.grid)  # type: ignore[no-any-return]
             zero_point = torch.zeros(scale.shape, dtype=torch.int32, device=weight.device)
-            limit = (scale * self.grid.high).reshape(
-                [-1 if d == self.axis else 1 for d in range(weight.ndim)]
-            )
+            limit = _broadcast(scale * self.grid.high, self.axis, weight.ndim)
             clipped = weight.clamp(-limit, limit)
             return torch.fake_quantize_per_channel_affine(
                 clipped, scale, zero_point, self.axis, self.grid.low - 1, self.grid.high
@@ -245,9 +275,7 @@ class WeightFakeQuantize(nn.Module):
         if self.training and not self.learned:
             self.follow(weight)
         w = weight.float()
-        y = _FakeQuantizeChannel.apply(
-            w, self.log_scale, self.scale, self.axis, self.grid.low, self.grid.high
-        )
+        y = _FakeQuantizeChannel.apply(w, self.log_scale, self.scale, self.axis, self.grid)
         return y.to(weight.dtype)
 
     @torch.no_grad()
@@ -269,7 +297,7 @@ class WeightFakeQuantize(nn.Module):
 
     def _codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         values = self(weight)  # first: it may move the scale
-        return (values / self.steps(weight.ndim)).round_(), self.scale
+        return self.grid.codes(values, self.steps(weight.ndim)), self.scale
 
     def extra_repr(self) -> str:
         """One line for `print(model)`."""

@@ -10,6 +10,8 @@ Under autocast they multiply codes, too, in bfloat16 or float16: these types hol
 are divided by a power of two that brings them to [-1, 1] (unsigned ones to [0, 1]), so that float16's sums cannot
 overflow. The gradient is that of the product of values. Sums are rounded once, to the type of autocast; steps and bias
 are applied in float32.
+
+FP8 codes are no whole numbers: layers with an FP8 grid multiply values in float32, under autocast, too.
 """
 
 from __future__ import annotations
@@ -43,9 +45,10 @@ class _Codes(torch.autograd.Function):
 
 
 def _on_codes(layer: QuantizedLayer, input: Tensor) -> bool:
-    """Whether the input has passed one quantizer, which is on, so that its codes are known."""
+    """Whether the input has passed one quantizer, which is on, so that its codes are known, and all are integers."""
     return (
         bool(layer.input_grid)
+        and not (layer.input_grid[0].grid.is_fp8 or layer.weight_quantizer.grid.is_fp8)
         and layer.input_grid[0].mode is Mode.QUANTIZE
         and input.dtype is layer.weight.dtype is torch.float32
     )

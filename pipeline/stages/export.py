@@ -138,9 +138,15 @@ def check_export(job: Job) -> None:
 
     Raises:
         DeployError: an operator set that a target's graph cannot be written in.
-        ConfigError: a placement with unsigned codes for a target that takes signed ones only.
+        ConfigError: a placement with unsigned or FP8 codes for a target that does not take them.
     """
+    quant = job.config.quant
+    kinds = {quant.grid: "quant.grid"} | {
+        rule.grid: f"quant.policy, {rule.match}" for rule in quant.policy if rule.grid
+    }
     for target in targets(job):
+        for grid, setting in kinds.items():
+            check_kind(target, grid, f"{setting}: grid={grid}")
         if job.config.quant.activations.unsigned:
             check_signs(target, "quant.activations.unsigned=true")
         TARGETS[target].opset_for(job.config.deploy.scale_type, job.config.deploy.opset)
@@ -241,12 +247,29 @@ def check_signs(target: str, what: str) -> None:
         )
 
 
+def check_kind(target: str, grid: str, what: str) -> None:
+    """Refuse FP8 codes where the target's engines do not run them.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if grid not in TARGETS[target].grids:
+        able = [name for name, entry in TARGETS.items() if grid in entry.grids]
+        raise ConfigError(
+            f"{what}, but no engine of target {target} runs {grid} codes: export for {' or '.join(able)}, or make the "
+            "run with quant=int8"
+        )
+
+
 def check_widths(placement: Placement, target: str) -> None:
     """Refuse a placement whose widths or signs no engine of the target runs.
 
     Raises:
-        ConfigError: some tensor or weight is narrower than 8 bits, or unsigned where the target takes signed codes.
+        ConfigError: some tensor or weight is narrower than 8 bits, unsigned where the target takes signed codes, or FP8
+            where it takes integers.
     """
+    for group in placement.groups:
+        check_kind(target, group.grid.kind, f"group {group.name} is {group.grid.name}")
     unsigned = [group.name for group in placement.groups if not group.grid.signed]
     if unsigned:
         check_signs(target, f"the placement has {len(unsigned)} unsigned groups ({unsigned[0]}, ...)")

@@ -52,7 +52,7 @@ def make_placement(job: Job) -> Placement:
         return load_placement(Path(config.placement))
     rules = [Rule(match=pattern, keep_float=True) for pattern in config.float_patterns]
     rules += [
-        Rule(rule.match, rule.keep_float, rule.bits, rule.scale, rule.observer, rule.share)
+        Rule(rule.match, rule.keep_float, rule.bits, rule.scale, rule.observer, rule.share, rule.grid)
         for rule in config.policy
     ]
     options = PlacementOptions(
@@ -61,6 +61,7 @@ def make_placement(job: Job) -> Placement:
         edge_bits=config.edge_bits,
         unsigned=config.activations.unsigned,
         share_concat_scales=config.share_concat_scales != "none",
+        grid=config.grid,
     )
     if config.share_concat_scales == "measured":
         return _measured_placement(job, options, tuple(rules))
@@ -155,7 +156,7 @@ def placement_settings(config: Config) -> Sequence[str]:
     return tuple(
         f"quant.{name}"
         for name in (
-            "share_concat_scales", "weights", "activations", "edge_bits", "float_patterns", "policy",
+            "grid", "share_concat_scales", "weights", "activations", "edge_bits", "float_patterns", "policy",
         )
     )  # fmt: skip
 

@@ -100,13 +100,20 @@ def _placement_items(job: Job) -> list[dict[str, Any]] | None:
             "name": group.name,
             "kind": "activation",
             "bits": group.grid.bits,
+            "grid": group.grid.name,
             "tensors": len(group.tensors),
         }
         if group.name in found:
             item |= {"scale": found[group.name]["scale"], "clipped": found[group.name]["clipped"]}
         items.append(item)
     items += [
-        {"name": site.layer, "kind": "weight", "bits": site.grid.bits, "group": site.group}
+        {
+            "name": site.layer,
+            "kind": "weight",
+            "bits": site.grid.bits,
+            "grid": site.grid.name,
+            "group": site.group,
+        }
         for site in placement.weights
     ]
     items += [
@@ -120,12 +127,12 @@ def _model_facts(job: Job) -> dict[str, Any] | None:
     if not job.run.path(FLOAT_MODEL).exists():
         return None
     path = job.run.path("placement.yaml")
-    bits = {site.layer: site.grid.bits for site in load_placement(path).weights} if path.exists() else {}
+    grids = {site.layer: site.grid.name for site in load_placement(path).weights} if path.exists() else {}
     facts = measure_network(job.networks.detector.network, (job.config.data.image_size,) * 2)
     layers: dict[str, dict[str, Any]] = {}
     shares: dict[str, float] = {}
     for layer in facts.layers:
-        precision = f"INT{bits[layer.name]}" if layer.name in bits else "float"
+        precision = grids.get(layer.name, "float")
         shares[precision] = shares.get(precision, 0.0) + layer.macs / facts.macs
         if layer.name in layers:  # it runs several times
             layers[layer.name]["macs"] += layer.macs

@@ -21,7 +21,13 @@ from quant.calibration.convergence import (
     merge_milestones,
 )
 from quant.calibration.imported import ImportedRanges, import_ranges
-from quant.calibration.observers import Histogram, choose_scale, choose_weight_scale, squared_errors
+from quant.calibration.observers import (
+    NO_ENTROPY,
+    Histogram,
+    choose_scale,
+    choose_weight_scale,
+    squared_errors,
+)
 from quant.fake_quantize import Mode
 from quant.insertion import activation_quantizers, placement_of, quantized_layers, quantizers, set_mode
 
@@ -100,8 +106,8 @@ def calibrate(
         ranges: of a quantized checkpoint, as `import_ranges` takes them; None or empty calibrates everything.
 
     Raises:
-        CalibrationError: no batch, an unknown method, or a group that saw NaN or infinite values only, or such
-            a weight.
+        CalibrationError: no batch, an unknown method, `entropy` for an FP8 group, a group that saw NaN or infinite
+            values only, or such a weight.
         RangeError: an imported range does not fit.
     """
     for name in (method, weight_method):
@@ -109,6 +115,9 @@ def calibrate(
             raise CalibrationError(
                 f"unknown calibration method {name!r}: choose one of {', '.join(OBSERVERS)}"
             )
+    for group in placement_of(model).groups:
+        if group.grid.is_fp8 and (group.observer or method) == "entropy":
+            raise CalibrationError(f"group {group.name!r} is FP8: {NO_ENTROPY}")
     imported = import_ranges(model, ranges) if ranges else ImportedRanges()
     calibrate_weights(model, weight_method, imported.weights)
     milestones = Milestones(1 if gather is None else len(gather(None)))

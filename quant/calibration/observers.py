@@ -22,6 +22,7 @@ from torch import Tensor
 from core.choices import OBSERVERS
 from core.grid import INT8, Grid
 
+NO_ENTROPY = "entropy needs steps of equal size, which FP8 does not have: choose mse, minmax or percentile"
 BINS = 4096
 _CHUNK = 1 << 18  # values counted at a time on a CPU: their bin numbers stay in its cache
 _TINY = 2.0**-60  # smaller magnitudes count as zero
@@ -150,9 +151,11 @@ def choose_scale(
         percentile: for `percentile`, the share of values to represent, in percent.
 
     Raises:
-        ValueError: unknown method.
+        ValueError: unknown method, or `entropy` for an FP8 grid.
     """
     high = grid.high
+    if grid.is_fp8 and method == "entropy":
+        raise ValueError(NO_ENTROPY)
     if histogram.maximum <= _TINY:
         return ScaleChoice(float(high), 1.0, 0.0)
     if method == "minmax":
@@ -264,7 +267,8 @@ def choose_weight_scale(
         grid: the codes.
         num_candidates: clipping points tried per channel, from 0.4 (0.2 below 6 bits) of the largest magnitude. The
             grids that have the largest magnitude on a lower code, or on the one beyond the highest, are tried, too:
-            weights that have been quantized before lie on one of them and lose nothing there.
+            weights that have been quantized before lie on one of them and lose nothing there. FP8 steps repeat with
+            each factor of two, so that no other candidates are needed for it.
 
     Returns:
         Positive finite scales, float32 [channels]; 1 for a channel of zeros.
@@ -278,7 +282,7 @@ def choose_weight_scale(
     unit = (w / amax[:, None]).float()  # every channel in [-1, 1]: the candidates are the same for all
     lowest = 0.4 if grid.bits >= 6 else 0.2
     fractions = torch.linspace(1.0, lowest, num_candidates, dtype=torch.float64, device=w.device)
-    codes = [code for code in range(-(-high // 2), high + 2) if code != high]
+    codes = [code for code in range(-(-high // 2), high + 2) if code != high and not grid.is_fp8]
     fractions = torch.cat((fractions, high / torch.tensor(codes, dtype=torch.float64, device=w.device)))
     at_once = max(1, _CHUNK // max(unit.numel(), 1))
     errors = [_rounding_errors(unit, part.float() / high, grid) for part in fractions.split(at_once)]

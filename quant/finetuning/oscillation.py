@@ -106,14 +106,13 @@ class OscillationTracker:
             setattr(self, name, value.to(self.codes.device, copy=True))
 
     def _integers(self) -> Tensor:
-        """Grid integers of every weight as they stand, a flat int8 vector."""
+        """Ranks of every weight's code as it stands, for integer grids the code itself; a flat int8 vector."""
         if not self.layers:
             return torch.zeros(0, dtype=torch.int8)
         scaled = torch._foreach_div([layer.weight.detach().float() for layer in self.layers], self._scales())
-        torch._foreach_round_(scaled)
-        for values, layer in zip(scaled, self.layers, strict=True):
-            values.clamp_(layer.weight_quantizer.grid.low, layer.weight_quantizer.grid.high)
-        return torch.cat([values.flatten().to(torch.int8) for values in scaled])
+        grids = [layer.weight_quantizer.grid for layer in self.layers]
+        ranks = [grid.ranks(grid.codes(values, 1.0)) for values, grid in zip(scaled, grids, strict=True)]
+        return torch.cat([values.flatten().to(torch.int8) for values in ranks])
 
     def _scales(self) -> list[Tensor]:
         return [layer.weight_quantizer.steps(layer.weight.ndim) for layer in self.layers]
@@ -125,7 +124,8 @@ class OscillationTracker:
         masks, targets = self.frozen.split(self.sizes), self.target.split(self.sizes)
         for layer, scale, mask, target in zip(self.layers, self._scales(), masks, targets, strict=True):
             shape = layer.weight.shape
-            layer.weight.copy_(torch.where(mask.view(shape), target.view(shape) * scale, layer.weight))
+            held = layer.weight_quantizer.grid.ranked(target.view(shape)) * scale
+            layer.weight.copy_(torch.where(mask.view(shape), held, layer.weight))
 
 
 def dampening_loss(model: nn.Module) -> Tensor:
@@ -141,6 +141,6 @@ def dampening_loss(model: nn.Module) -> Tensor:
         scale = quantizer.steps(layer.weight.ndim)
         limit = scale * quantizer.grid.high
         inside = torch.minimum(torch.maximum(layer.weight, -limit), limit)
-        point = (inside.detach() / scale).round() * scale
+        point = quantizer.grid.round(inside.detach(), scale)
         terms.append((inside - point).square().sum())
     return torch.stack(terms).sum() if terms else torch.zeros(())

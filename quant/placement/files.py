@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from core.choices import INTEGER
 from core.errors import PlacementError
 from core.grid import Grid
 from quant.placement.placement import Group, Placement, TensorSite, WeightSite
@@ -19,10 +20,16 @@ def dump_placement(placement: Placement) -> str:
     content = _plain(asdict(placement))
     for entry in content["groups"]:
         grid = entry.pop("grid")
-        entry |= {"bits": grid["bits"], "signed": grid["signed"]}
+        entry |= {"bits": grid["bits"], "signed": grid["signed"], **_kind(grid)}
     for entry in content["weights"]:
-        entry["bits"] = entry.pop("grid")["bits"]
+        grid = entry.pop("grid")
+        entry |= {"bits": grid["bits"], **_kind(grid)}
     return yaml.safe_dump(content, sort_keys=False, width=110)
+
+
+def _kind(grid: dict[str, Any]) -> dict[str, str]:
+    """The kind of a grid, which an entry names unless it is an integer grid."""
+    return {} if grid["kind"] == INTEGER else {"grid": grid["kind"]}
 
 
 def load_placement(path: Path) -> Placement:
@@ -62,13 +69,14 @@ def parse_placement(text: str, path: str) -> Placement:
 
 def _group(entry: dict[str, Any]) -> Group:
     entry = dict(entry)
-    scale, bits = entry.pop("scale", None), entry.pop("bits", 8)
+    scale, bits, kind = entry.pop("scale", None), entry.pop("bits", 8), entry.pop("grid", INTEGER)
     scale = None if scale is None else float(scale)  # YAML takes 1e-3 for a string
-    Rule(entry["name"], bits=bits, observer=entry.get("observer"), scale=scale)  # the limits of a policy
+    # the limits of a policy
+    Rule(entry["name"], bits=bits, observer=entry.get("observer"), scale=scale, grid=kind)
     return Group(
         tensors=_sites(entry.pop("tensors")),
         layers=tuple(entry.pop("layers")),
-        grid=Grid(bits, entry.pop("signed", True)),
+        grid=Grid(bits, entry.pop("signed", True), kind=kind),
         scale=scale,
         **entry,
     )
@@ -76,9 +84,9 @@ def _group(entry: dict[str, Any]) -> Group:
 
 def _weight(entry: dict[str, Any]) -> WeightSite:
     entry = dict(entry)
-    bits = entry.pop("bits")
-    Rule(entry["layer"], bits=bits)
-    return WeightSite(grid=Grid(bits, symmetric=True), **entry)
+    bits, kind = entry.pop("bits"), entry.pop("grid", INTEGER)
+    Rule(entry["layer"], bits=bits, grid=kind)
+    return WeightSite(grid=Grid(bits, symmetric=True, kind=kind), **entry)
 
 
 def _sites(sites: list[dict[str, Any]]) -> tuple[TensorSite, ...]:

@@ -69,7 +69,8 @@ class Placement:
         for group in self.groups:
             scale = f", scale {group.scale:g}" if group.scale is not None else ""
             scale += "" if group.grid.signed else ", unsigned"
-            lines.append(f"{group.name}  ({group.grid.bits} bits{scale}, {len(group.tensors)} tensors)")
+            width = "FP8" if group.grid.is_fp8 else f"{group.grid.bits} bits"
+            lines.append(f"{group.name}  ({width}{scale}, {len(group.tensors)} tensors)")
             lines += [f"  tensor {tensor.name} -> {', '.join(tensor.users)}" for tensor in group.tensors]
             lines += [f"  layer  {layer}" for layer in group.layers]
         lines += [f"float: {name} ({reason})" for name, reason in self.kept_float.items()]

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from core.grid import Grid
+from core.choices import INTEGER
+from core.grid import FP8_E4M3, FP8_WEIGHTS, Grid
 from core.operators import Kind, fused_summand, narrow_reason
 from quant.graph import WEIGHTED_MODULES, inputs_of, is_nonnegative, kind_of, paths_of, trace
 from quant.placement.placement import Group, Placement, TensorSite, WeightSite
@@ -43,6 +44,9 @@ class PlacementOptions:
         quantize_narrow: whether layers too narrow for a good INT8 kernel are quantized, too.
         unsigned: whether groups that are never negative (behind a ReLU or sigmoid; images, which are in [0, 1]) use
             codes from 0 to 255: half the step for the same range. CPU engines run it, TensorRT takes signed codes only.
+            FP8 groups are signed.
+        grid: kind of the grids, `integer` or `fp8`. Weights take the kind of the group that their layer reads; FP8 has
+            no use for the widths above.
     """
 
     weight_bits: int = 8
@@ -52,6 +56,7 @@ class PlacementOptions:
     quantize_outputs: bool = False
     quantize_narrow: bool = False
     unsigned: bool = False
+    grid: str = INTEGER
 
 
 def place(
@@ -104,7 +109,7 @@ class _Placer:
                     pending += self._arithmetic_demands(source)
         groups = self._groups(quantized)
         self._check_policy(groups)
-        owner = {layer: group.name for group in reversed(groups) for layer in group.layers}
+        owner = {layer: group for group in reversed(groups) for layer in group.layers}
         layers = dict.fromkeys(str(node.target) for node in quantized)
         edges = {str(node.target) for node in quantized if self._is_edge(node)}
         weights = tuple(self._weight_site(layer, owner[layer], layer in edges) for layer in layers)
@@ -281,10 +286,12 @@ class _Placer:
         options = self.options
         reads_input = any(node.op == "placeholder" for node in tensors)
         bits = max(options.activation_bits, options.edge_bits if reads_input else 0)
-        grid = Grid(
-            bits=self.policy.lookup("bits", names) or bits,
-            signed=not (options.unsigned and all(self._is_nonnegative(node) for node in tensors)),
-        )
+        grid = FP8_E4M3
+        if (self.policy.lookup("grid", names) or options.grid) == INTEGER:
+            grid = Grid(
+                bits=self.policy.lookup("bits", names) or bits,
+                signed=not (options.unsigned and all(self._is_nonnegative(node) for node in tensors)),
+            )
         return Group(
             name=names[0],
             tensors=sites,
@@ -309,7 +316,7 @@ class _Placer:
             source.op == "placeholder" for source in self._peek(inputs_of(node)[0])
         ) or self._is_output(node)
 
-    def _weight_site(self, path: str, group: str, is_edge: bool) -> WeightSite:
+    def _weight_site(self, path: str, group: Group, is_edge: bool) -> WeightSite:
         layer = self.modules[path]
         assert isinstance(layer, WEIGHTED_MODULES)
         axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
@@ -317,4 +324,5 @@ class _Placer:
         bits = self.policy.lookup("bits", [path]) or max(
             options.weight_bits, options.edge_bits if is_edge else 0
         )
-        return WeightSite(path, axis, Grid(bits, symmetric=True), group)
+        grid = FP8_WEIGHTS if group.grid.is_fp8 else Grid(bits, symmetric=True)  # one kind for both factors
+        return WeightSite(path, axis, grid, group.name)

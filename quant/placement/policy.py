@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from core.choices import OBSERVERS
+from core.choices import FP8, GRIDS, OBSERVERS
 from core.errors import PolicyError
 from core.names import closest_hint
 
@@ -23,6 +23,8 @@ class Rule:
         bits: width of the matched weights or activations, 2 to 8.
         scale: fixed positive scale of the matched activations; calibration and fine-tuning leave it alone.
         observer: calibration method of the matched activations.
+        grid: kind of the grid of the matched activations, and of the weights of the layers that read them: `integer` or
+            `fp8`.
         share: whether the matched concats share one scale over their inputs.
     """
 
@@ -32,12 +34,17 @@ class Rule:
     scale: float | None = None
     observer: str | None = None
     share: bool | None = None
+    grid: str | None = None
 
     def __post_init__(self) -> None:
         if self.bits is not None and not 2 <= self.bits <= 8:
             raise PolicyError(
                 f"rule {self.match!r}: {self.bits} bits; expected 2 to 8, or `keep_float: true`"
             )
+        if self.grid is not None and self.grid not in GRIDS:
+            raise PolicyError(f"rule {self.match!r}: grid {self.grid!r}; expected one of {', '.join(GRIDS)}")
+        if self.grid == FP8 and self.bits not in (None, 8):
+            raise PolicyError(f"rule {self.match!r}: {self.bits} bits; an FP8 grid has 8: leave `bits` out")
         if self.scale is not None and not 0 < self.scale < float("inf"):
             raise PolicyError(f"rule {self.match!r}: scale {self.scale}; expected a positive finite number")
         if self.observer is not None and self.observer not in OBSERVERS:
@@ -71,6 +78,7 @@ class Policy:
             "keep_float": ("layers and activation tensors", [*layers, *tensors]),
             "bits": ("layers and activation tensors", [*layers, *tensors]),
             "scale": ("activation tensors", tensors),
+            "grid": ("activation tensors", tensors),
             "observer": ("activation tensors", tensors),
             "share": ("concats", concats),
         }

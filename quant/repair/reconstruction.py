@@ -59,8 +59,9 @@ def reconstruct(
 ) -> list[LayerRepair]:
     """Repair the layers of an inserted and calibrated model in place; all its quantizers are switched on at the end.
 
-    Left alone are layers that are called several times, the rounding of grouped and transposed convolutions, and biases
-    that do not exist. Weights rounded anew lie on the grid, so that their quantizer hands them on unchanged.
+    Left alone are layers that are called several times, the rounding of FP8 weights and of grouped and transposed
+    convolutions, and biases that do not exist. Weights rounded anew lie on the grid, so that their quantizer hands them
+    on unchanged.
 
     Args:
         model: result of `insert` after `calibrate`.
@@ -160,6 +161,8 @@ def _by_channel(layer: QuantizedLayer, output: Tensor) -> Tensor:
 
 
 def _can_round(layer: QuantizedLayer) -> bool:
+    if layer.weight_quantizer.grid.is_fp8:
+        return False
     return isinstance(layer, QuantizedLinear) or (isinstance(layer, QuantizedConv2d) and layer.groups == 1)
 
 

@@ -36,6 +36,8 @@ DEMO = "+experiment=demo"
         ("data.image_size=0", ["data.image_size=0", "at least 32"]),
         ("quant.observer=mle", ["quant.observer=mle", "minmax, percentile, mse, entropy", "closest: mse"]),
         ("quant.activations.bits=9", ["quant.activations.bits=9", "at most 8"]),
+        ("quant.grid=fp16", ["quant.grid=fp16", "integer, fp8"]),
+        ("quant.policy=[{match: x, grid: fp9}]", ["quant.policy[0].grid=fp9", "closest: fp8"]),
         ("deploy.target=tensorrt", ["deploy.target=tensorrt", "trt10"]),
         ("deploy.runtimes=[openvno]", ["deploy.runtimes=openvno", "closest: openvino"]),
         ("stages=[float,calibrte]", ["stages=calibrte", "closest: calibrate"]),
@@ -130,3 +132,17 @@ def test_validate_accepts_the_defaults_with_data_and_weights() -> None:
 )
 def test_closest(word: str, expected: str | None) -> None:
     assert closest(word, ["seed", "train.epochs", "qat.epochs"]) == expected
+
+
+def test_fp8_with_settings_of_integer_grids() -> None:
+    wrong = ["quant.weights.bits=4", "quant.observer=entropy", "quant.greedy_rounding=true"]
+    with pytest.raises(ConfigError) as caught:
+        compose([DEMO, "quant=fp8", *wrong])
+    for part in (
+        *wrong,
+        "use quant.weights.bits=8",
+        "use quant.observer=mse",
+        "use quant.greedy_rounding=false",
+    ):
+        assert part in str(caught.value)
+    assert compose([DEMO, "quant=fp8"]).quant.grid == "fp8"

@@ -20,7 +20,7 @@ EXPECTED = {
     "deploy": 4,
     "experiment": 10,
     "model": 10,
-    "quant": 3,
+    "quant": 4,
     "train": 2,
 }  # files per folder: a new file is added here, and thereby to these tests
 NEEDED = ["weights=w.pt", "data.root=folder"]  # what an experiment without its own data and weights needs

@@ -1,10 +1,12 @@
-"""A ReLU network on a CPU engine is told of the finer grid; TensorRT is refused unsigned codes before any work."""
+"""A CPU engine is told of the finer grid for ReLU; targets are refused grids that they do not run before any work."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from data.formats.synthetic_scene import CLASSES
 from models import build_detector, save_detector
@@ -46,4 +48,18 @@ def test_tensorrt_is_refused_before_any_work(tmp_path: Path) -> None:
     found = run(tmp_path, "quant.activations.unsigned=true", "deploy.target=trt10", "stages=[place,export]")
     assert found.returncode == 2
     assert "takes signed codes only" in found.stdout + found.stderr
+    assert not (tmp_path / "run" / "placement.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [("quant=fp8", "quant.grid"), ("quant.policy=[{match: x, grid: fp8}]", "quant.policy, x")],
+)
+def test_fp8_is_refused_for_integer_engines_before_any_work(tmp_path: Path, setting: str, named: str) -> None:
+    found = run(tmp_path, setting, "stages=[place,export]")
+    assert found.returncode == 2
+    assert (
+        f"{named}: grid=fp8, but no engine of target openvino runs fp8 codes: export for trt11"
+        in found.stderr
+    )
     assert not (tmp_path / "run" / "placement.yaml").exists()

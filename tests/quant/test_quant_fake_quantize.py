@@ -44,7 +44,7 @@ def test_a_scale_on_the_device_gives_the_same_bits_as_one_read_from_it(scale, bi
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     x = torch.randn(500, generator=torch.Generator().manual_seed(seed)) * scale * high
     step = torch.tensor(scale)
-    y, _ = _round_to_grid(x, step, low, high)
+    y, _ = _round_to_grid(x, step, Grid(bits))
     assert torch.equal(y, torch.fake_quantize_per_tensor_affine(x, float(step), 0, low, high))
 
 
