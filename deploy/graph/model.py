@@ -8,6 +8,7 @@ renames, so that a reader never sees half a file.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -174,11 +175,12 @@ class Graph:
         self.producers: dict[str, NodeProto] = {}
         self.consumers: dict[str, list[NodeProto]] = {}
         for node in self.nodes:
-            for name in node.output:
-                if name:
-                    self.producers[name] = node
-            for name in dict.fromkeys(tensor_inputs(node)):
-                self.consumers.setdefault(name, []).append(node)
+            self._index(node)
+
+    def _index(self, node: NodeProto) -> None:
+        self.producers.update((name, node) for name in node.output if name)
+        for name in dict.fromkeys(tensor_inputs(node)):
+            self.consumers.setdefault(name, []).append(node)
 
     def rewire(self, old: str, new: str) -> None:
         """Let every consumer of tensor `old` read `new`; a graph output named `old` is not touched."""
@@ -199,8 +201,9 @@ class Graph:
 
     def insert(self, nodes: Iterable[NodeProto]) -> None:
         """Add nodes anywhere; `commit` sorts them."""
-        self.nodes.extend(nodes)
-        self.reindex()
+        for node in nodes:
+            self.nodes.append(node)
+            self._index(node)
 
     def unique(self, wanted: str) -> str:
         """A tensor or node name that is not in use yet, as close to `wanted` as possible."""
@@ -279,20 +282,27 @@ def tensor_inputs(node: NodeProto) -> list[str]:
 def sort_nodes(nodes: Iterable[NodeProto]) -> list[NodeProto]:
     """Nodes in topological order, otherwise in the given order; raises DeployError on a cycle."""
     pending = list(nodes)
-    produced_here = {name for node in pending for name in node.output if name}
-    ready: set[str] = set()
+    makers = {name: index for index, node in enumerate(pending) for name in node.output if name}
+    sources = [{makers[name] for name in tensor_inputs(node) if name in makers} for node in pending]
+    readers: dict[int, list[int]] = {}
+    for index, found in enumerate(sources):
+        for source in found:
+            readers.setdefault(source, []).append(index)
+    missing = [len(found) for found in sources]
+    ready = [
+        index for index, count in enumerate(missing) if not count
+    ]  # a heap: the earliest node comes first
     ordered: list[NodeProto] = []
-    while pending:
-        later = []
-        for node in pending:
-            if all(name in ready or name not in produced_here for name in tensor_inputs(node)):
-                ordered.append(node)
-                ready.update(node.output)
-            else:
-                later.append(node)
-        if len(later) == len(pending):
-            raise DeployError(f"The graph has a cycle through node '{later[0].name}' ({later[0].op_type}).")
-        pending = later
+    while ready:
+        index = heapq.heappop(ready)
+        ordered.append(pending[index])
+        for reader in readers.get(index, ()):
+            missing[reader] -= 1
+            if not missing[reader]:
+                heapq.heappush(ready, reader)
+    if len(ordered) < len(pending):
+        node = next(node for node, count in zip(pending, missing, strict=True) if count)
+        raise DeployError(f"The graph has a cycle through node '{node.name}' ({node.op_type}).")
     return ordered
 
 
