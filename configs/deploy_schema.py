@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from configs.setting import setting
+from core.choices import CAPABILITIES, DEFAULT_CAPABILITIES
 from core.runtimes import PRECISION_NAMES, RUNTIMES
 from core.targets import HIGHEST_OPSET, LOWEST_OPSET, OUTPUTS, SCALE_TYPES, TARGETS
 
@@ -35,7 +36,9 @@ class GraphConfig:
         choices=OUTPUTS,
     )
     nms: NMSConfig = field(default_factory=NMSConfig)
-    scale_type: str = setting("fp16", "For trt11: type of the Q/DQ scales", choices=SCALE_TYPES)
+    scale_type: str = setting(
+        "fp16", "For trt11 and tensorrt_rtx: type of the Q/DQ scales", choices=SCALE_TYPES
+    )
     opset: int | None = setting(
         None,
         "ONNX operator set; none takes the target's (docs/deployment.md)",
@@ -60,6 +63,11 @@ class DeployConfig(GraphConfig):
         ["f32"],
         "Precisions of the float engines that INT8 is compared with, where the machine has them",
         choices=PRECISION_NAMES,
+    )
+    compute_capabilities: list[str] = setting(
+        list(DEFAULT_CAPABILITIES),
+        "GPUs that plans of TensorRT for RTX are built for, by compute capability",
+        choices=CAPABILITIES,
     )
     int8_hint: str = setting(
         "f32",

@@ -14,3 +14,16 @@ SENSITIVITY_METHODS = {  # quant.sensitivity and the stage
     "map": "AP of each unit",
 }
 ACTIVATIONS = ("silu", "relu")  # models.blocks
+CAPABILITIES = (
+    "SM75",
+    "SM80",
+    "SM86",
+    "SM89",
+    "SM120",
+    "SM121",
+)  # deploy.compile: GPUs that TensorRT for RTX builds for
+DEFAULT_CAPABILITIES = (
+    "SM86",
+    "SM89",
+    "SM120",
+)  # GeForce RTX 30, 40 and 50; without any the library asks for a GPU

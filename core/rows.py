@@ -134,6 +134,14 @@ class ResultRow:
         value = self.extras.get("metric", self.extras.get("ap_mask", self.ap))
         return None if value is None else float(value)
 
+    @property
+    def not_run(self) -> str | None:
+        """What to say in place of a latency: "built for SM86, SM89; not run here"; None for any other row."""
+        built = self.extras.get("built_for")
+        if not built or self.latency_ms_median is not None:
+            return None
+        return f"built for {', '.join(built)}; not run here"
+
 
 FIGURES = tuple(item.name for item in fields(ResultRow) if item.name not in {"key", "extras"})
 
@@ -151,8 +159,8 @@ def find_row(rows: Sequence[ResultRow], key: RowKey) -> ResultRow | None:
 
 
 def shipped_rows(rows: Sequence[ResultRow]) -> list[ResultRow]:
-    """What a run ships: every INT8 engine, or the last quantized model in torch where no engine was built."""
-    engines = [row for row in rows if row.key.is_int8_engine]
+    """What a run ships: every INT8 engine that ran, or the last quantized model in torch where none did."""
+    engines = [row for row in rows if row.key.is_int8_engine and row.not_run is None]
     if engines:
         return engines
     models = [row for key in (QAT, MIXED, PTQ) if (row := find_row(rows, key)) is not None]

@@ -114,6 +114,18 @@ RUNTIMES: Registry[RuntimeEntry] = Registry(
             fixes_precision=True,
             built_by="scripts/val_trt.sh in NVIDIA's container",
         ),
+        RuntimeEntry(
+            "tensorrt_rtx",
+            title="TensorRT for RTX",
+            factory="deploy.runtimes.tensorrt_rtx:TensorRTRTXRuntime",
+            library="tensorrt_rtx",
+            targets=("tensorrt_rtx", "trt11"),
+            suffixes=(".plan",),
+            companions=(".plan.json",),
+            float_precisions=("f32", "f16"),
+            outputs=("decoded", "raw"),
+            fixes_precision=True,
+        ),
     ),
     error=DeployError,
 )

@@ -100,6 +100,17 @@ TARGETS: Registry[Target] = Registry(
             half=True,
             float_target="trt10",
         ),
+        # networks are always strongly typed there, as in TensorRT 11; neither kind of NMS builds without a GPU
+        Target(
+            "tensorrt_rtx",
+            opset=19,
+            scale_opsets={"fp16": 19, "fp32": 23},
+            passes="deploy.targets.typed:passes",
+            signed_only=True,
+            outputs=("decoded", "raw"),
+            half=True,
+            float_target="trt10",
+        ),
     ),
     error=DeployError,
 )

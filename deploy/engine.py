@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from core.choices import CAPABILITIES, DEFAULT_CAPABILITIES
 from core.command import reports_errors, run_command
 from core.errors import DeployError
 from core.files import write_text
@@ -63,7 +64,10 @@ def _build(options: argparse.Namespace) -> Path:
         timing_cache=options.timing_cache,
         optimization_level=options.level,
     )
-    request = EngineRequest(options=build if options.runtime == TensorRTRuntime.name else None)
+    request = EngineRequest(
+        options=build if options.runtime.startswith(TensorRTRuntime.name) else None,
+        compute_capabilities=tuple(options.capabilities.split(",")),
+    )
     return build_engine(options.runtime, options.model, options.folder, request)
 
 
@@ -121,6 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--max-batch", type=int, default=16)
     build.add_argument("--workspace", type=int, default=4096, help="MiB")
     build.add_argument("--timing-cache", type=Path)
+    build.add_argument(
+        "--capabilities",
+        default=",".join(DEFAULT_CAPABILITIES),
+        help="GPUs that TensorRT for RTX builds for: %(default)s, or others of " + ", ".join(CAPABILITIES),
+    )
     build.add_argument("--level", type=int, choices=range(6), help="optimization level")
     layers = commands.add_parser("layers", help="write a TensorRT engine's layers")
     layers.add_argument("engine", type=Path)

@@ -146,7 +146,7 @@ def headline(rows: Sequence[ResultRow]) -> list[dict[str, str]]:
 
 
 def best_int8_engine(rows: Sequence[ResultRow]) -> ResultRow | None:
-    """Return the INT8 engine with the lowest median latency, or the first one where none was timed."""
-    engines = [row for row in rows if row.key.is_int8_engine]
+    """Return the INT8 engine with the lowest median latency, or the first that ran where none was timed."""
+    engines = [row for row in rows if row.key.is_int8_engine and row.not_run is None]
     timed = [row for row in engines if row.latency_ms_median]
     return min(timed, key=lambda row: row.latency_ms_median or 0.0) if timed else next(iter(engines), None)

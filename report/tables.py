@@ -19,6 +19,7 @@ from report.data import reference_engine
 MISSING = "-"
 METRIC = "metric"  # the extra that holds a user's own measure
 MASK_AP = "ap_mask"  # the extra that holds the AP of masks
+MEDIAN = "latency_ms_median"
 MEGABYTE = 1_000_000
 
 
@@ -104,7 +105,7 @@ def _ratio(
     def cell(row: ResultRow, rows: Sequence[ResultRow]) -> Cell:
         value, base = finite(getattr(row, key)), reference_engine(rows, row)
         if value is None:
-            return Cell(MISSING)
+            return Cell(row.not_run or MISSING if key == MEDIAN else MISSING)
         reference = finite(getattr(base, key)) if base is not None else None
         if not reference or not value:
             return Cell(f"{value:.{decimals}f}")
@@ -131,7 +132,7 @@ COLUMNS = (
     Column("ap50", "AP50", "", _score("ap50")),
     Column("precision", "Precision", "", _score("precision")),
     Column("recall", "Recall", "", _score("recall")),
-    Column("latency_ms_median", "Median", "ms", _ratio("latency_ms_median", 2, larger_is_better=False)),
+    Column(MEDIAN, "Median", "ms", _ratio(MEDIAN, 2, larger_is_better=False)),
     Column("latency_ms_p99", "p99", "ms", _ratio("latency_ms_p99", 2, larger_is_better=False)),
     Column(
         "images_per_second", "Throughput", "images/s", _ratio("images_per_second", 1, larger_is_better=True)
@@ -140,7 +141,7 @@ COLUMNS = (
 )
 METRIC_COLUMN = Column(METRIC, "Metric", "", _score(METRIC))
 MASK_COLUMN = Column(MASK_AP, "Mask AP", "", _score(MASK_AP))
-BRIEF = (METRIC, MASK_AP, "ap", "latency_ms_median")  # columns whose differences the terminal shows
+BRIEF = (METRIC, MASK_AP, "ap", MEDIAN)  # columns whose differences the terminal shows
 LEGEND = (
     "AP, AP50, mask AP, metric, precision and recall: difference to the float row. Latency and throughput: factor "
     "gained over the float engine of the same runtime. Size: share of that engine, or of the float row."
@@ -188,7 +189,9 @@ def format_table(rows: Sequence[ResultRow], width: int = 120) -> str:
     columns = columns_for(rows)
     brief = set(BRIEF) - ({"ap"} if MASK_COLUMN in columns else set())
     for column in columns:
-        table.add_column(Text(f"{column.heading}\n{column.unit}".rstrip()), justify="right", no_wrap=True)
+        is_text = column.key == MEDIAN and any(row.not_run for row in rows)  # longer than any figure
+        heading = Text(f"{column.heading}\n{column.unit}".rstrip())
+        table.add_column(heading, justify="right", no_wrap=not is_text, width=16 if is_text else None)
     for row_name, cells in table_cells(rows):
         texts = [
             _text(cell) if column.key in brief else cell.text

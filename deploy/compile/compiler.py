@@ -14,10 +14,10 @@ from typing import Any
 
 from onnx import ModelProto
 
+from core.choices import CAPABILITIES
 from core.errors import DeployError
 from deploy.compile.kernels import Kernel, read_kernels
 
-CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
 WITHOUT_INT8_CONVOLUTIONS = frozenset({"SM75"})
 WITH_FP8 = frozenset({"SM89", "SM120", "SM121"})
 SMALLEST_SIZE = 160  # pixels; average-pools of smaller profiles fail in the build
@@ -79,8 +79,8 @@ def compile_graph(model: ModelProto, capabilities: Sequence[str], shapes: Shapes
 
     Args:
         model: a graph as TensorRT reads it; the types in it are those of the engine. It is not changed.
-        capabilities: names of `CAPABILITIES`, at least one. The log of a build for several tells the kernels of each;
-            those of the first are returned.
+        capabilities: names of `core.choices.CAPABILITIES`, at least one. The log of a build for several tells the
+            kernels of each; those of the first are returned.
         shapes: of the images, for graphs that leave dimensions open.
 
     Raises:

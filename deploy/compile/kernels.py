@@ -32,7 +32,7 @@ _LINE = re.compile(
     r"Metadata: ?(?P<metadata>.*)"
 )
 _TENSOR = re.compile(
-    r" ?\{ Name: (?P<name>.*?), Dimensions: \[(?P<dimensions>[\d,]*)\], Strides: \[[\d,]*\], "
+    r" ?\{ Name: (?P<name>.*?), Dimensions: \[(?P<dimensions>[-\d,]*)\], Strides: \[[-\d,]*\], "
     r"StrideOrder: \[[\d,]*\], Datatype: (?P<type>\w+), Format: (?P<format>[^}]*?) ?\}(?:,|$)"
 )
 _LAYER = re.compile(r"\[ONNX Layer: (?P<name>.*)\]")
@@ -40,7 +40,10 @@ _LAYER = re.compile(r"\[ONNX Layer: (?P<name>.*)\]")
 
 @dataclass(frozen=True)
 class KernelTensor:
-    """A tensor that a kernel reads or writes: its shape and the compiler's name of its type, such as `Int8`."""
+    """A tensor that a kernel reads or writes: its shape and the compiler's name of its type, such as `Int8`.
+
+    Dimensions that a profile leaves open are -1.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -48,8 +51,8 @@ class KernelTensor:
 
     @property
     def num_bytes(self) -> float:
-        """Size in memory."""
-        return math.prod(self.shape) * BYTES[self.type]
+        """Size in memory; NaN where a dimension is open."""
+        return math.nan if -1 in self.shape else math.prod(self.shape) * BYTES[self.type]
 
 
 @dataclass(frozen=True)

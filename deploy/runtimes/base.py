@@ -42,6 +42,8 @@ class EngineRequest:
         threads: CPU threads.
         streams: calls that run at the same time.
         pinning: bind threads to cores.
+        compute_capabilities: GPUs that TensorRT for RTX builds for, of `core.choices.CAPABILITIES`; none takes
+            `DEFAULT_CAPABILITIES`.
         cuda_graph: record calls as CUDA graphs.
         profile: path prefix for profiles, for `Runtime.layer_times`; None keeps no times.
         cache: folder for what makes later builds faster, such as timings of kernels.
@@ -57,6 +59,7 @@ class EngineRequest:
     threads: int | None = None
     streams: int = 1
     pinning: bool | None = None
+    compute_capabilities: tuple[str, ...] = ()
     cuda_graph: bool = False
     profile: Path | None = None
     cache: Path | None = None
@@ -90,6 +93,11 @@ class Runtime(ABC):
         """
 
     @classmethod
+    def can_run(cls) -> bool:
+        """Whether this machine can run the engines that it builds; otherwise `open` raises."""
+        return True
+
+    @classmethod
     @abstractmethod
     def build(cls, onnx_path: Path, out_dir: Path, request: EngineRequest) -> Path:
         """Build the engine of `onnx_path` in `out_dir`; returns its path.
@@ -111,6 +119,11 @@ class Runtime(ABC):
     def stored_size(cls, path: Path) -> tuple[int, int] | None:
         """(height, width) of an engine's images where its file tells; never asked for .onnx files."""
         return None
+
+    @classmethod
+    def stored_details(cls, path: Path) -> dict[str, Any]:
+        """What an engine's file tells of it without running it, as plain data; part of `details`."""
+        return {}
 
     @abstractmethod
     def infer_outputs(self, images: FloatArray) -> dict[str, FloatArray]:
@@ -153,7 +166,7 @@ class Runtime(ABC):
     @property
     def details(self) -> dict[str, Any]:
         """What else a reader must know of figures of this engine, as plain data."""
-        return {}
+        return self.stored_details(self.path)
 
     @property
     def versions(self) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """TensorRT engines on torch CUDA tensors: named tensors, no pycuda, CUDA graphs on demand; 8.6, 10 and 11.
 
+TensorRT for RTX has the same calls; `deploy.runtimes.tensorrt_rtx` only builds and reads its files differently.
+
 Load only engines you built: a plan file is code for the GPU. The sidecar's hash is compared first.
 """
 
@@ -8,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -24,6 +26,13 @@ from deploy.runtimes.tensorrt_api import check_target, import_tensorrt, make_log
 from deploy.runtimes.tensorrt_builder import BuildOptions, build_tensorrt, gpu_name, sidecar_path
 
 MAX_GRAPHS = 8
+COMPARED = {
+    "tensorrt": "TensorRT",
+    "tensorrt_rtx": "TensorRT for RTX",
+    "gpu": "GPU",
+    "engine_sha256": "content",
+}
+"""Keys of sidecars whose values have to be those of this machine and file -> what messages call them."""
 
 
 class Device(Protocol):
@@ -49,7 +58,9 @@ class CudaDevice:
 
     def __init__(self, index: int = 0) -> None:
         if not torch.cuda.is_available():
-            raise DeployError("torch sees no CUDA device; a TensorRT engine needs the GPU it was built on.")
+            raise DeployError(
+                "torch sees no CUDA device; a TensorRT engine needs a GPU and its driver to run."
+            )
         self.name = f"cuda:{index}"
         self._stream = torch.cuda.Stream(self.name)
 
@@ -98,6 +109,7 @@ class TensorRTRuntime(Runtime):
     """
 
     name = "tensorrt"
+    title = "TensorRT"
 
     def __init__(
         self,
@@ -112,10 +124,9 @@ class TensorRTRuntime(Runtime):
                 "Layers cannot be timed inside a CUDA graph; choose one of use_cuda_graph and profile."
             )
         start = time.perf_counter()
-        self._trt = import_tensorrt() if trt is None else trt
-        rules_of(self._trt.__version__)
+        self._trt = self.import_library() if trt is None else trt
         self.path = path
-        self.sidecar, plan = read_engine(path, self._trt.__version__)
+        self.sidecar, plan = self.read(path, str(self._trt.__version__))
         self.precision = str(self.sidecar["precision"])
         self.device: Device = CudaDevice() if device is None else device
         self._use_cuda_graph = use_cuda_graph
@@ -125,7 +136,7 @@ class TensorRTRuntime(Runtime):
         self._engine: Any = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise DeployError(
-                f"TensorRT cannot load {path}: {'; '.join(self._logger.errors)}. Build it again."
+                f"{self.title} cannot load {path}: {'; '.join(self._logger.errors)}. Build it again."
             )
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         is_input = {n: self._engine.get_tensor_mode(n) == self._trt.TensorIOMode.INPUT for n in names}
@@ -134,6 +145,17 @@ class TensorRTRuntime(Runtime):
         self._profiler = make_profiler(self._trt) if profile else None
         self._bindings: dict[tuple[int, ...], Binding] = {}
         self.load_seconds = time.perf_counter() - start
+
+    @classmethod
+    def import_library(cls) -> Any:
+        """The Python module of the library; raises DeployError where it is not installed."""
+        return import_tensorrt()
+
+    @classmethod
+    def read(cls, path: Path, version: str) -> tuple[dict[str, Any], bytes]:
+        """Sidecar and plan of an engine for this `version` and GPU; raises DeployError where it is for others."""
+        rules_of(version)
+        return read_engine(path, {"tensorrt": version, "gpu": gpu_name()})
 
     @classmethod
     def require(cls, target: str | None = None) -> None:
@@ -163,13 +185,13 @@ class TensorRTRuntime(Runtime):
     # ----------------------------------------------------------------------------------------------------- inference
     def infer_outputs(self, images: FloatArray) -> dict[str, FloatArray]:
         """See `Runtime.infer_outputs`; copies to the GPU and back."""
-        results = self.infer_tensors(torch.from_numpy(check_images(images, "TensorRT")))
+        results = self.infer_tensors(torch.from_numpy(check_images(images, self.title)))
         return {name: result.to("cpu", torch.float32, copy=True).numpy() for name, result in results.items()}
 
     def infer_tensors(self, images: Tensor) -> dict[str, Tensor]:
         """Run images [B, 3, H, W] and return the outputs on the device, valid until the next call of this shape."""
         if self._engine is None:
-            raise DeployError(f"The TensorRT engine {self.path} is closed; load it again.")
+            raise DeployError(f"The {self.title} engine {self.path} is closed; load it again.")
         shape = tuple(images.shape)
         binding = self._bindings.get(shape)
         if binding is None:
@@ -181,7 +203,9 @@ class TensorRTRuntime(Runtime):
             torch_is_done(binding.images)
         else:
             if not binding.context.execute_async_v3(self.device.stream()):
-                raise DeployError(f"TensorRT failed on {self.path.name}: {'; '.join(self._logger.errors)}")
+                raise DeployError(
+                    f"{self.title} failed on {self.path.name}: {'; '.join(self._logger.errors)}"
+                )
             self.device.synchronize()
         return binding.outputs
 
@@ -275,25 +299,24 @@ def torch_is_done(tensor: Tensor) -> None:
         torch.cuda.current_stream(tensor.device).synchronize()
 
 
-def read_engine(path: Path, version: str) -> tuple[dict[str, Any], bytes]:
-    """Sidecar and plan of an engine, after comparing TensorRT version, GPU and hash."""
+def read_engine(path: Path, here: Mapping[str, str]) -> tuple[dict[str, Any], bytes]:
+    """Sidecar and plan of an engine, after comparing its hash, and what `here` names by keys of `COMPARED`."""
     sidecar_file = sidecar_path(path)
     if not path.is_file() or not sidecar_file.is_file():
         raise DeployError(f"No engine {path} with {sidecar_file.name} beside it; build one.")
     try:
         sidecar = json.loads(sidecar_file.read_text())
-        built = (sidecar["tensorrt"], sidecar["gpu"], sidecar["engine_sha256"])
+        built = {key: sidecar[key] for key in (*here, "engine_sha256")}
         str(sidecar["precision"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DeployError(
             f"{sidecar_file} is not an engine's description ({error!r}); build the engine again."
         ) from error
     plan = path.read_bytes()
-    here = (version, gpu_name(), hashlib.sha256(plan).hexdigest())
-    for what, was, now in zip(("TensorRT", "GPU", "content"), built, here, strict=True):
-        if was != now:
+    for key, now in {**here, "engine_sha256": hashlib.sha256(plan).hexdigest()}.items():
+        if built[key] != now:
             raise DeployError(
-                f"{path} was built with {what} {was}, here is {now}; build it again on this machine."
+                f"{path} was built with {COMPARED[key]} {built[key]}, here is {now}; build it again on this machine."
             )
     return sidecar, plan
 

@@ -184,11 +184,7 @@ def decide_typing(rules: VersionRules, facts: GraphFacts, options: BuildOptions,
         raise DeployError(
             f"Unknown precision '{options.precision}'; expected one of {', '.join(PRECISIONS)}."
         )
-    if facts.is_quantized and facts.target in TARGETS and not TARGETS[facts.target].signed_only:
-        raise DeployError(
-            f"This graph was exported for {facts.target} (unsigned activations), which TensorRT does not take; export "
-            f"it with target={'trt11' if rules.always_strongly_typed else 'trt10'}."
-        )
+    check_codes(facts, options.precision, "trt11" if rules.always_strongly_typed else "trt10")
     if facts.opset > rules.max_opset:
         raise DeployError(
             f"TensorRT {version} reads opset {rules.max_opset} at most, the graph has {facts.opset}."
@@ -202,15 +198,24 @@ def decide_typing(rules: VersionRules, facts: GraphFacts, options: BuildOptions,
         raise DeployError(
             f"TensorRT {version} builds strongly typed networks only; export with target=trt11."
         )
-    if options.precision == "int8" and not facts.is_quantized:
-        raise DeployError(
-            "precision=int8 needs a graph with Q/DQ; this one has none. Export a quantized model."
-        )
     if wanted and facts.target == "trt10":
         LOGGER.warning(
             "Strongly typed build of a graph whose float part is FP32: it will run in FP32. Use trt11."
         )
     return wanted
+
+
+def check_codes(facts: GraphFacts, precision: str, target: str) -> None:
+    """Raise DeployError for unsigned codes, and for precision "int8" without any; `target` is the one to export for."""
+    if facts.is_quantized and facts.target in TARGETS and not TARGETS[facts.target].signed_only:
+        raise DeployError(
+            f"This graph was exported for {facts.target} (unsigned activations), which TensorRT does not take; export "
+            f"it with target={target}."
+        )
+    if precision == "int8" and not facts.is_quantized:
+        raise DeployError(
+            "precision=int8 needs a graph with Q/DQ; this one has none. Export a quantized model."
+        )
 
 
 def network_flags(trt: Any, rules: VersionRules, is_typed: bool) -> int:
@@ -262,21 +267,28 @@ def add_profile(builder: Any, config: Any, network: Any, options: BuildOptions) 
         if -1 not in shape:
             continue
         is_needed = True
-        low, best, high = (
-            fill_shape(shape, batch, size)
-            for batch, size in (
-                (options.min_batch, options.min_size),
-                (options.best_batch, options.best_size),
-                (options.max_batch, options.max_size),
-            )
-        )
-        if not all(a <= b <= c for a, b, c in zip(low, best, high, strict=True)):
-            raise DeployError(
-                f"Profile of '{tensor.name}': {low} <= {best} <= {high} does not hold; reorder the sizes."
-            )
-        profile.set_shape(tensor.name, low, best, high)
+        profile.set_shape(tensor.name, *profile_range(tensor.name, shape, options))
     if is_needed:
         config.add_optimization_profile(profile)
+
+
+def profile_range(name: str, shape: Sequence[int], options: BuildOptions) -> tuple[tuple[int, ...], ...]:
+    """Smallest, best and largest shape of an input whose open dimensions are -1.
+
+    Raises:
+        DeployError: it is no batch of images, or the sizes are not in order.
+    """
+    low, best, high = (
+        fill_shape(shape, batch, size)
+        for batch, size in (
+            (options.min_batch, options.min_size),
+            (options.best_batch, options.best_size),
+            (options.max_batch, options.max_size),
+        )
+    )
+    if not all(a <= b <= c for a, b, c in zip(low, best, high, strict=True)):
+        raise DeployError(f"Profile of '{name}': {low} <= {best} <= {high} does not hold; reorder the sizes.")
+    return low, best, high
 
 
 def fill_shape(shape: Sequence[int], batch: int, size: tuple[int, int]) -> tuple[int, ...]:

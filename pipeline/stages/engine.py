@@ -1,9 +1,15 @@
-"""The stage `engine`: builds every engine, compares it with torch, evaluates it, and times all of them in turns."""
+"""The stage `engine`: builds every engine, compares it with torch, evaluates it, and times all of them in turns.
+
+Engines that this machine can build but not run get rows without accuracy and latency.
+"""
 
 from __future__ import annotations
 
-from core.rows import engine_key
-from core.runtimes import INT8, RUNTIMES
+from collections.abc import Iterator
+from pathlib import Path
+
+from core.rows import ResultRow, engine_key
+from core.runtimes import INT8, PRECISION_NAMES, RUNTIMES
 from data import Predict
 from deploy import EngineRequest, Runtime, benchmark_alternately, build_engine, open_engine
 from deploy.runtimes.engines import runtime_class
@@ -32,42 +38,74 @@ def check_runtimes(job: Job) -> None:
 
 def engine_stage(job: Job) -> None:
     """Build every engine, compare it with torch, evaluate it, then time them all alternately; one row each."""
-    config, size = job.config.deploy, job.config.data.image_size
     engines: list[Runtime] = []
     try:
-        for name in config.runtimes:
-            engines += open_engines(job, name)
-        parity = {engine_row(engine): check_parity(job, engine) for engine in engines}
-        job.run.write_json("engines/parity.json", parity)
-        metrics = [
-            job.evaluator.measure(engine_predictor(job, engine), engine_row(engine), config.batch)
-            for engine in engines
-        ]
-        say(f"timing {len(engines)} engines in turns, {config.benchmark_seconds:g} s each")
-        shape = (config.batch, 3, size, size)
-        timings = benchmark_alternately(engines, shape, config.benchmark_seconds, warmup=10)
-        for engine, found, timing in zip(engines, metrics, timings, strict=True):
-            job.record(
-                engine_key(engine.name, engine.precision),
-                found,
-                latency_ms_median=timing.median_ms,
-                latency_ms_p99=timing.p99_ms,
-                images_per_second=timing.images_per_second,
-                size_bytes=engine.size_bytes,
-                batch=timing.batch,
-                timed_calls=timing.iterations,
-                parity=parity[engine_row(engine)],
-                outputs=config.outputs,
-                **engine.details,
-            )
-            say(f"{engine_row(engine)}: median {timing.median_ms:.2f} ms, p99 {timing.p99_ms:.2f} ms")
+        for name in job.config.deploy.runtimes:
+            if runtime_class(name).can_run():
+                engines += open_engines(job, name)
+            else:
+                record_builds(job, name)
+        if engines:
+            measure_engines(job, engines)
     finally:
         for engine in engines:
             engine.close()
 
 
+def measure_engines(job: Job, engines: list[Runtime]) -> None:
+    """Compare engines with torch, evaluate them, then time them all alternately; one row each."""
+    config, size = job.config.deploy, job.config.data.image_size
+    parity = {engine_row(engine): check_parity(job, engine) for engine in engines}
+    job.run.write_json("engines/parity.json", parity)
+    metrics = [
+        job.evaluator.measure(engine_predictor(job, engine), engine_row(engine), config.batch)
+        for engine in engines
+    ]
+    say(f"timing {len(engines)} engines in turns, {config.benchmark_seconds:g} s each")
+    shape = (config.batch, 3, size, size)
+    timings = benchmark_alternately(engines, shape, config.benchmark_seconds, warmup=10)
+    for engine, found, timing in zip(engines, metrics, timings, strict=True):
+        job.record(
+            engine_key(engine.name, engine.precision),
+            found,
+            latency_ms_median=timing.median_ms,
+            latency_ms_p99=timing.p99_ms,
+            images_per_second=timing.images_per_second,
+            size_bytes=engine.size_bytes,
+            batch=timing.batch,
+            timed_calls=timing.iterations,
+            parity=parity[engine_row(engine)],
+            outputs=config.outputs,
+            **engine.details,
+        )
+        say(f"{engine_row(engine)}: median {timing.median_ms:.2f} ms, p99 {timing.p99_ms:.2f} ms")
+
+
+def record_builds(job: Job, runtime: str) -> None:
+    """Build engines that this machine cannot run; one row each, without accuracy and latency."""
+    for path, request in build_engines(job, runtime):
+        precision = request.precision or INT8
+        figures = {"size_bytes": path.stat().st_size, "outputs": job.config.deploy.outputs}
+        details = runtime_class(runtime).stored_details(path)
+        key = engine_key(runtime, PRECISION_NAMES.get(precision, precision))
+        row = ResultRow.of(key, {**figures, **details})
+        job.run.write_row(row)
+        say(f"{key.name}: {row.not_run or 'not run here'}")
+        for name, build in details.get("compiled", {}).items():
+            counts = ", ".join(f"{count} {kind}" for kind, count in build["convolutions"].items())
+            say(
+                f"  {name}: convolutions {counts}; {build['kernels']} kernels move {build['moved_megabytes']:.1f} MB "
+                f"(FP16: {build['fp16_moved_megabytes']:.1f} MB); {build['findings']} findings"
+            )
+
+
 def open_engines(job: Job, runtime: str) -> list[Runtime]:
-    """Build and load the INT8 engine and the float engines of a runtime.
+    """Build and load the INT8 engine and the float engines of a runtime; see `build_engines`."""
+    return [open_engine(runtime, path, request) for path, request in build_engines(job, runtime)]
+
+
+def build_engines(job: Job, runtime: str) -> Iterator[tuple[Path, EngineRequest]]:
+    """Build the INT8 engine and the float engines of a runtime, one after the other.
 
     Raises:
         DeployError: the runtime refuses.
@@ -78,7 +116,6 @@ def open_engines(job: Job, runtime: str) -> list[Runtime]:
     int8 = job.run.need(model_name(job, target_of(job, runtime)), "export")
     plain = job.run.need(FLOAT_ONNX, "export")
     floats = [(plain, precision) for precision in entry.float_engines(config.float_precisions)]
-    engines: list[Runtime] = []
     for graph, precision in [(int8, INT8), *floats]:
         request = EngineRequest(
             precision=precision,
@@ -86,12 +123,12 @@ def open_engines(job: Job, runtime: str) -> list[Runtime]:
             batch=config.batch,
             image_size=(size, size),
             threads=config.threads or None,
+            compute_capabilities=tuple(config.compute_capabilities),
             cache=job.run.path(ENGINES),
         )
         say(f"building the {entry.title} engine of {graph.name}, {precision}")
         path = job.run.path(ENGINES) / entry.engine_name(graph.name, precision)
-        engines.append(open_engine(runtime, build_engine(runtime, graph, path.parent, request), request))
-    return engines
+        yield build_engine(runtime, graph, path.parent, request), request
 
 
 def engine_predictor(job: Job, engine: Runtime) -> Predict:

@@ -318,6 +318,7 @@ EXPORT = Stage(
     settings=("deploy", "data.image_size", "evaluate"),
     ignored=(
         "deploy.float_precisions", "deploy.int8_hint", "deploy.threads", "deploy.benchmark_seconds",
+        "deploy.compute_capabilities",
     ),
     splits=(TRAIN, VAL),
     reads=(*FLOAT_FILES, *QUANTIZED.values()),

@@ -17,7 +17,7 @@ FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*
 EXPECTED = {
     ".": 2,
     "data": 4,
-    "deploy": 4,
+    "deploy": 5,
     "experiment": 10,
     "model": 10,
     "quant": 4,

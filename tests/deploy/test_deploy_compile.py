@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,14 @@ def test_a_line_of_another_form_is_an_error(old: str, new: str) -> None:
     assert old in CONV
     with pytest.raises(DeployError, match=r"unknown form|lists no kernel"):
         read_kernels(log(SIGNAL, CONV.replace(old, new), FINISH))
+
+
+def test_dimensions_that_a_profile_leaves_open_have_no_size() -> None:
+    line = CONV.replace("[1,16,160,160]", "[-1,16,-1,-1]").replace("[409600,1,2560,16]", "[-1,1,-1,16]")
+    (conv,) = read_kernels(log(line))
+    assert conv.inputs[0].shape == (-1, 16, -1, -1)
+    assert math.isnan(conv.moved_bytes)
+    assert conv.outputs[0].num_bytes == 819_200
 
 
 @pytest.mark.parametrize("messages", [[], ["Layers"], log(), log(SIGNAL)])
