@@ -191,7 +191,7 @@ def format_table(rows: Sequence[ResultRow], width: int = 120) -> str:
     for column in columns:
         is_text = column.key == MEDIAN and any(row.not_run for row in rows)  # longer than any figure
         heading = Text(f"{column.heading}\n{column.unit}".rstrip())
-        table.add_column(heading, justify="right", no_wrap=not is_text, width=16 if is_text else None)
+        table.add_column(heading, justify="right", no_wrap=not is_text, width=15 if is_text else None)
     for row_name, cells in table_cells(rows):
         texts = [
             _text(cell) if column.key in brief else cell.text

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import DataError
+from core.files import make_folder
 from data import list_images, read_image
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
@@ -101,7 +102,7 @@ class PictureWriter:
         """Write one picture, uint8 [H, W, 3] RGB.
 
         Raises:
-            DataError: the file cannot be written.
+            DataError, WriteError: the file or its folder cannot be written.
         """
         frame = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
         if self.source.rate is not None:
@@ -110,7 +111,7 @@ class PictureWriter:
         path = (self.folder / name).with_suffix(".png")
         if path in self.paths:  # a.jpg and a.bmp in one folder
             path = self.folder / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         if not cv2.imwrite(str(path), frame):
             raise DataError(f"{path} cannot be written.")
         self.paths.append(path)
@@ -118,7 +119,7 @@ class PictureWriter:
     def _write_frame(self, frame: Picture, rate: float) -> None:
         if self._video is None:
             path = self.folder / f"{self.source.path.stem}.mp4"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             self._size = (frame.shape[1], frame.shape[0])
             self._video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), rate, self._size)
             if not self._video.isOpened():

@@ -226,6 +226,16 @@ def test_bad_input_is_told(
     assert not (tmp_path / "out" / "detections.json").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_told(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for source, out in (("images", tmp_path / "file"), ("v.mp4", tmp_path / "file" / "below")):
+        code = predict.main([str(world / "m.xml"), str(world / source), "--out", str(out)])
+        assert code == 3
+        assert f"error: {out} cannot be made" in capsys.readouterr().err
+
+
 def test_names_of_other_tools() -> None:
     assert read_names("{0: 'cat', 1: 'dog'}") == ("cat", "dog")
     assert read_names("") == ()
