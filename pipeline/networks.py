@@ -38,7 +38,9 @@ from quant import Mode, Placement, dump_placement, insert, parse_placement, set_
 FLOAT_MODEL = "float.safetensors"
 QUANTIZED = {QAT: "qat.safetensors", MIXED: "mixed.safetensors", PTQ: "ptq.safetensors"}  # the best one first
 STAGE_OF = {QAT: "finetune", MIXED: "sensitivity", PTQ: "calibrate"}
-FORMAT = "octet-quantized-2"  # the placement is in the file's metadata
+PLACEMENT_KEY = (
+    "octet-quantized-2"  # in the file's metadata; the only one, since safetensors writes keys in any order
+)
 
 
 def task_of(config: Config, run: Run | None = None) -> str:
@@ -136,7 +138,7 @@ class Networks:
         """Keep a quantized model: weights, scales and placement in one file, so that they always fit."""
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         with written_atomically(self.run.path(QUANTIZED[key])) as (part,):
-            save_file(state, part, metadata={"format": FORMAT, "placement": dump_placement(placement)})
+            save_file(state, part, metadata={PLACEMENT_KEY: dump_placement(placement)})
 
     def load(self, key: RowKey) -> fx.GraphModule:
         """A quantized model of this run, quantizers on, in evaluation mode.
@@ -151,9 +153,9 @@ class Networks:
                 state = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise RunError(f"{path} is damaged ({error}): run the stage `{STAGE_OF[key]}` again") from error
-        if metadata.get("format") != FORMAT:
+        if PLACEMENT_KEY not in metadata:
             raise RunError(f"{path} was written by another version of Octet: start a new run")
-        model = self.insert(parse_placement(metadata["placement"], str(path)))
+        model = self.insert(parse_placement(metadata[PLACEMENT_KEY], str(path)))
         model.load_state_dict(state)
         set_mode(model, Mode.QUANTIZE)
         return model.eval()

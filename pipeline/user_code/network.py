@@ -122,7 +122,7 @@ class CustomModel:
             for key, value in detector.network.state_dict().items()
         }
         with written_atomically(path) as (part,):
-            save_file(state, part, metadata={"format": "octet-custom", "factory": self.reference})
+            save_file(state, part, metadata={"octet-custom": self.reference})
 
     def restore(self, path: Path) -> OwnDetector:
         """The detector with weights that `keep` wrote: folded, traced, in evaluation mode."""

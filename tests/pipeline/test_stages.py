@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from pipeline.run.directory import Run
 from pipeline.stages.order import ORDER, stages_of
 from pipeline.stages.stage import Stage, flat_settings
 from training.team import ALONE
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Splits:
@@ -241,3 +245,20 @@ def test_stages_bring_along_what_they_need(tmp_path: Path) -> None:
     config.stages = ["train", "calibrate"]
     config.quant.accuracy_budget = None
     assert [stage.name for stage in stages_of(config, run)] == ["train", "place", "calibrate"]
+
+
+def test_a_saved_model_has_the_same_bytes_each_time(tmp_path: Path) -> None:
+    """safetensors writes several metadata keys in any order; one process in two would give another file."""
+    script = (
+        "import sys, torch; from pathlib import Path; from types import SimpleNamespace as S\n"
+        "from pipeline.networks import Networks; from core.rows import PTQ; from quant import Placement\n"
+        "model = torch.nn.Linear(2, 2); torch.nn.init.ones_(model.weight); torch.nn.init.ones_(model.bias)\n"
+        "run = S(path=lambda name: Path(sys.argv[1]))\n"
+        "Networks(None, run, None, None).save(model, Placement((), ()), PTQ)\n"
+    )
+    contents = set()
+    for index in range(4):
+        path = tmp_path / f"{index}.safetensors"
+        subprocess.run([sys.executable, "-c", script, str(path)], check=True, cwd=REPOSITORY)
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
