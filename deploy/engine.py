@@ -24,9 +24,8 @@ from core.files import write_text
 from core.runtimes import RUNTIMES
 from deploy.graph.drawing import Box, draw_boxes
 from deploy.runtimes.base import EngineRequest
-from deploy.runtimes.engines import build_engine
+from deploy.runtimes.engines import build_engine, runtime_class, runtime_of
 from deploy.runtimes.tensorrt import TensorRTRuntime
-from deploy.runtimes.tensorrt_api import import_tensorrt, rules_of
 from deploy.runtimes.tensorrt_builder import PRECISIONS, BuildOptions
 
 TYPE_WORDS = {
@@ -49,9 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case "layers":
             _layers(options)
         case "version":
-            version = str(import_tensorrt().__version__)
-            rules_of(version)
-            print(version)
+            print(_tensorrt_class(options.runtime).import_library().__version__)
     return 0
 
 
@@ -65,14 +62,14 @@ def _build(options: argparse.Namespace) -> Path:
         optimization_level=options.level,
     )
     request = EngineRequest(
-        options=build if options.runtime.startswith(TensorRTRuntime.name) else None,
-        compute_capabilities=tuple(options.capabilities.split(",")),
+        options=build if issubclass(runtime_class(options.runtime), TensorRTRuntime) else None,
+        compute_capabilities=tuple(options.capabilities.split(",") if options.capabilities else ()),
     )
     return build_engine(options.runtime, options.model, options.folder, request)
 
 
 def _layers(options: argparse.Namespace) -> None:
-    with TensorRTRuntime(options.engine, profile=options.runs > 0) as runtime:
+    with _tensorrt_class(runtime_of(options.engine))(options.engine, profile=options.runs > 0) as runtime:
         images = np.zeros(runtime.profile_shapes()[1], np.float32)
         for _ in range(options.runs):
             runtime.infer(images)
@@ -80,6 +77,15 @@ def _layers(options: argparse.Namespace) -> None:
         if options.svg is not None:
             write_text(options.svg, draw_engine(runtime.layer_information()))
     print(options.json)
+
+
+def _tensorrt_class(runtime: str) -> type[TensorRTRuntime]:
+    found = runtime_class(runtime)
+    if not issubclass(found, TensorRTRuntime):
+        raise DeployError(
+            f"Layers and versions are those of TensorRT; {RUNTIMES[runtime].title} is another runtime."
+        )
+    return found
 
 
 def draw_engine(information: Mapping[str, Any]) -> str:
@@ -127,8 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--timing-cache", type=Path)
     build.add_argument(
         "--capabilities",
-        default=",".join(DEFAULT_CAPABILITIES),
-        help="GPUs that TensorRT for RTX builds for: %(default)s, or others of " + ", ".join(CAPABILITIES),
+        help=f"GPUs that TensorRT for RTX builds for, of {','.join(CAPABILITIES)}; left out, this machine's GPU, or "
+        f"{','.join(DEFAULT_CAPABILITIES)} without one",
     )
     build.add_argument("--level", type=int, choices=range(6), help="optimization level")
     layers = commands.add_parser("layers", help="write a TensorRT engine's layers")
@@ -136,7 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     layers.add_argument("--json", type=Path, required=True)
     layers.add_argument("--svg", type=Path)
     layers.add_argument("--runs", type=int, default=20, help="timed runs; 0 for no times")
-    commands.add_parser("version", help="print TensorRT's version")
+    version = commands.add_parser("version", help="print TensorRT's version")
+    version.add_argument("--runtime", choices=("tensorrt", "tensorrt_rtx"), default="tensorrt")
     return parser
 
 

@@ -43,7 +43,7 @@ class EngineRequest:
         streams: calls that run at the same time.
         pinning: bind threads to cores.
         compute_capabilities: GPUs that TensorRT for RTX builds for, of `core.choices.CAPABILITIES`; none takes
-            `DEFAULT_CAPABILITIES`.
+            this machine's GPU, or `DEFAULT_CAPABILITIES` without one.
         cuda_graph: record calls as CUDA graphs.
         profile: path prefix for profiles, for `Runtime.layer_times`; None keeps no times.
         cache: folder for what makes later builds faster, such as timings of kernels.

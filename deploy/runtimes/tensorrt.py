@@ -148,8 +148,10 @@ class TensorRTRuntime(Runtime):
 
     @classmethod
     def import_library(cls) -> Any:
-        """The Python module of the library; raises DeployError where it is not installed."""
-        return import_tensorrt()
+        """The Python module of the library; raises DeployError where it is not installed, or not supported."""
+        trt = import_tensorrt()
+        rules_of(str(trt.__version__))
+        return trt
 
     @classmethod
     def read(cls, path: Path, version: str) -> tuple[dict[str, Any], bytes]:
@@ -160,7 +162,7 @@ class TensorRTRuntime(Runtime):
     @classmethod
     def require(cls, target: str | None = None) -> None:
         """See `Runtime.require`."""
-        rules_of(str(import_tensorrt().__version__))
+        cls.import_library()
         CudaDevice()
         if target is not None:
             check_target(target)

@@ -126,7 +126,8 @@ def build_tensorrt_rtx(onnx_path: Path, out_dir: Path, request: EngineRequest) -
             or the library's own refusal with its messages.
     """
     options = request.options or BuildOptions.of(request)
-    capabilities = request.compute_capabilities or DEFAULT_CAPABILITIES
+    here = gpu_capability()
+    capabilities = request.compute_capabilities or ((here,) if here is not None else DEFAULT_CAPABILITIES)
     check_capabilities(capabilities)
     if options.precision == "fp16":
         onnx_path = write_half(onnx_path, out_dir / "fp16" / onnx_path.name)

@@ -31,7 +31,14 @@ elif arguments[:2] == ["-m", "deploy.engine"]:
         print({version!r})
     elif arguments[2] == "build":
         print("a line of TensorRT's")
-        print(pathlib.Path(arguments[4]) / (pathlib.Path(arguments[3]).stem + ".engine"))
+        ending = ".plan" if "tensorrt_rtx" in arguments else ".engine"
+        path = pathlib.Path(arguments[4]) / (pathlib.Path(arguments[3]).stem + ending)
+        side = {{"num_kernels": 7, "convolutions": {{"fp16": 1, "int8": 3}}, "moved_bytes": 2e6}}
+        build = {{"capability": "SM89", "engine": side, "fp16": {{**side, "moved_bytes": 1e6}}}}
+        path.with_name(path.name + ".json").write_text(json.dumps({{"compiled": [build]}}))
+        print(path)
+elif arguments[0] == "-c":
+    sys.exit({gpu!r} is False)  # whether torch sees a GPU
 elif arguments[0] == "train_qat.py":
     run = pathlib.Path(next(a for a in arguments if a.startswith("run_dir=")).split("=")[1])
     run.mkdir(parents=True)
@@ -54,9 +61,9 @@ def world(tmp_path):
         (run / name).touch()
     (run / "export.json").write_text(json.dumps({"exports": [{"path": "model.onnx", "target": "openvino"}]}))
 
-    def call(script, *arguments, version="10.3.0"):
+    def call(script, *arguments, version="10.3.0", gpu=True):
         fake = tmp_path / "python"
-        fake.write_text(FAKE.format(python=sys.executable, log=str(log), version=version))
+        fake.write_text(FAKE.format(python=sys.executable, log=str(log), version=version, gpu=gpu))
         fake.chmod(0o755)
         log.write_text("")
         environment = {**os.environ, "PYTHON": str(fake)}
@@ -118,6 +125,43 @@ def test_val_trt_quantizes_a_checkpoint_first(world, tmp_path):
         shutil.rmtree(made, ignore_errors=True)
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_val_trt_takes_tensorrt_for_rtx(world, gpu):
+    call, run, data = world
+    arguments = (run, data, 320, "--runtime", "tensorrt_rtx", "--graph")
+    result, commands = call("val_trt.sh", *arguments, version="1.7.1.116", gpu=gpu)
+    assert result.returncode == 0, result.stderr
+    out = run / "tensorrt_rtx"
+    assert result.stdout.splitlines()[-1] == str(out)
+    shown = [" ".join(command) for command in commands]
+    assert shown[0] == "-m deploy.engine version --runtime tensorrt_rtx"
+    assert any("target=tensorrt_rtx" in text for text in shown)
+    builds = [text for text in shown if "deploy.engine build" in text]
+    assert len(builds) == 2
+    assert all("--runtime tensorrt_rtx" in text for text in builds)
+    report = (out / "report.md").read_text()
+    assert "# TensorRT for RTX 1.7.1.116, 320 pixels" in report
+    assert "| SM89 | 7 | 1 fp16, 3 int8 | 2.0 | 1.0 |" in report
+    ran = [text for text in shown if any(name in text for name in ("evaluate", "--compare", "engine layers"))]
+    assert len(ran) == (4 if gpu else 0)
+    assert ("Not run here: torch sees no GPU." in report) != gpu
+    assert ("| int8.plan | 0.5984 | 0.8879 |" in report) == gpu
+    if gpu:
+        (comparison,) = [text for text in ran if "--compare" in text]
+        assert f"{out}/float.plan@tensorrt_rtx {out}/int8.plan@tensorrt_rtx" in comparison
+        assert "--graph" not in comparison
+
+
+def test_val_trt_tells_a_folder_that_cannot_be_written(world):
+    call, run, data = world
+    (run / "tensorrt").touch()  # a file in the place of the folder
+    result, commands = call("val_trt.sh", run, data, 320)
+    assert result.returncode == 3
+    assert f"{run}/tensorrt cannot be written by user" in result.stderr
+    assert "docker run --user" in result.stderr
+    assert len(commands) == 1
+
+
 def test_val_trt_without_tensorrt_names_the_container(world):
     call, run, data = world
     result, commands = call("val_trt.sh", run, data, 320, version=None)
@@ -135,6 +179,7 @@ def test_val_trt_without_tensorrt_names_the_container(world):
         (["RUN", "DATA", "0"], 2, "multiple of 32"),
         (["RUN", "DATA", "320", "--batch", "1;4"], 2, "no list"),
         (["RUN", "DATA", "320", "--fast"], 2, "--fast"),
+        (["RUN", "DATA", "320", "--runtime", "openvino"], 2, "none of tensorrt, tensorrt_rtx"),
         (["none", "DATA", "320"], 3, "No run directory or checkpoint at 'none'"),
         (["RUN", "none", "320"], 3, "No data set at 'none'"),
     ],

@@ -21,7 +21,7 @@ from core.runtimes import RUNTIMES, runtime_for
 from deploy import EngineRequest, build_engine, export_onnx, open_engine
 from deploy.engine import main
 from deploy.runtimes.engines import find_image_size, runtime_of
-from deploy.runtimes.tensorrt_builder import BuildOptions
+from deploy.runtimes.tensorrt_builder import BuildOptions, sidecar_path
 from deploy.runtimes.tensorrt_rtx import TensorRTRTXRuntime
 from pipeline.stages.engine import check_runtimes
 from pipeline.stages.report import report_stage
@@ -213,6 +213,14 @@ def test_a_plan_needs_a_gpu_to_run(plan):
     assert find_image_size(plan) == SIZE
     with pytest.raises(DeployError, match="needs a GPU and its driver"):
         open_engine("tensorrt_rtx", plan)
+
+
+@rtx
+def test_the_command_tells_the_version(plan, capsys):
+    assert main(["version", "--runtime", "tensorrt_rtx"]) == 0
+    assert capsys.readouterr().out.strip() == json.loads(sidecar_path(plan).read_text())["tensorrt_rtx"]
+    assert main(["layers", "model.xml", "--json", "layers.json"]) == 3
+    assert "OpenVINO is another runtime" in capsys.readouterr().err
 
 
 # -- running, on the double
