@@ -15,6 +15,7 @@ from core.registry import Registry
 OUTPUTS = ("decoded", "raw", "onnx_nms", "efficient_nms")
 SCALE_TYPES = ("fp16", "fp32")
 LOWEST_OPSET, HIGHEST_OPSET = 13, 23
+FP8_OPSET = 19  # the first with E4M3 codes
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import onnx
 import torch
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 from torch import nn
 
 from core.errors import DeployError
@@ -53,6 +53,7 @@ class ExportReport:
         opset: operator set version in the file.
         num_quantize, num_dequantize: Q and DQ nodes in the file.
         num_int8_weights: INT8 initializers that a DQ reads.
+        num_fp8_weights: FP8 initializers that a DQ reads.
         size_bytes: size of the file.
         passes: Q/DQ counts before and after every pass, in order.
         parity: targets that measure ranges, with `images` only: the file against the graph before the target's passes.
@@ -64,6 +65,7 @@ class ExportReport:
     num_quantize: int
     num_dequantize: int
     num_int8_weights: int
+    num_fp8_weights: int
     size_bytes: int
     passes: tuple[PassCount, ...]
     parity: CompareReport | None = None
@@ -91,7 +93,7 @@ def export_onnx(
     Args:
         module: float32 images [B, 3, H, W] in [0, 1] -> one tensor or a tuple of tensors, one for each output
             name. Quantized modules call `torch.fake_quantize_per_tensor_affine` / `_per_channel_affine` with
-            the range (-128, 127).
+            the range (-128, 127), or functions whose ONNX symbolic is Q/DQ (FP8).
         path: file to write.
         image_size: (height, width) in pixels.
         target: what the graph is written for, a name in `core.targets.TARGETS`.
@@ -141,7 +143,8 @@ def export_onnx(
         opset=opset_of(model),
         num_quantize=num_quantize,
         num_dequantize=num_dequantize,
-        num_int8_weights=count_int8_weights(model),
+        num_int8_weights=count_weights(model, TensorProto.INT8, TensorProto.UINT8),
+        num_fp8_weights=count_weights(model, TensorProto.FLOAT8E4M3FN),
         size_bytes=path.stat().st_size,
         passes=tuple(counts),
         parity=parity,
@@ -237,12 +240,11 @@ def _check_result(model: ModelProto, target: str, opset: int, quantized: bool) -
     onnx.checker.check_model(model, full_check=True)
 
 
-def count_int8_weights(model: ModelProto) -> int:
-    """Number of 8-bit initializers read as data by a DQ."""
+def count_weights(model: ModelProto, *wanted: int) -> int:
+    """Number of initializers of some types that a DQ reads as data."""
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    eight_bit = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
     readers = (node for node in model.graph.node if node.op_type == "DequantizeLinear")
-    return sum(types.get(node.input[0]) in eight_bit for node in readers)
+    return sum(types.get(node.input[0]) in wanted for node in readers)
 
 
 def _add_metadata(model: ModelProto, metadata: Mapping[str, str]) -> None:

@@ -60,11 +60,15 @@ def format_report(report: CheckReport) -> str:
     counts = Counter(finding.rule for finding in report.findings)
     listed = ", ".join(f"{rule} {count}" for rule, count in counts.most_common())
     lines.append(f"{len(report.findings)} findings" + (f": {listed}" if listed else ""))
-    lines.append(
-        f"{summary.num_int8_convs} of {summary.num_convs} convs in INT8 ({summary.num_output_convs} at the outputs); "
-        f"{summary.int8_share:.2%} of {summary.macs / 1e9:.2f} G multiply-accumulates, "
-        f"{summary.inner_int8_share:.2%} without the output convs"
-    )
+    for name, number, share, inner in (
+        ("INT8", summary.num_int8_convs, summary.int8_share, summary.inner_int8_share),
+        ("FP8", summary.num_fp8_convs, summary.fp8_share, summary.inner_fp8_share),
+    ):
+        if number or (name == "INT8" and not summary.num_fp8_convs):
+            lines.append(
+                f"{number} of {summary.num_convs} convs in {name} ({summary.num_output_convs} at the outputs); "
+                f"{share:.2%} of {summary.macs / 1e9:.2f} G multiply-accumulates, {inner:.2%} without the output convs"
+            )
     lines.append(
         f"{summary.num_quantize} Q, {summary.num_dequantize} DQ, "
         f"{summary.precision_changes} precision changes predicted"

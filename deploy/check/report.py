@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,11 +22,11 @@ class Summary:
 
     Attributes:
         num_nodes, num_quantize, num_dequantize: nodes in the file.
-        num_convs, num_int8_convs: weighted nodes, and those that run in INT8.
+        num_convs, num_int8_convs, num_fp8_convs: weighted nodes, and those that run in INT8 and in FP8.
         num_output_convs: weighted nodes at the outputs, float by design.
         macs, int8_macs: multiply-accumulates at batch 1 of all of them; 0 where shapes are unknown.
-        int8_share: int8_macs / macs.
-        inner_int8_share: the same without the output convs, that is, of backbone, neck and head towers.
+        int8_share, fp8_share: share of the multiply-accumulates in INT8 and in FP8.
+        inner_int8_share, inner_fp8_share: the same without the output convs: of backbone, neck and head towers.
         precision_changes: places where a kernel has to change type or scale on its own.
     """
 
@@ -34,11 +35,14 @@ class Summary:
     num_dequantize: int
     num_convs: int
     num_int8_convs: int
+    num_fp8_convs: int
     num_output_convs: int
     macs: int
     int8_macs: int
     int8_share: float
+    fp8_share: float
     inner_int8_share: float
+    inner_fp8_share: float
     precision_changes: int
 
 
@@ -97,28 +101,29 @@ def inspect_model(
 def summarize_view(view: View, model: ModelProto) -> Summary:
     """Count convs, multiply-accumulates and precision changes."""
     num_quantize, num_dequantize = count_qdq(model)
-    total = inner = int8 = inner_int8 = num_int8 = 0
     weighted = view.weighted()
+    number, macs, inner = Counter[str](), Counter[str](), Counter[str]()  # by precision
     for node in weighted:
-        macs = view.multiply_accumulates(node) or 0
-        quantized, at_output = view.is_quantized(node), id(node) in view.output_convs
-        total += macs
-        num_int8 += quantized
-        int8 += macs if quantized else 0
-        if not at_output:
-            inner += macs
-            inner_int8 += macs if quantized else 0
+        precision, count = view.node_precision(node), view.multiply_accumulates(node) or 0
+        number[precision] += 1
+        macs[precision] += count
+        if id(node) not in view.output_convs:
+            inner[precision] += count
+    total, inner_total = macs.total(), inner.total()
     return Summary(
         num_nodes=len(model.graph.node),
         num_quantize=num_quantize,
         num_dequantize=num_dequantize,
         num_convs=len(weighted),
-        num_int8_convs=num_int8,
+        num_int8_convs=number["int8"],
+        num_fp8_convs=number["fp8"],
         num_output_convs=sum(id(node) in view.output_convs for node in weighted),
         macs=total,
-        int8_macs=int8,
-        int8_share=int8 / total if total else 0.0,
-        inner_int8_share=inner_int8 / inner if inner else 0.0,
+        int8_macs=macs["int8"],
+        int8_share=macs["int8"] / max(total, 1),
+        fp8_share=macs["fp8"] / max(total, 1),
+        inner_int8_share=inner["int8"] / max(inner_total, 1),
+        inner_fp8_share=inner["fp8"] / max(inner_total, 1),
         precision_changes=count_precision_changes(view),
     )
 

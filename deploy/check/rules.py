@@ -62,6 +62,12 @@ def _why_float(view: View, node: NodeProto) -> tuple[str, str]:
             f"{kind}'s input comes from {origin} without Q/DQ; it runs in float",
             f"put Q/DQ on '{missing[0]}'",
         )
+    kinds = view.code_kinds(node)
+    if len(kinds) > 1:
+        return (
+            f"{kind}'s data and weight have codes of {len(kinds)} kinds ({', '.join(sorted(kinds))}); it runs in float",
+            "quantize both to INT8 or both to FP8",
+        )
     scales = {view.quantization(dq).key for dq in found.values() if dq is not None}
     values = ", ".join(sorted(format_scale(key[0]) if key else "per channel" for key in scales))
     return (

@@ -30,6 +30,7 @@ FLOAT_TYPES: Mapping[int, str] = {
     onnx.TensorProto.FLOAT16: "fp16",
     onnx.TensorProto.BFLOAT16: "bf16",
 }
+FP8_TYPES = frozenset({onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2})
 
 
 @dataclass(frozen=True)
@@ -199,15 +200,24 @@ class View:
         return self.dequantizer(name)
 
     def is_quantized(self, node: NodeProto) -> bool:
-        """Whether a weighted node runs in INT8: its weights are, one scale is on all of its data, and see below.
+        """Whether a weighted node runs in INT8 or FP8: its weights are, one scale is on all of its data, and see below.
 
-        ONNX Runtime's convs also ask for a Q on their result.
+        Data and weights have codes of one kind. ONNX Runtime's convs also ask for a Q on their result.
         """
-        if self.weight_dequantizer(node) is None or self.lacks_result_quantizer(node):
+        if len(self.code_kinds(node)) != 1 or self.lacks_result_quantizer(node):
             return False
         found = [self.dequantizer(root) for root in self.roots(node.input[0])]
         keys = {self.quantization(dq).key if dq is not None else None for dq in found}
         return len(keys) == 1 and None not in keys
+
+    def code_kinds(self, node: NodeProto) -> set[str]:
+        """Kinds of codes, int8 or fp8, of a weighted node's data and weight; empty where one is not quantized."""
+        found = [self.weight_dequantizer(node), *map(self.dequantizer, self.roots(node.input[0]))]
+        return set() if None in found else {self.code_kind(dq) for dq in found if dq is not None}
+
+    def code_kind(self, dequantize: NodeProto) -> str:
+        """Kind of the codes that a DQ reads: int8 (signed or not) or fp8."""
+        return "fp8" if self.types.get(dequantize.input[0]) in FP8_TYPES else "int8"
 
     def lacks_result_quantizer(self, node: NodeProto) -> bool:
         """Whether ONNX Runtime runs a conv in float because somebody reads its result without Q."""
@@ -241,13 +251,15 @@ class View:
         return FLOAT_TYPES.get(self.types.get(tensor, 0), "")
 
     def node_precision(self, node: NodeProto) -> str:
-        """Precision an engine will run a node in: int8, fp16, bf16, fp32 or other."""
+        """Precision an engine will run a node in: int8, fp8, fp16, bf16, fp32 or other."""
         if node.op_type in WEIGHTED and node.input[1] in self.fixed:
-            return "int8" if self.is_quantized(node) else self.float_type(node.output[0]) or "fp32"
+            kinds = self.code_kinds(node) if self.is_quantized(node) else set()
+            return kinds.pop() if kinds else self.float_type(node.output[0]) or "fp32"
         if self.is_moving(node) or node.op_type in AVERAGE_POOLS:
             roots = [self.dequantizer(root) for name in self.moved_inputs(node) for root in self.roots(name)]
-            if roots and all(root is not None for root in roots):
-                return "int8"
+            kinds = {self.code_kind(root) for root in roots if root is not None}
+            if None not in roots and len(kinds) == 1:
+                return kinds.pop()
         return self.float_type(node.output[0]) or "other"
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from core.choices import CAPABILITIES
 from core.errors import DeployError
@@ -84,9 +84,16 @@ def compile_graph(model: ModelProto, capabilities: Sequence[str], shapes: Shapes
         shapes: of the images, for graphs that leave dimensions open.
 
     Raises:
-        DeployError: TensorRT for RTX is missing, or refuses the graph; the message has its words.
+        DeployError: TensorRT for RTX is missing, or refuses the graph (the message has its words), or a capability
+            does not run the graph's FP8 codes.
     """
     check_capabilities(capabilities)
+    unable = [name for name in capabilities if name not in WITH_FP8]
+    if unable and any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer):
+        raise DeployError(
+            f"The graph has FP8 codes, which {unable[0]} does not run: build for {', '.join(sorted(WITH_FP8))}, or "
+            "export an INT8 graph."
+        )
     trt = import_tensorrt_rtx()
     logger = _make_logger(trt)
     builder = trt.Builder(logger)

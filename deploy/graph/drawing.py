@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
-COLOURS = {"int8": "#3b9c5a", "fp16": "#e0a030", "bf16": "#d98a5b", "fp32": "#c8504b", "other": "#9aa0a6"}
+COLOURS = {
+    "int8": "#3b9c5a",
+    "fp8": "#2f7f9e",
+    "fp16": "#e0a030",
+    "bf16": "#d98a5b",
+    "fp32": "#c8504b",
+    "other": "#9aa0a6",
+}
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 132, 24, 14, 22, 40
 
 

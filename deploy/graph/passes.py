@@ -1,4 +1,4 @@
-"""Graph passes that every target shares: fold what is constant, store INT8 weights, merge equal quantizers.
+"""Graph passes that every target shares: fold what is constant, store 8-bit weights, merge equal quantizers.
 
 General ONNX simplifiers fold the DequantizeLinear of INT8 weights back into float weights, or merge
 quantizers without looking at their scales. These passes do neither, and `run_pass` counts Q/DQ nodes before
@@ -16,13 +16,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from core.errors import DeployError
 from deploy.graph.model import Array, Graph, attributes, opset_of, tensor_shapes
 from deploy.graph.shapes import Known, Shapes, partial_values
 
+E4M3 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
+E4M3_MAX = 448.0
 MAX_FOLDED_BYTES = 64 * 2**20
 FOLDABLE = frozenset(
     (
@@ -288,11 +290,11 @@ def _slice_bounds(graph: Graph, node: NodeProto, shapes: Shapes) -> tuple[int, i
 
 # ----------------------------------------------------------------------------------------------- quantization
 def fold_weights(lowest: int = -128) -> GraphPass:
-    """Make the pass that stores quantized weights: constant -> Q -> DQ becomes int8 initializer -> DQ.
+    """Make the pass that stores quantized weights: constant -> Q -> DQ becomes int8 or FP8 initializer -> DQ.
 
     q = clip(round_half_even(w / scale) + zero point, lowest, 127), per tensor or per channel. Octet's weights
     use [-127, 127], so its exports ask for `lowest=-127`; -128 is what ONNX prescribes for other people's
-    graphs.
+    graphs. FP8: q = E4M3 closest to w / scale, halves to even, saturated at 448.
     """
 
     def fold_weights(graph: Graph) -> PassResult:
@@ -328,6 +330,9 @@ def quantize_constant(graph: Graph, node: NodeProto, lowest: int = -128) -> Arra
         axis = attributes(node).get("axis", 1)
         assert isinstance(axis, int)
         shape[axis] = scale.size
+    if zero_point.dtype == E4M3:
+        codes = value / (scale.reshape(shape) if scale.size > 1 else scale)
+        return np.clip(codes, -E4M3_MAX, E4M3_MAX).astype(E4M3)
     # torch.fake_quantize_* multiplies by the reciprocal in float32 and rounds half to even: the same codes come out
     steps = np.rint(value * (np.float32(1) / scale).reshape(shape if scale.size > 1 else ()))
     steps += zero_point.astype(np.float32).reshape(shape if zero_point.size > 1 else ())
@@ -335,7 +340,7 @@ def quantize_constant(graph: Graph, node: NodeProto, lowest: int = -128) -> Arra
         return np.clip(steps, lowest, 127).astype(np.int8)
     if zero_point.dtype == np.uint8:
         return np.clip(steps, 0, 255).astype(np.uint8)
-    raise DeployError(f"'{node.name}' quantizes to {zero_point.dtype}; int8 and uint8 are supported.")
+    raise DeployError(f"'{node.name}' quantizes to {zero_point.dtype}; int8, uint8 and E4M3 are supported.")
 
 
 def merge_identical(graph: Graph) -> PassResult:

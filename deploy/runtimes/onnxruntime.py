@@ -14,8 +14,8 @@ from onnx import ModelProto, helper, numpy_helper
 
 from core.errors import DeployError
 from core.files import write_bytes
-from deploy.graph.model import load_onnx, verify_onnx
-from deploy.graph.passes import count_qdq
+from deploy.graph.model import Array, load_onnx, verify_onnx
+from deploy.graph.passes import E4M3, count_qdq
 from deploy.runtimes.base import EngineRequest, FloatArray, LayerTime, Runtime, check_images
 from deploy.targets.outputs import plugin_hint
 
@@ -253,7 +253,7 @@ class CodeRecorder:
         verify_onnx(path)
         model = load_onnx(path)
         constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-        self._zero_points: dict[str, int] = {}
+        self._zero_points: dict[str, Array] = {}
         self._outputs: dict[str, str] = {}
         for node in model.graph.node:
             if node.op_type != "QuantizeLinear":
@@ -261,7 +261,7 @@ class CodeRecorder:
             zero_point = constants.get(node.input[2]) if len(node.input) > 2 else np.zeros((), np.uint8)
             if zero_point is None or zero_point.size != 1:
                 raise DeployError(f"'{node.name}' of {path} has no single zero point in the file.")
-            self._zero_points[node.name] = int(zero_point.item())
+            self._zero_points[node.name] = zero_point
             self._outputs[node.name] = node.output[0]
         if not self._outputs:
             raise DeployError(f"{path} has no QuantizeLinear on activations; give a quantized graph.")
@@ -270,13 +270,23 @@ class CodeRecorder:
         self._session = _memory_session(model)
 
     def codes(self, images: FloatArray) -> dict[str, NDArray[np.int16]]:
-        """Name of each QuantizeLinear node -> its codes for a batch, in steps from the zero point."""
+        """Name of each QuantizeLinear node -> its codes for a batch, in steps from the zero point.
+
+        FP8 codes become their places in the rising order of all codes: a sign, and 0 to 126.
+        """
         feed = {self._session.get_inputs()[0].name: check_images(images, "ONNX Runtime")}
         results = self._session.run(list(self._outputs.values()), feed)
         return {
-            name: result.astype(np.int16) - np.int16(self._zero_points[name])
+            name: _steps(result, self._zero_points[name])
             for name, result in zip(self._outputs, results, strict=True)
         }
+
+
+def _steps(codes: Array, zero_point: Array) -> NDArray[np.int16]:
+    if zero_point.dtype != E4M3:
+        return codes.astype(np.int16) - np.int16(zero_point.item())
+    bits = codes.view(np.uint8).astype(np.int16)
+    return np.where(bits < 128, bits, 128 - bits)
 
 
 def _memory_session(model: ModelProto) -> Any:

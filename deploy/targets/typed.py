@@ -1,8 +1,8 @@
 """The strongly typed graph that TensorRT 11 wants (10.x too, with STRONGLY_TYPED): precision is what the file says.
 
-TensorRT 11 has no FP16 and INT8 flags any more. Q/DQ make the INT8 part; everything else runs in the type the graph
-gives it. So the float part is written in FP16 here, and the tail behind the last convs (DFL, boxes, sigmoid) stays
-FP32: FP16 steps are 0.5 px above 512. Scales come in two forms:
+TensorRT 11 has no FP16 and INT8 flags any more. Q/DQ make the INT8 or FP8 part; everything else runs in the type the
+graph gives it. So the float part is written in FP16 here, and the tail behind the last convs (DFL, boxes, sigmoid)
+stays FP32: FP16 steps are 0.5 px above 512. Scales come in two forms:
 
 - "fp16": scale tensors in FP16, opset 19. The grid moves by at most 2^-11 of a step; Q and DQ get the same value.
 - "fp32": scale tensors in FP32, opset 23, whose DQ names its output type. No zero point is written then, because
@@ -21,7 +21,7 @@ from core.errors import DeployError
 from core.operators import OPERATORS, Kind
 from core.targets import SCALE_TYPES
 from deploy.graph.model import Array, Graph
-from deploy.graph.passes import GraphPass, PassRequest, PassResult
+from deploy.graph.passes import E4M3, GraphPass, PassRequest, PassResult
 from deploy.targets.resize import quantize_behind_resize
 
 COMPUTE = frozenset((*OPERATORS[Kind.WEIGHTED].onnx, "QuantizeLinear", "DequantizeLinear"))
@@ -94,8 +94,10 @@ class _Typer:
     def _type_quantize(self, node: NodeProto) -> None:
         is_half = node.input[0] in self.half
         if self.scale_type == "fp32":
+            zero_point = self.graph.constants.get(node.input[2]) if len(node.input) > 2 else None
+            is_fp8 = zero_point is not None and zero_point.dtype == E4M3
             del node.input[2:]
-            _set_integer(node, "output_dtype", TensorProto.INT8)
+            _set_integer(node, "output_dtype", TensorProto.FLOAT8E4M3FN if is_fp8 else TensorProto.INT8)
             return
         # an image in FP32 is quantized with the same, FP16-representable value kept in FP32
         node.input[1] = self._scale(node.input[1], np.float16 if is_half else np.float32)

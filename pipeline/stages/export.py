@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from configs.deploy_schema import NMSConfig
 from core.errors import ConfigError, DataError
 from core.runtimes import RUNTIMES
-from core.targets import TARGETS
+from core.targets import FP8_OPSET, TARGETS
 from data import to_input
 from deploy import (
     ExportReport,
@@ -111,9 +111,16 @@ def compare_with_torch(job: Job) -> None:
     if target is not None:
         compare_fixed_point(job, job.run.path(model_name(job, target)))
         return
+    network, row = job.networks.best()
+    has_fp8 = any(group.grid.is_fp8 for group in placement_of(network).groups)
+    # no engine of an exact target runs FP8, but ONNX Runtime executes its graph
+    exact = next(
+        name for name, entry in TARGETS.items() if entry.is_exact and (entry.signed_only or not has_fp8)
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "exact.onnx"
-        export_quantized(job, next(name for name in TARGETS if TARGETS[name].is_exact), path)
+        opset = FP8_OPSET if has_fp8 else None
+        write_onnx(job, network.cpu(), exact, row.name, path, opset=opset)
         compare_fixed_point(job, path)
 
 
@@ -161,7 +168,7 @@ def export_quantized(job: Job, target: str, path: Path) -> ExportReport:
     report = write_onnx(job, network, target, row.name, path, images)
     say(
         f"{path.name}: target {target}, opset {report.opset}, {report.num_quantize} Q, {report.num_dequantize} DQ, "
-        f"{report.num_int8_weights} INT8 weights, {report.size_bytes / 1e6:.2f} MB"
+        f"{report.num_int8_weights} INT8 and {report.num_fp8_weights} FP8 weights, {report.size_bytes / 1e6:.2f} MB"
     )
     if report.parity is not None:
         say(f"{path.name} against the graph with float activations: {describe(report.parity)}")
@@ -182,6 +189,7 @@ def write_onnx(
     source: str,
     path: Path,
     images: list[FloatArray] | None = None,
+    opset: int | None = None,
 ) -> ExportReport:
     """Export one network of the run with the settings of `deploy`; `source` is its row."""
     config = job.config.deploy
@@ -201,7 +209,7 @@ def write_onnx(
             scale_type=config.scale_type,
             outputs=config.outputs,
             nms=nms_options(config.nms),
-            opset=config.opset,
+            opset=opset or config.opset,
             names=names,
         )
     finally:
@@ -308,6 +316,7 @@ def describe_export(report: ExportReport) -> dict[str, Any]:
         "num_quantize": report.num_quantize,
         "num_dequantize": report.num_dequantize,
         "num_int8_weights": report.num_int8_weights,
+        "num_fp8_weights": report.num_fp8_weights,
         "size_bytes": report.size_bytes,
     }
 
