@@ -12,7 +12,7 @@ from typing import Any
 
 from configs.deploy_schema import DeployConfig
 from configs.schema import STAGES, Config
-from core.choices import FP8
+from core.choices import FP8, FP8_CAPABILITIES
 from core.errors import ConfigError
 from core.names import closest
 from core.runtimes import RUNTIMES, RuntimeEntry
@@ -154,6 +154,13 @@ def _deploy_problems(config: Config) -> list[str]:
         problems.append(
             f"deploy.outputs={deploy.outputs}: graphs for {deploy.target} cannot have it; use {' or '.join(able)}, or "
             f"one of deploy.outputs={', '.join(TARGETS[deploy.target].outputs)}."
+        )
+    kinds = {config.quant.grid, *(rule.grid for rule in config.quant.policy)}
+    unable = [name for name in deploy.compute_capabilities if name not in FP8_CAPABILITIES]
+    if FP8 in kinds and unable and "tensorrt_rtx" in deploy.runtimes and "engine" in config.stages:
+        problems.append(
+            f"deploy.compute_capabilities names {', '.join(unable)}, without FP8; with grid=fp8 use "
+            f"deploy.compute_capabilities=[{','.join(FP8_CAPABILITIES)}]."
         )
     for runtime in (RUNTIMES[name] for name in deploy.runtimes):
         problems += _runtime_problems(deploy, runtime)

@@ -22,6 +22,7 @@ CAPABILITIES = (
     "SM120",
     "SM121",
 )  # deploy.compile: GPUs that TensorRT for RTX builds for
+FP8_CAPABILITIES = ("SM89", "SM120", "SM121")  # those that run FP8
 DEFAULT_CAPABILITIES = (
     "SM86",
     "SM89",

@@ -108,6 +108,7 @@ TARGETS: Registry[Target] = Registry(
             scale_opsets={"fp16": 19, "fp32": 23},
             passes="deploy.targets.typed:passes",
             signed_only=True,
+            grids=GRIDS,
             outputs=("decoded", "raw"),
             half=True,
             float_target="trt10",

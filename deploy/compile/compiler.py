@@ -14,12 +14,11 @@ from typing import Any
 
 from onnx import ModelProto, TensorProto
 
-from core.choices import CAPABILITIES
+from core.choices import CAPABILITIES, FP8_CAPABILITIES
 from core.errors import DeployError
 from deploy.compile.kernels import Kernel, read_kernels
 
 WITHOUT_INT8_CONVOLUTIONS = frozenset({"SM75"})
-WITH_FP8 = frozenset({"SM89", "SM120", "SM121"})
 SMALLEST_SIZE = 160  # pixels; average-pools of smaller profiles fail in the build
 
 
@@ -88,10 +87,10 @@ def compile_graph(model: ModelProto, capabilities: Sequence[str], shapes: Shapes
             does not run the graph's FP8 codes.
     """
     check_capabilities(capabilities)
-    unable = [name for name in capabilities if name not in WITH_FP8]
+    unable = [name for name in capabilities if name not in FP8_CAPABILITIES]
     if unable and any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer):
         raise DeployError(
-            f"The graph has FP8 codes, which {unable[0]} does not run: build for {', '.join(sorted(WITH_FP8))}, or "
+            f"The graph has FP8 codes, which {unable[0]} does not run: build for {', '.join(FP8_CAPABILITIES)}, or "
             "export an INT8 graph."
         )
     trt = import_tensorrt_rtx()

@@ -14,6 +14,7 @@ from data import to_input
 from deploy import compare_codes
 from deploy.parity.codes import Codes
 from deploy.runtimes.onnxruntime import CodeRecorder
+from deploy.targets.resize import REPEATED
 from pipeline.job import Job
 from pipeline.run.progress import say, track
 from quant import QUANTIZER, activation_codes
@@ -52,6 +53,8 @@ def _codes(job: Job, path: Path) -> Iterator[tuple[dict[str, Codes], dict[str, C
         images = to_input(batch.images, job.device)
         in_graph = {}
         for name, codes in recorder.codes(np.asarray(images.cpu().numpy(), np.float32)).items():
+            if name.endswith(f"{REPEATED}/QuantizeLinear"):
+                continue  # the codes of the tensor before, moved
             if not name.endswith(SUFFIX):
                 raise DeployError(
                     f"Quantizer '{name}' of {path.name} is not named by a path; export it again."

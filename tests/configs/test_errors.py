@@ -146,3 +146,10 @@ def test_fp8_with_settings_of_integer_grids() -> None:
     ):
         assert part in str(caught.value)
     assert compose([DEMO, "quant=fp8"]).quant.grid == "fp8"
+
+
+def test_fp8_for_gpus_without_it() -> None:
+    settings = [DEMO, "quant=fp8", "deploy=tensorrt_rtx"]
+    with pytest.raises(ConfigError, match=r"names SM86, without FP8.*=\[SM89,SM120,SM121\]"):
+        compose([*settings, "deploy.compute_capabilities=[SM86,SM89]"])
+    compose([*settings, "deploy.compute_capabilities=[SM89,SM120]"])

@@ -61,6 +61,25 @@ def factory(names):
     return CustomDetector(Network(len(names)), strides=(8, 16, 32))
 
 
+class Upsampling(Network):
+    """The same, with a top-down step: upsampling, concat with the finer map, convolution."""
+
+    def __init__(self, classes):
+        super().__init__(classes)
+        self.up = nn.Upsample(scale_factor=2, mode="nearest")
+        self.join = nn.Sequential(nn.Conv2d(32, 16, 1), nn.SiLU())
+
+    def forward(self, images):
+        fine = self.stem(images)
+        middle = self.downs[0](fine)
+        maps = [self.join(torch.cat((self.up(middle), fine), 1)), middle, self.downs[1](middle)]
+        return tuple((self.boxes[index](x), self.classes[index](x)) for index, x in enumerate(maps))
+
+
+def upsampling_factory(names):
+    return CustomDetector(Upsampling(len(names)), strides=(8, 16, 32))
+
+
 def total(predict, batches):
     """A measure that any other detection changes: their number, and the sums of their scores and corners."""
     found = torch.cat([one for batch in batches for one in predict(batch.images)]).double()
@@ -189,6 +208,26 @@ def test_fixed_point_compares_the_graph_with_torch_by_name(tmp_path, capfd, grou
         assert changed[0]["differing"] == content["tensors"][0]["differing"]
         assert changed[1]["differing_locally"] > 0.3 * changed[1]["values"]
         assert changed[1]["differing"] == changed[1]["differing_locally"]
+
+
+@pytest.mark.parametrize("settings", [("deploy=trt10",), ("quant=fp8", "deploy=trt11")])
+def test_fixed_point_leaves_out_the_pair_behind_a_resize(tmp_path, settings):
+    """Its codes are those of the tensor before, which is compared; FP8 codes are compared like integers."""
+    job = make_job(
+        tmp_path / "run",
+        f"model.factory={__name__}:upsampling_factory",
+        *settings,
+        "deploy.fixed_point_images=3",
+    )
+    export_stage(job)
+    model = onnx.load(job.run.path("model.onnx"))
+    assert any("_repeated/" in node.name for node in model.graph.node)
+    content = job.run.read_json("fixed_point.json")
+    placement = load_placement(job.run.path("placement.yaml"))
+    names = [site.name for one in placement.groups for site in one.tensors]
+    assert [tensor["name"] for tensor in content["tensors"]] == names
+    assert content["share"] < 0.01
+    assert set(content["steps"]) <= {"1"}
 
 
 # --------------------------------------------------------------------------------------------------------- TensorRT

@@ -186,6 +186,6 @@ def test_gpus_without_fp8_are_named_before_the_build(exported: Path, capability:
     from deploy.check.compiled import inspect_build
 
     with pytest.raises(
-        DeployError, match=f"FP8 codes, which {capability} does not run: build for SM120, SM121, SM89"
+        DeployError, match=f"FP8 codes, which {capability} does not run: build for SM89, SM120, SM121"
     ):
         inspect_build(load_onnx(exported), capability)
