@@ -1,7 +1,8 @@
 """`python -m deploy.check MODEL.onnx [--strict] [--json FILE] [--svg FILE] [--target TARGET]`: findings of a graph.
 
-With `--compile SM89` NVIDIA's compiler (TensorRT for RTX, no GPU needed) builds the graph as well, and the report says
-what the engine does with every convolution.
+With `--fix OUT.onnx` the graph is mended first, as far as that needs no data, and everything else is about OUT.onnx;
+`--images FOLDER` compares the outputs of both. With `--compile SM89` NVIDIA's compiler (TensorRT for RTX, no GPU
+needed) builds the graph as well, and the report says what the engine does with every convolution.
 
 Exit code 0; 4 with --strict when there are findings; 3 when the file cannot be read.
 """
@@ -31,20 +32,32 @@ if TYPE_CHECKING:
 @reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the check; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    report = inspect_graph(options.model, options.size, options.target)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.images is not None and options.fix is None:
+        parser.error("--images compares the graphs before and after --fix OUT.onnx; give both")
+    path, fixed = options.model, {}
+    if options.fix is not None:
+        from deploy.check.fix import compare_files, fix_file, format_fixes
+
+        fixes, path = fix_file(options.model, options.fix, options.size, options.target), options.fix
+        fixed = {"fixed": fixes.as_dict()}
+        print(format_fixes(fixes, options.fix))
+        if options.images is not None:
+            print(compare_files(options.model, options.fix, options.images, options.size))
+    report = inspect_graph(path, options.size, options.target)
     if options.svg is not None:
-        view = View(load_onnx(options.model), options.size, options.target)
+        view = View(load_onnx(path), options.size, options.target)
         write_text(options.svg, draw_graph(view))
     builds = []
     if options.compile is not None:
         from deploy.check.compiled import inspect_build  # with the compiler's libraries, 220 MB
 
-        model = load_onnx(options.model)
+        model = load_onnx(path)
         builds = [inspect_build(model, name, options.size) for name in options.compile.split(",")]
     if options.json is not None:
         compiled = {"compiled": [build.as_dict() for build in builds]} if builds else {}
-        write_json(options.json, {**report.as_dict(), **compiled})
+        write_json(options.json, {**report.as_dict(), **compiled, **fixed})
     print(format_report(report))
     for build in builds:
         print(format_build(build))
@@ -115,6 +128,14 @@ def _parser() -> argparse.ArgumentParser:
         const="SM89",
         metavar="CAPABILITY,...",
         help="build with TensorRT for RTX for these compute capabilities, such as SM86,SM89, and report the engine",
+    )
+    parser.add_argument(
+        "--fix", type=Path, metavar="OUT.onnx", help="mend what needs no data, write this file and check it"
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        help="with --fix: folder or .npz of images to compare the outputs of both graphs on",
     )
     parser.add_argument("--size", type=_size, help="image size HEIGHTxWIDTH, for graphs that leave it open")
     parser.add_argument(

@@ -15,8 +15,9 @@ from deploy.check.finding import Finding
 from deploy.check.view import View
 from deploy.compile.compiler import WITHOUT_INT8_CONVOLUTIONS, Compiled, Shapes, compile_graph
 from deploy.compile.kernels import Kernel, total_bytes
-from deploy.graph.model import Array, Graph, attributes
+from deploy.graph.model import Graph, attributes
 from deploy.graph.passes import PassResult, fold_constants, run_pass
+from deploy.graph.quantizers import dequantize_constant
 from deploy.naming import module_path
 from deploy.targets.typed import strongly_typed
 
@@ -124,11 +125,14 @@ def remove_quantizers(graph: Graph) -> PassResult:
     gone = [node for node in graph.nodes if node.op_type in counts]
     for node in gone:
         counts[node.op_type] += 1
-        codes = graph.constants.get(node.input[0])
-        if codes is None:
+        value = graph.constants.get(node.input[0])
+        if value is None:
             graph.rewire(node.output[0], node.input[0])
-        else:
-            graph.constants[node.output[0]] = _values(graph, node, codes)
+        else:  # a Q hands its float constant on, also through the DQ behind it
+            is_codes = (
+                node.op_type == "DequantizeLinear" and value.dtype != graph.constants[node.input[1]].dtype
+            )
+            graph.constants[node.output[0]] = dequantize_constant(graph, node) if is_codes else value
     graph.remove(gone)
     return PassResult(-counts["QuantizeLinear"], -counts["DequantizeLinear"], len(gone))
 
@@ -145,23 +149,6 @@ def write_float32(graph: Graph) -> PassResult:
         graph.rewire(node.output[0], node.input[0])
     graph.remove(gone)
     return PassResult(edits=len(gone))
-
-
-def _values(graph: Graph, node: NodeProto, codes: Array) -> Array:
-    """What a DQ makes of constant codes; a Q hands its float constant on."""
-    if node.op_type == "QuantizeLinear":
-        return codes
-    scale = graph.constants[node.input[1]]
-    zero_point = (
-        graph.constants[node.input[2]] if len(node.input) > 2 and node.input[2] else np.zeros((), codes.dtype)
-    )
-    shape = [1] * codes.ndim
-    if scale.size > 1:
-        shape[int(str(attributes(node).get("axis", 1)))] = scale.size
-    steps = codes.astype(np.float32) - zero_point.astype(np.float32).reshape(
-        shape if zero_point.size > 1 else ()
-    )
-    return (steps * scale.astype(np.float32).reshape(shape if scale.size > 1 else ())).astype(scale.dtype)
 
 
 def _fixed(view: View) -> Shapes:

@@ -49,7 +49,8 @@ def _quantize_of(view: View, node: NodeProto) -> NodeProto | None:
 def _same(one: Quantization, other: Quantization) -> bool:
     if one.scale is None or other.scale is None:
         return one.scale is None and other.scale is None
-    return bool(np.array_equal(one.scale, other.scale) and _zero(one) == _zero(other))
+    scales = (one.scale.reshape(-1), other.scale.reshape(-1))  # shapes [] and [1] are the same value
+    return bool(np.array_equal(*scales) and _zero(one) == _zero(other))
 
 
 def _zero(parameters: Quantization) -> list[int]:
@@ -70,6 +71,20 @@ def _scale_findings(view: View, node: NodeProto, scale: Array) -> Findings:
             node.name, f"an activation has {scale.size} scales; no INT8 conv takes more than one",
             "use one scale for the tensor", "per-channel-activation",
         )  # fmt: skip
+
+
+def scale_shapes(view: View) -> Findings:
+    """Rule 10: an activation's DQ has a scalar scale; TensorRT runs convs behind one of shape [1] in float.
+
+    The shape of the Q's scale makes no difference (seen with TensorRT for RTX 1.7).
+    """
+    for node in view.quantizers("DequantizeLinear"):
+        scale = view.quantization(node).scale
+        if scale is not None and scale.size == 1 and scale.ndim:
+            yield Finding(
+                node.name, f"its scale has shape {list(scale.shape)}: TensorRT runs the convs that read it in float",
+                "store the scale as a scalar, shape []", "scale-shape",
+            )  # fmt: skip
 
 
 def _code_findings(view: View, node: NodeProto, parameters: Quantization) -> Findings:

@@ -27,12 +27,12 @@ def needless_quantizers(view: View) -> Findings:
         seen.setdefault((node.input[0], key), node)
         yield from _dangling(view, node)
         if id(node) not in inside:  # those have a rule of their own
-            yield from _useless(view, node)
+            yield from useless(view, node)
 
 
 def _dangling(view: View, node: NodeProto) -> Findings:
     readers = view.readers(node.output[0])
-    if _at_output(view, node):
+    if at_output(view, node):
         yield Finding(node.name, "quantizes a graph output", "leave outputs in float", "q-at-output", 1)
         return
     if not readers or not behind(view, node):
@@ -48,9 +48,9 @@ def _dangling(view: View, node: NodeProto) -> Findings:
             )  # fmt: skip
 
 
-def _useless(view: View, node: NodeProto) -> Findings:
+def useless(view: View, node: NodeProto) -> Findings:
     """A Q whose result only float operators read, inside the network or in the decode."""
-    if not behind(view, node) or _at_output(view, node) or _serves_integer_kernel(view, node):
+    if not behind(view, node) or at_output(view, node) or _serves_integer_kernel(view, node):
         return
     kinds = ", ".join(sorted({reader.op_type for reader in behind(view, node)}))
     if _is_behind_last_conv(view, node.input[0]):
@@ -68,7 +68,8 @@ def _useless(view: View, node: NodeProto) -> Findings:
     )  # fmt: skip
 
 
-def _at_output(view: View, quantize: NodeProto) -> bool:
+def at_output(view: View, quantize: NodeProto) -> bool:
+    """Whether a graph output holds the codes of a Q or their values."""
     results = [quantize.output[0], *(dq.output[0] for dq in view.readers(quantize.output[0]))]
     return any(name in view.graph.outputs for name in results)
 
@@ -84,25 +85,26 @@ def _serves_integer_kernel(view: View, quantize: NodeProto) -> bool:
         for node in view.readers(name):
             if node.op_type in WEIGHTED:
                 return True
-            if node.op_type in ("Add", *AVERAGE_POOLS) and _leads_to_conv(view, node.output[0]):
+            if node.op_type in ("Add", *AVERAGE_POOLS) and leads_to_conv(view, node.output[0]):
                 return True
             if node.op_type in ("DequantizeLinear", "QuantizeLinear") or view.is_moving(node):
                 pending.extend(node.output)
     return False
 
 
-def _leads_to_conv(view: View, tensor: str) -> bool:
+def leads_to_conv(view: View, tensor: str) -> bool:
+    """Whether a weighted node comes behind a tensor."""
     return any(node.op_type in WEIGHTED for node in reached(view, tensor))
 
 
 def _is_behind_last_conv(view: View, tensor: str) -> bool:
-    return bool(view.weighted()) and not _leads_to_conv(view, tensor)
+    return bool(view.weighted()) and not leads_to_conv(view, tensor)
 
 
 def float_pools(view: View) -> Findings:
     """Rule 4: an average-pool inside the network reads INT8; Q/DQ do not commute with it."""
     for node in view.graph.nodes:
-        if node.op_type not in AVERAGE_POOLS or not _leads_to_conv(view, node.output[0]):
+        if node.op_type not in AVERAGE_POOLS or not leads_to_conv(view, node.output[0]):
             continue
         missing = [root for root in view.roots(node.input[0]) if view.dequantizer(root) is None]
         if missing and any(reader.op_type == "QuantizeLinear" for reader in view.readers(node.output[0])):

@@ -7,15 +7,17 @@ nothing but change scale or type.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from onnx import NodeProto
 
-from core.operators import narrow_reason
+from core.operators import RESIZE, narrow_reason
 from deploy.check.activations import quantizer_inside_conv
 from deploy.check.finding import Finding, Findings, Rule
-from deploy.check.parameters import bad_parameters, weight_parameters
+from deploy.check.parameters import bad_parameters, scale_shapes, weight_parameters
 from deploy.check.placement import float_islands, float_pools, needless_quantizers
 from deploy.check.sums import residual_adds
-from deploy.check.view import View, format_scale
+from deploy.check.view import WEIGHTED, View, format_scale
 from deploy.graph.model import attributes
 
 
@@ -78,7 +80,7 @@ def _why_float(view: View, node: NodeProto) -> tuple[str, str]:
 
 def unequal_scales(view: View) -> Findings:
     """Rule 4, the master check: all scales that reach one computed tensor through moving operators are equal."""
-    for tensor in _computed_tensors(view):
+    for tensor in computed_tensors(view):
         scales = scales_reaching(view, tensor)
         if len(scales) > 1:
             values = ", ".join(sorted(format_scale(scale) for scale, _ in scales))
@@ -89,8 +91,14 @@ def unequal_scales(view: View) -> Findings:
 
 
 def scales_reaching(view: View, tensor: str) -> set[tuple[float, int]]:
-    """(scale, zero point) of every Q that a tensor flows into through moving operators and Q/DQ pairs."""
-    scales: set[tuple[float, int]] = set()
+    """(scale, zero point) of every Q that a tensor flows into, see `quantizers_reaching`."""
+    keys = {view.quantization(node).key for node in quantizers_reaching(view, tensor)}
+    return {key for key in keys if key is not None}
+
+
+def quantizers_reaching(view: View, tensor: str) -> list[NodeProto]:
+    """Every Q that a tensor flows into through moving operators and Q/DQ pairs."""
+    found: list[NodeProto] = []
     pending, seen = [tensor], set()
     while pending:
         name = pending.pop()
@@ -99,18 +107,17 @@ def scales_reaching(view: View, tensor: str) -> set[tuple[float, int]]:
         seen.add(name)
         for node in view.readers(name):
             if node.op_type == "QuantizeLinear":
-                key = view.quantization(node).key
-                if key is not None:
-                    scales.add(key)
+                found.append(node)
                 pending.extend(node.output)
             elif node.op_type == "DequantizeLinear" or (
                 view.is_moving(node) and name in view.moved_inputs(node)
             ):
                 pending.extend(node.output)
-    return scales
+    return found
 
 
-def _computed_tensors(view: View) -> list[str]:
+def computed_tensors(view: View) -> list[str]:
+    """The tensors that some kernel really computes, and the graph's inputs."""
     names = list(view.graph.inputs)
     for node in view.graph.nodes:
         if not view.is_moving(node) and node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
@@ -134,6 +141,40 @@ def narrow_convs(view: View) -> Findings:
             )
 
 
+def bare_resizes(view: View) -> Findings:
+    """Rule 10: a Q/DQ pair stands behind a nearest Resize whose quantized values reach a quantized conv."""
+    for node in view.graph.nodes:
+        if node.op_type not in RESIZE.onnx or not view.is_moving(node):
+            continue
+        roots = view.roots(node.input[0])
+        reader = next(_convs_behind(view, node), None)
+        if reader is not None and all(view.dequantizer(root) is not None for root in roots):
+            yield Finding(
+                node.name, f"'{reader.name}' reads it without Q/DQ behind it; TensorRT moves no DQ through a Resize, "
+                "so the conv runs in float", "put a Q/DQ pair with the same scale behind the Resize", "resize",
+            )  # fmt: skip
+
+
+def _convs_behind(view: View, resize: NodeProto) -> Iterator[NodeProto]:
+    """Quantized weighted nodes that a Resize reaches through moving operators only."""
+    pending = [resize.output[0]]
+    while pending:
+        tensor = pending.pop()
+        for node in view.readers(tensor):
+            if view.is_moving(node) and tensor in view.moved_inputs(node):
+                pending.extend(node.output)
+            elif node.op_type in WEIGHTED and _has_quantized_data(view, node):
+                yield node
+
+
+def _has_quantized_data(view: View, node: NodeProto) -> bool:
+    """Whether Q/DQ are on a weighted node's weight and on all of its data, on one scale or several."""
+    roots = view.roots(node.input[0])
+    return view.weight_dequantizer(node) is not None and all(
+        view.dequantizer(root) is not None for root in roots
+    )
+
+
 RULES: tuple[Rule, ...] = (
     float_convs,
     quantizer_inside_conv,
@@ -146,11 +187,16 @@ RULES: tuple[Rule, ...] = (
     weight_parameters,
     float_islands,
 )
-"""All rules. ONNX Runtime's own graph has a Q on every operator's output on purpose, see `rules_for`."""
+"""Rules for every engine but ONNX Runtime's, whose graph has a Q on every operator's output on purpose."""
+
+TENSORRT_RULES: tuple[Rule, ...] = (scale_shapes, bare_resizes)
+"""Rules about TensorRT's compilers alone; found with that of TensorRT for RTX 1.7."""
 
 INTEGER_OPERATOR_RULES: tuple[Rule, ...] = (float_convs, bad_parameters, weight_parameters, narrow_convs)
 
 
 def rules_for(view: View) -> tuple[Rule, ...]:
     """The rules that hold for the target named in the file's metadata; TensorRT's for files of other tools."""
-    return INTEGER_OPERATOR_RULES if view.quantizes_results else RULES
+    if view.quantizes_results:
+        return INTEGER_OPERATOR_RULES
+    return RULES if view.takes_unsigned else (*RULES, *TENSORRT_RULES)

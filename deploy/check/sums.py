@@ -5,6 +5,10 @@ See `deploy.check.rules` for the sources.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from onnx import NodeProto
+
 from core.operators import OPERATORS, Kind, fused_summand
 from deploy.check.finding import Finding, Findings
 from deploy.check.view import CONCATS, WEIGHTED, View, behind, reached
@@ -14,16 +18,7 @@ ADDS = OPERATORS[Kind.ADD].onnx
 
 def residual_adds(view: View) -> Findings:
     """Rule 3: of a residual sum the skip is quantized and the conv branch is not."""
-    tensors = _Tensors(view)
-    for node in view.graph.nodes:
-        if node.op_type not in ADDS or any(name in view.fixed for name in node.input) or len(node.input) != 2:
-            continue
-        if not any(reader.op_type in WEIGHTED for reader in reached(view, node.output[0])):
-            continue  # not inside the network: the decode's sums
-        quantized = [
-            all(view.dequantizer(root) is not None for root in view.roots(name)) for name in node.input
-        ]
-        branch = fused_summand(tensors, tensors.sources(node.output[0]))
+    for node, quantized, branch in residual_summands(view):
         if all(quantized) and branch is not None:
             yield Finding(
                 node.name, f"both summands are quantized; Q/DQ on the branch '{branch}' keeps the sum out of its conv",
@@ -34,6 +29,21 @@ def residual_adds(view: View) -> Findings:
                 node.name, "neither summand is quantized: the skip is kept and read in float",
                 "put Q/DQ on the skip, with the scale of the block's first conv", "residual", 1,
             )  # fmt: skip
+
+
+def residual_summands(view: View) -> Iterator[tuple[NodeProto, list[bool], str | None]]:
+    """(sum, which summands are quantized, tensor that is fused with the sum) for each sum inside the network."""
+    tensors = _Tensors(view)
+    for node in view.graph.nodes:
+        if node.op_type not in ADDS or any(name in view.fixed for name in node.input) or len(node.input) != 2:
+            continue
+        if any(
+            reader.op_type in WEIGHTED for reader in reached(view, node.output[0])
+        ):  # not a sum of the decode
+            quantized = [
+                all(view.dequantizer(root) is not None for root in view.roots(name)) for name in node.input
+            ]
+            yield node, quantized, fused_summand(tensors, tensors.sources(node.output[0]))
 
 
 class _Tensors:

@@ -1,8 +1,9 @@
 """Q/DQ pairs behind nearest-neighbour Resize nodes, for TensorRT's compilers.
 
-Q/DQ commute with a nearest Resize, but the compiler does not move DQ forward through it: a convolution that reads
-Resize -> Concat then runs in FP16 although the file quantizes it (seen with TensorRT for RTX 1.7 on the entry
-convolutions of YOLOv9's top-down neck stages). A pair with the group's own scale behind the Resize changes no value,
+Q/DQ commute with a nearest Resize, but the compiler does not move DQ forward through it: a convolution that reads the
+Resize, directly or through a concat, then runs in float although the file quantizes it (seen with TensorRT for RTX 1.7
+on the entry convolutions of YOLOv9's top-down neck stages, and with a concat or a max-pool in front of the Resize). A
+pair with the group's own scale behind the Resize changes no value,
 since the values are on that grid already, and gives these convolutions INT8.
 """
 
@@ -10,9 +11,11 @@ from __future__ import annotations
 
 from onnx import ModelProto, NodeProto
 
+from core.operators import OPERATORS, Kind
 from deploy.graph.model import Graph, attributes
 from deploy.graph.passes import GraphPass, PassRequest, PassResult
 
+MOVING = frozenset((*OPERATORS[Kind.TRANSPARENT].onnx, *OPERATORS[Kind.CONCAT].onnx))
 REPEATED = "_repeated"  # in the names of the pairs that are added
 
 
@@ -22,13 +25,12 @@ def quantize_behind_resize(graph: Graph) -> PassResult:
     for node in graph.nodes:
         if node.op_type != "Resize" or attributes(node).get("mode", b"nearest") != b"nearest":
             continue
-        dequantize = graph.producers.get(node.input[0])
-        quantize = None if dequantize is None else graph.producers.get(dequantize.input[0])
-        if dequantize is None or quantize is None or quantize.op_type != "QuantizeLinear":
+        pair = _pair_in_front(graph, node.input[0])
+        if pair is None or any(
+            q.op_type == "QuantizeLinear" for q in graph.consumers.get(node.output[0], [])
+        ):
             continue
-        if any(reader.op_type == "QuantizeLinear" for reader in graph.consumers.get(node.output[0], [])):
-            continue
-        added += _repeat(graph, node, quantize, dequantize)
+        added += _repeat(graph, node, *pair)
     graph.insert(added)
     return PassResult(len(added) // 2, len(added) // 2, len(added))
 
@@ -36,6 +38,32 @@ def quantize_behind_resize(graph: Graph) -> PassResult:
 def passes(model: ModelProto, request: PassRequest) -> list[GraphPass]:
     """The passes of the target trt10."""
     return [quantize_behind_resize]
+
+
+def _pair_in_front(graph: Graph, tensor: str) -> tuple[NodeProto, NodeProto] | None:
+    """A Q and DQ in front of a tensor, directly or through operators that only move values; all of them are equal."""
+    pairs: dict[tuple[bytes, ...], tuple[NodeProto, NodeProto]] = {}
+    pending, seen = [tensor], set()
+    while pending:
+        name = pending.pop()
+        node = graph.producers.get(name)
+        if name in seen:
+            continue
+        seen.add(name)
+        if node is not None and node.op_type in MOVING:
+            pending += node.input if node.op_type in OPERATORS[Kind.CONCAT].onnx else node.input[:1]
+            continue
+        quantize = None if node is None else graph.producers.get(node.input[0])
+        if (
+            node is None
+            or node.op_type != "DequantizeLinear"
+            or quantize is None
+            or quantize.op_type != "QuantizeLinear"
+        ):
+            return None
+        values = [graph.constants.get(name) for name in node.input[1:]]
+        pairs[tuple(b"" if value is None else value.tobytes() for value in values)] = quantize, node
+    return next(iter(pairs.values())) if len(pairs) == 1 else None
 
 
 def _repeat(graph: Graph, resize: NodeProto, quantize: NodeProto, dequantize: NodeProto) -> list[NodeProto]:

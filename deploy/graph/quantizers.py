@@ -1,0 +1,99 @@
+"""Look-ups and edits of single Q/DQ pairs, shared by the passes that mend graphs and by the float copy of a graph.
+
+Legend: Q QuantizeLinear, DQ DequantizeLinear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import NodeProto
+
+from deploy.graph.model import Array, Graph, attributes
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A Q with constant parameters and the DQ nodes that read its codes with the same ones.
+
+    Attributes:
+        quantize, dequantizers: the nodes.
+        scale: as stored in front of the Q.
+        zero_point: likewise; None where the Q has none.
+    """
+
+    quantize: NodeProto
+    dequantizers: tuple[NodeProto, ...]
+    scale: Array
+    zero_point: Array | None
+
+    @property
+    def is_symmetric(self) -> bool:
+        """One positive finite scale, int8 codes, zero point 0."""
+        is_int8 = self.zero_point is not None and self.zero_point.dtype == np.int8
+        return is_int8 and self.scale.size == 1 and not np.any(self.zero_point) and self.has_valid_scale
+
+    @property
+    def has_valid_scale(self) -> bool:
+        """Every scale is positive and finite."""
+        values = self.scale.astype(np.float64)
+        return bool(np.all(np.isfinite(values) & (values > 0)))
+
+    def write(self, graph: Graph, scale: Array, zero_point: Array | None) -> None:
+        """Give the nodes constants of their own; other nodes that read the old ones keep them."""
+        for index, suffix, value in ((1, "scale", scale), (2, "zero_point", zero_point)):
+            if value is None:
+                continue
+            name = graph.unique(f"{self.quantize.input[0]}_{suffix}")
+            graph.constants[name] = value
+            for node in (self.quantize, *self.dequantizers):
+                node.input[index:] = [name, *node.input[index + 1 :]]
+        graph.reindex()
+
+
+def pair_of(graph: Graph, quantize: NodeProto) -> Pair | None:
+    """The pair that a Q begins.
+
+    None where its codes are read by anything but DQ, or are a graph's output, where the parameters are computed at run
+    time, and where those of Q and DQ differ.
+    """
+    readers = graph.consumers.get(quantize.output[0], [])
+    if quantize.output[0] in graph.outputs or any(node.op_type != "DequantizeLinear" for node in readers):
+        return None
+    own = _parameters(graph, quantize)
+    others = [_parameters(graph, node) for node in readers]
+    if own is None or not readers or any(other is None or not _equal(own, other) for other in others):
+        return None
+    return Pair(quantize, tuple(readers), *own)
+
+
+def dequantize_constant(graph: Graph, node: NodeProto) -> Array:
+    """Result of a DQ node on constant codes, in the type of its scales."""
+    codes, scale = graph.constants[node.input[0]], graph.constants[node.input[1]]
+    has_zero_point = len(node.input) > 2 and bool(node.input[2])
+    zero_point = graph.constants[node.input[2]] if has_zero_point else np.zeros((), codes.dtype)
+    shape = [1] * codes.ndim
+    if scale.size > 1:
+        shape[int(str(attributes(node).get("axis", 1)))] = scale.size
+    steps = codes.astype(np.float32) - zero_point.astype(np.float32).reshape(
+        shape if zero_point.size > 1 else ()
+    )
+    return (steps * scale.astype(np.float32).reshape(shape if scale.size > 1 else ())).astype(scale.dtype)
+
+
+def _parameters(graph: Graph, node: NodeProto) -> tuple[Array, Array | None] | None:
+    scale, *rest = (graph.constants.get(name) for name in node.input[1:])
+    has_zero_point = len(node.input) > 2 and bool(node.input[2])
+    if scale is None or (has_zero_point and rest[0] is None):
+        return None
+    return scale, rest[0] if has_zero_point else None
+
+
+def _equal(one: tuple[Array, Array | None], other: tuple[Array, Array | None]) -> bool:
+    values = [
+        np.zeros(1) if value is None else value.reshape(-1).astype(np.float64)
+        for pair in (one, other)
+        for value in pair
+    ]
+    return np.array_equal(values[0], values[2]) and np.array_equal(np.unique(values[1]), np.unique(values[3]))
