@@ -1,0 +1,401 @@
+"""`deploy.check --fix`: every fix on a hand-made graph, held to the same graph made by hand without the fault.
+
+Each case builds both; the mended graph has to give the outputs of the second to the bit (ONNX Runtime, node by node),
+with as many Q and DQ nodes. Fixes that must not change values give those of the first as well.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import cv2
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from fix_graphs import SIZE, Builder
+from onnx import TensorProto, helper, numpy_helper
+
+import deploy.check.fix
+from core.errors import DeployError
+from deploy.check.command import main
+from deploy.check.fix import Fix, compare_files, fix_file, fix_model
+from deploy.check.report import inspect_model
+from deploy.graph.model import load_onnx
+from deploy.graph.passes import PassResult, count_qdq
+
+IMAGES = np.random.default_rng(1).random((2, 3, SIZE, SIZE), np.float32)
+SINGLE = float(np.float32(0.02))
+
+
+def scale_shape(b, good):
+    return b.model(b.conv(b.pair(b.stem(), shape=() if good else (1,))))
+
+
+def resize(b, good):
+    x = b.up(b.pair(b.stem()))
+    return b.model(b.conv(b.pair(x) if good else x))
+
+
+def resize_before_concat(b, good):
+    x = b.pair(b.stem())
+    small = b.pair(b.op("Relu", [b.conv(x, stride=2)]))
+    small = b.up(b.op("MaxPool", [small], kernel_shape=[3, 3], pads=[1] * 4))
+    joined = b.op("Concat", [b.pair(small) if good else small, x], axis=1)
+    return b.model(b.conv(joined, 32))
+
+
+def duplicate(b, good):
+    x = b.stem()
+    first = b.pair(x)
+    return b.model(b.conv(first), b.conv(first if good else b.pair(x)))
+
+
+def quantized_bias(b, good):
+    codes, scale = b.rng.integers(-2000, 2000, 16).astype(np.int32), np.float32(0.001)
+    if good:
+        bias = b.constant(codes.astype(np.float32) * scale)
+    else:
+        bias = b.op("DequantizeLinear", [b.constant(codes), b.constant(scale), b.constant(np.int32(0))])
+    return b.model(b.conv(b.pair(b.stem()), bias=bias))
+
+
+def unread(b, good):
+    x = b.stem()
+    if not good:
+        b.pair(x)
+    return b.model(b.conv(x))
+
+
+def relu_behind(b, good):
+    x = b.conv(b.pair(b.stem()))
+    x = b.pair(b.op("Relu", [x])) if good else b.op("Relu", [b.pair(x)])
+    return b.model(b.conv(x))
+
+
+SAME_VALUES = (scale_shape, resize, resize_before_concat, duplicate, quantized_bias, unread, relu_behind)
+
+
+def two_scales_of_a_tensor(b, good):
+    x = b.stem()
+    first = b.pair(x, 0.03 if good else 0.02)
+    return b.model(b.conv(first), b.conv(first if good else b.pair(x, 0.03)))
+
+
+def scales_of_a_concat(b, good):
+    x = b.pair(b.stem())
+    parts = [b.op("Relu", [b.conv(x)]) for _ in range(3)]
+    scales = (0.03,) * 3 if good else (0.01, 0.03, 0.02)
+    joined = b.op("Concat", [b.pair(p, s) for p, s in zip(parts, scales, strict=True)], axis=1)
+    return b.model(b.conv(joined, 48))
+
+
+def scales_over_two_concats(b, good):
+    """The middle tensor is in both concats, so that all three have one scale."""
+    x = b.pair(b.stem())
+    parts = [b.op("Relu", [b.conv(x)]) for _ in range(3)]
+    scales = (0.03,) * 3 if good else (0.03, 0.02, 0.01)
+    left, middle, right = (b.pair(p, s) for p, s in zip(parts, scales, strict=True))
+    pairs = [b.op("Concat", [left, middle], axis=1), b.op("Concat", [middle, right], axis=1)]
+    return b.model(*(b.conv(pair, 32) for pair in pairs))
+
+
+def inside_silu(b, good):
+    x = b.conv(b.pair(b.stem()))
+    return b.model(b.conv(b.pair(b.silu(x if good else b.pair(x, 0.05)))))
+
+
+def behind_sigmoid(b, good):
+    x = b.conv(b.pair(b.stem()))
+    gate = b.op("Sigmoid", [x])
+    return b.model(b.conv(b.pair(b.op("Mul", [x, gate if good else b.pair(gate, 1 / 127)]))))
+
+
+def inside_last_sigmoid(b, good):
+    x = b.conv(b.pair(b.stem()))
+    return b.finish([b.op("Sigmoid", [x if good else b.pair(x, 0.05)])])
+
+
+def float_weights(b, good):
+    value = b.weight(16, 16)
+    value[3] = 0  # keeps the old scale
+    scale = np.float32(np.abs(value).max() / 127)
+    scales = (
+        np.array([max(float(abs(c).max()) / 127, 0) or scale for c in value], np.float32) if good else scale
+    )
+    parameters = [b.constant(scales), b.constant(np.zeros(scales.shape, np.int8))]
+    axis = {"axis": 0} if good else {}
+    codes = b.op("QuantizeLinear", [b.constant(value), *parameters], **axis)
+    return b.model(b.conv(b.pair(b.stem()), weight=b.op("DequantizeLinear", [codes, *parameters], **axis)))
+
+
+def unsigned(b, good):
+    """Codes 0 to 255 with zero point 100 hold -100 to 155 steps; 155 steps are the 127 of the symmetric grid."""
+    x = b.stem()
+    return b.model(b.conv(b.pair(x, SINGLE * 155 / 127) if good else b.pair(x, 0.02, np.uint8(100))))
+
+
+def shifted(b, good):
+    """Codes -128 to 127 with zero point 50 hold -178 to 77 steps."""
+    x = b.stem()
+    return b.model(b.conv(b.pair(x, SINGLE * 178 / 127) if good else b.pair(x, 0.02, np.int8(50))))
+
+
+def at_output(b, good):
+    x = b.conv(b.pair(b.stem()))
+    return b.finish([x if good else b.pair(x, 0.1)])
+
+
+def in_decode(b, good):
+    x = b.conv(b.pair(b.stem()))
+    return b.finish([b.op("Softmax", [x if good else b.pair(x, 0.1)], axis=1)])
+
+
+def both_summands(b, good):
+    x = b.pair(b.stem())
+    branch = b.silu(b.conv(b.pair(b.silu(b.conv(x)))))
+    return b.model(b.conv(b.pair(b.op("Add", [x, branch if good else b.pair(branch, 0.01)]))))
+
+
+def neither_summand(b, good):
+    x = b.stem()
+    skip = b.pair(x)
+    branch = b.silu(b.conv(b.pair(b.silu(b.conv(skip)))))
+    return b.model(b.conv(b.pair(b.op("Add", [skip if good else x, branch]))))
+
+
+CASES = (
+    *SAME_VALUES, two_scales_of_a_tensor, scales_of_a_concat, scales_over_two_concats, inside_silu, behind_sigmoid,
+    inside_last_sigmoid, float_weights, unsigned, shifted, at_output, in_decode, both_summands, neither_summand,
+)  # fmt: skip
+
+
+def run(model):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    return [session.run(None, {"images": image[None]}) for image in IMAGES]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_a_mended_graph_is_the_graph_without_the_fault(case):
+    faulty, wanted = case(Builder(), False), case(Builder(), True)
+    original = faulty.SerializeToString()
+    mended, report = fix_model(faulty)
+    assert faulty.SerializeToString() == original
+    assert report.fixes
+    onnx.checker.check_model(mended, full_check=True)
+    assert len(report.before.findings) > len(report.after.findings)
+    assert [f.rule for f in report.after.findings] == [f.rule for f in inspect_model(wanted).findings]
+    assert count_qdq(mended) == count_qdq(wanted)
+    np.testing.assert_equal(run(mended), run(wanted))
+    if case in SAME_VALUES:
+        np.testing.assert_equal(run(mended), run(faulty))
+    else:
+        with pytest.raises(AssertionError):
+            np.testing.assert_equal(run(mended), run(faulty))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_mending_twice_changes_nothing(case):
+    mended, _ = fix_model(case(Builder(), False))
+    again, report = fix_model(mended)
+    assert report.fixes == ()
+    assert again is mended
+
+
+def test_per_channel_weights_are_nearer_to_the_float_ones():
+    mended, _ = fix_model(float_weights(Builder(), False))
+    errors = []
+    for model in (float_weights(Builder(), False), mended):
+        constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+        node = next(n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] in constants)
+        value, scale = constants[node.input[0]], constants[node.input[1]].reshape(-1, 1, 1, 1)
+        errors.append(float(np.abs(np.clip(np.rint(value / scale), -127, 127) * scale - value).mean()))
+    assert errors[1] < errors[0] / 2
+
+
+# -- what is left as it is
+
+
+def silu_before_float_conv(b):
+    x = b.silu(b.pair(b.conv(b.pair(b.stem())), 0.05))
+    return b.model(b.op("Conv", [x, b.constant(b.weight(16, 16))], pads=[1] * 4))
+
+
+def weight_codes_per_tensor(b):
+    value = b.weight(16, 16)
+    return b.model(b.conv(b.pair(b.stem()), weight=b.codes(value, np.abs(value).max() / 127)))
+
+
+def concat_with_a_zero_point(b):
+    """Codes that another operator reads as well, so that the pair cannot be given another grid."""
+    x = b.pair(b.stem())
+    left, right = (b.op("Relu", [b.conv(x)]) for _ in range(2))
+    scale, zero = b.constant(np.float32(0.03)), b.constant(np.int8(-100))
+    codes = b.op("QuantizeLinear", [right, scale, zero])
+    right = b.op("DequantizeLinear", [codes, scale, zero])
+    extra = b.op("Cast", [codes], to=TensorProto.FLOAT)
+    return b.model(b.conv(b.op("Concat", [b.pair(left, 0.02), right], axis=1), 32), extra)
+
+
+LEFT = (
+    (silu_before_float_conv, "q-inside-conv"),
+    (weight_codes_per_tensor, "per-tensor-weight"),
+    (concat_with_a_zero_point, "zero-point"),
+)
+
+
+@pytest.mark.parametrize(("case", "rule"), LEFT, ids=lambda value: getattr(value, "__name__", value))
+def test_what_needs_data_is_left_and_named(case, rule, tmp_path, capsys):
+    path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(case(Builder()), path)
+    assert main([str(path), "--fix", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "nothing to mend without data" in printed
+    assert f"left: {rule} 1 (" in printed
+    assert load_onnx(out) == load_onnx(path)
+
+
+def test_a_good_graph_is_written_unchanged(good, tmp_path):
+    report = fix_file(good, tmp_path / "out.onnx")
+    assert report.fixes == ()
+    assert (tmp_path / "out.onnx").read_bytes() == good.read_bytes()
+
+
+def test_external_data_comes_into_the_written_file(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    onnx.save(
+        scale_shape(Builder(), False),
+        folder / "in.onnx",
+        save_as_external_data=True,
+        location="weights",
+        size_threshold=0,
+    )
+    fix_file(folder / "in.onnx", tmp_path / "out.onnx")
+    np.testing.assert_equal(run(load_onnx(tmp_path / "out.onnx")), run(scale_shape(Builder(), True)))
+
+
+def test_a_fix_that_adds_findings_is_taken_back(monkeypatch):
+    def worse(graph):
+        for node in [node for node in graph.nodes if node.op_type == "Conv"]:
+            graph.constants["float"] = np.ones((16, 16, 3, 3), np.float32)
+            node.input[1] = "float"
+        graph.reindex()
+        removed = graph.prune()
+        return PassResult(0, -removed, 1)
+
+    monkeypatch.setattr(deploy.check.fix, "FIXES", (Fix(("scale-shape",), worse, "worse"),))
+    model = scale_shape(Builder(), False)
+    mended, report = fix_model(model)
+    assert mended is model
+    assert (report.fixes, report.taken_back) == ((), ("worse",))
+    assert report.after == report.before
+
+
+# -- the two rules about TensorRT's compiler
+
+
+@pytest.mark.parametrize(
+    ("case", "rule"), [(scale_shape, "scale-shape"), (resize, "resize"), (resize_before_concat, "resize")]
+)
+def test_rules_of_the_compiler_are_for_tensorrt(case, rule):
+    model = case(Builder(), False)
+    for target in (None, "trt10", "trt11"):
+        assert [f.rule for f in inspect_model(model, target=target).findings] == [rule]
+    assert inspect_model(model, target="openvino").findings == ()
+    assert rule not in [f.rule for f in inspect_model(model, target="onnxruntime").findings]
+    assert fix_model(model, target="openvino")[0] is model
+
+
+def test_shapes_of_q_and_dq_are_no_mismatch():
+    """[1] at the Q alone: the compiler takes it, and the values are equal."""
+    model = scale_shape(Builder(), False)
+    graph = model.graph
+    node = next(
+        n for n in graph.node if n.op_type == "DequantizeLinear" and n.input[1] == graph.node[5].input[1]
+    )
+    scalars = [numpy_helper.from_array(np.float32(0.02), "s"), numpy_helper.from_array(np.int8(0), "z")]
+    graph.initializer.extend(scalars)
+    node.input[1:] = ["s", "z"]
+    assert inspect_model(model).findings == ()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("tensorrt_rtx"), reason="TensorRT for RTX is not installed")
+def test_the_compiler_agrees():
+    """Layers that TensorRT for RTX runs in float because of the two faults run in INT8 once mended."""
+    from deploy.check.compiled import inspect_build
+
+    b = Builder()
+    x = b.pair(b.stem(), shape=(1,))
+    small = b.op("Relu", [b.conv(b.pair(b.op("Relu", [b.conv(x)])), stride=2)])
+    joined = b.op("Concat", [b.up(b.pair(small)), b.pair(b.op("Relu", [b.conv(x)]))], axis=1)
+    model = b.model(b.conv(joined, 32), size=64)
+    counts = [inspect_build(m, "SM89").engine.convolutions for m in (model, fix_model(model)[0])]
+    assert counts[0]["int8"] == 2
+    assert counts[1] == {"fp32": 1, "int8": 5}
+
+
+# -- the command
+
+
+def test_command_line(tmp_path, capsys):
+    path, out, report = tmp_path / "in.onnx", tmp_path / "out.onnx", tmp_path / "report.json"
+    onnx.save(scales_of_a_concat(Builder(), False), path)
+    np.savez(tmp_path / "images.npz", IMAGES)
+    arguments = [str(path), "--fix", str(out), "--strict", "--json", str(report)]
+    assert main([*arguments, "--images", str(tmp_path / "images.npz")]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "tensors that meet take the largest of their scales: 2 edits, +0 Q, +0 DQ; findings 1 -> 0" in printed
+    )
+    before, after = (np.concatenate([r[0] for r in run(load_onnx(file))]) for file in (path, out))
+    difference = np.abs(before.astype(np.float64) - after)
+    assert f"output0: max {difference.max():.4g}, mean {difference.mean():.4g}" in printed
+    written = json.loads(report.read_text())
+    assert written["findings"] == []
+    assert [fix["findings_after"] for fix in written["fixed"]["fixes"]] == [0]
+    assert [finding["rule"] for finding in written["fixed"]["findings_before"]] == ["conv-float"]
+    assert main([str(path), "--strict"]) == 4
+    assert main([str(path), "--fix", str(path)]) == 3
+    with pytest.raises(SystemExit):
+        main([str(path), "--images", str(tmp_path / "images.npz")])
+
+
+def test_box_and_score_columns_and_image_files(tmp_path):
+    """A decoded output0 [1, 4 + K, A] is told in pixels and scores; a constant shift of each is what is found."""
+    shapes = {"images": [1, 3, 8, 8], "output0": [1, 6, 10]}
+    values = {
+        name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()
+    }
+    for name, box, score in (("a", 10.0, 0.5), ("b", 12.0, 0.25)):
+        table = np.concatenate([np.full((1, 4, 10), box), np.full((1, 2, 10), score)], 1).astype(np.float32)
+        nodes = [
+            helper.make_node("ReduceMean", ["images"], ["mean"], keepdims=0),
+            helper.make_node("Mul", ["mean", "zero"], ["nothing"]),
+            helper.make_node("Add", ["table", "nothing"], ["output0"]),
+        ]
+        constants = [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.float32(0), "zero")]
+        graph = helper.make_graph(nodes, "g", [values["images"]], [values["output0"]], constants)
+        onnx.save(
+            helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9),
+            tmp_path / f"{name}.onnx",
+        )
+    cv2.imwrite(str(tmp_path / "image.png"), np.zeros((20, 30, 3), np.uint8))
+    text = compare_files(tmp_path / "a.onnx", tmp_path / "b.onnx", tmp_path)
+    assert "on 1 images" in text
+    assert "boxes max 2 px, mean 2 px, mean 2 px at 10 confident anchors; scores max 0.25, mean 0.25" in text
+
+
+@pytest.mark.parametrize("content", [None, "text", np.zeros((3, 4), np.float32), np.array([object()])])
+def test_images_that_cannot_be_used(content, good, tmp_path):
+    path = tmp_path / "images.npz"
+    if isinstance(content, str):
+        path.write_text(content)
+    elif content is not None:
+        np.savez(path, content)
+    with pytest.raises(DeployError, match=r"images\.npz"):
+        compare_files(good, good, path)
