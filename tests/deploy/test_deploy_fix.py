@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import deploy.check.fix
 from core.errors import DeployError
+from core.targets import TARGETS
 from deploy.check.command import main
 from deploy.check.fix import Fix, compare_files, fix_file, fix_model
 from deploy.check.report import inspect_model
@@ -304,7 +305,7 @@ def test_a_fix_that_adds_findings_is_taken_back(monkeypatch):
 )
 def test_rules_of_the_compiler_are_for_tensorrt(case, rule):
     model = case(Builder(), False)
-    for target in (None, "trt10", "trt11"):
+    for target in (None, *(name for name, entry in TARGETS.items() if entry.signed_only)):
         assert [f.rule for f in inspect_model(model, target=target).findings] == [rule]
     assert inspect_model(model, target="openvino").findings == ()
     assert rule not in [f.rule for f in inspect_model(model, target="onnxruntime").findings]
