@@ -86,7 +86,7 @@ FIXES = (
 LEFT: Mapping[str, str] = {
     "per-tensor-weight": "the file holds codes, rounded with one scale; quantize again from the float weights",
     "q-inside-conv": "nothing is quantized behind the activation, and the scale in front does not fit there: calibrate",
-    "unequal-scales": "some of the scales have zero points, or belong to codes that other operators read",
+    "unequal-scales": "they have zero points, differ in type, or belong to codes that other operators read",
     "zero-point": "weights with a zero point or unsigned codes: quantize again from the float weights",
 }
 """Why findings of a rule that has a fix can remain."""

@@ -47,10 +47,11 @@ def symmetric_activations(graph: Graph) -> PassResult:
     for pair in _activation_pairs(graph):
         if pair.scale.size != 1 or not pair.has_valid_scale or pair.is_symmetric:
             continue
-        codes = np.zeros((), np.uint8) if pair.zero_point is None else pair.zero_point
-        if codes.dtype.name not in CODE_LIMITS or "output_dtype" in attributes(pair.quantize):
+        if pair.code_type not in CODE_LIMITS or "output_dtype" in attributes(pair.quantize):
             continue
-        (lowest, highest), zero = CODE_LIMITS[codes.dtype.name], int(codes.reshape(-1)[0])
+        (lowest, highest), zero = CODE_LIMITS[pair.code_type], 0
+        if pair.zero_point is not None:
+            zero = int(pair.zero_point.reshape(-1)[0])
         step = float(pair.scale.reshape(-1)[0])
         scale = np.asarray(step * max(highest - zero, zero - lowest) / LARGEST_CODE, pair.scale.dtype)
         pair.write(graph, scale, np.zeros((), np.int8))
@@ -197,7 +198,13 @@ def per_channel_weights(graph: Graph) -> PassResult:
             for dq in (pair.dequantizers if pair else ())
             for reader in view.readers(dq.output[0])
         }
-        if pair is None or weight is None or not pair.is_symmetric or kinds != {node.op_type}:
+        if (
+            pair is None
+            or weight is None
+            or not pair.is_symmetric
+            or kinds != {node.op_type}
+            or pair.code_type != "int8"
+        ):
             continue
         if weight.shape[axis] == 1 or (axis == 1 and attributes(node).get("group", 1) != 1):
             continue
@@ -210,7 +217,7 @@ def _quantize_channels(graph: Graph, pair: Pair, weight: Array, axis: int) -> No
     others = tuple(index for index in range(weight.ndim) if index != axis)
     scale = np.abs(weight.astype(np.float32)).max(axis=others) / LARGEST_CODE
     scale = np.where(scale > 0, scale, pair.scale.reshape(())).astype(pair.scale.dtype)
-    pair.write(graph, scale, np.zeros(len(scale), np.int8))
+    pair.write(graph, scale, None if pair.zero_point is None else np.zeros(len(scale), np.int8))
     for node in (pair.quantize, *pair.dequantizers):
         kept = [attribute for attribute in node.attribute if attribute.name != "axis"]
         del node.attribute[:]
@@ -246,7 +253,7 @@ def float_branches(graph: Graph) -> PassResult:
 def equal_scales(graph: Graph) -> PassResult:
     """Give quantizers that one tensor flows into, and those whose values meet in front of one layer, the largest scale.
 
-    Groups with a zero point, with several scales for one tensor, or with scales of two types stay as they are.
+    Groups with a zero point, with several scales for one tensor, or with scales or codes of two types stay as they are.
     """
     edits = 0
     for names in _joined(_quantizer_groups(View(graph.commit()))):
@@ -256,7 +263,7 @@ def equal_scales(graph: Graph) -> PassResult:
         if len(pairs) < len(names) or not all(pair.is_symmetric for pair in pairs):
             continue
         largest = max(float(pair.scale.reshape(-1)[0]) for pair in pairs)
-        if len({pair.scale.dtype for pair in pairs}) != 1:
+        if len({(pair.scale.dtype, pair.code_type) for pair in pairs}) != 1:
             continue
         for pair in pairs:
             if float(pair.scale.reshape(-1)[0]) != largest:

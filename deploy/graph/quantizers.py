@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, helper
 
 from deploy.graph.model import Array, Graph, attributes
+
+SYMMETRIC_TYPES = ("int8", "float8_e4m3fn")
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,18 @@ class Pair:
     zero_point: Array | None
 
     @property
+    def code_type(self) -> str:
+        """Type of the codes by numpy's name: int8, uint8, float8_e4m3fn or another."""
+        if self.zero_point is not None:
+            return self.zero_point.dtype.name
+        stated = int(str(attributes(self.quantize).get("output_dtype", 0)))
+        return helper.tensor_dtype_to_np_dtype(stated).name if stated else "uint8"
+
+    @property
     def is_symmetric(self) -> bool:
-        """One positive finite scale, int8 codes, zero point 0."""
-        is_int8 = self.zero_point is not None and self.zero_point.dtype == np.int8
-        return is_int8 and self.scale.size == 1 and not np.any(self.zero_point) and self.has_valid_scale
+        """One positive finite scale, int8 or FP8 codes, zero point 0."""
+        zero = self.zero_point is None or not np.any(self.zero_point.astype(np.float32))
+        return zero and self.code_type in SYMMETRIC_TYPES and self.scale.size == 1 and self.has_valid_scale
 
     @property
     def has_valid_scale(self) -> bool:

@@ -85,6 +85,6 @@ class Builder:
             [helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes) for name in outputs],
             [numpy_helper.from_array(value, name) for name, value in self.constants.items()],
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=9)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=10)
         onnx.checker.check_model(model)
         return model

@@ -24,7 +24,7 @@ from deploy.check.command import main
 from deploy.check.fix import Fix, compare_files, fix_file, fix_model
 from deploy.check.report import inspect_model
 from deploy.graph.model import load_onnx
-from deploy.graph.passes import PassResult, count_qdq
+from deploy.graph.passes import E4M3, PassResult, count_qdq
 
 IMAGES = np.random.default_rng(1).random((2, 3, SIZE, SIZE), np.float32)
 SINGLE = float(np.float32(0.02))
@@ -102,6 +102,31 @@ def scales_over_two_concats(b, good):
     return b.model(*(b.conv(pair, 32) for pair in pairs))
 
 
+def fp8_scales_of_a_concat(b, good):
+    b.opset, zero = 19, np.zeros((), E4M3)
+    x = b.pair(b.stem())
+    parts = [b.op("Relu", [b.conv(x)]) for _ in range(2)]
+    scales = (0.03, 0.03) if good else (0.01, 0.03)
+    joined = b.op("Concat", [b.pair(p, s, zero) for p, s in zip(parts, scales, strict=True)], axis=1)
+    value = b.weight(32, 16)
+    scale = b.constant(np.float32(np.abs(value).max() / 448))
+    codes = b.constant((value / np.float32(np.abs(value).max() / 448)).astype(E4M3))
+    return b.model(b.conv(joined, weight=b.op("DequantizeLinear", [codes, scale, b.constant(zero)])))
+
+
+def codes_named_by_an_attribute(b, good):
+    """Q without a zero point, as in files of opset 21 and up."""
+    b.opset, x = 21, b.stem()
+
+    def pair(scale):
+        scale = b.constant(np.float32(scale))
+        codes = b.op("QuantizeLinear", [x, scale], output_dtype=TensorProto.INT8)
+        return b.op("DequantizeLinear", [codes, scale])
+
+    first = pair(0.03 if good else 0.02)
+    return b.model(b.conv(first), b.conv(first if good else pair(0.03)))
+
+
 def inside_silu(b, good):
     x = b.conv(b.pair(b.stem()))
     return b.model(b.conv(b.pair(b.silu(x if good else b.pair(x, 0.05)))))
@@ -167,7 +192,8 @@ def neither_summand(b, good):
 
 
 CASES = (
-    *SAME_VALUES, two_scales_of_a_tensor, scales_of_a_concat, scales_over_two_concats, inside_silu, behind_sigmoid,
+    *SAME_VALUES, two_scales_of_a_tensor, scales_of_a_concat, scales_over_two_concats, fp8_scales_of_a_concat,
+    codes_named_by_an_attribute, inside_silu, behind_sigmoid,
     inside_last_sigmoid, float_weights, unsigned, shifted, at_output, in_decode, both_summands, neither_summand,
 )  # fmt: skip
 
