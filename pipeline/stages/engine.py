@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from configs.schema import Config
 from core.rows import ResultRow, engine_key
 from core.runtimes import INT8, PRECISION_NAMES, RUNTIMES
 from data import Predict
@@ -136,9 +137,16 @@ def engine_predictor(job: Job, engine: Runtime) -> Predict:
     return reader_of(job).predictor(engine, job.config.deploy.batch)
 
 
+def runs_here(config: Config) -> dict[str, str]:
+    """Which engines can run on this machine: one that could only be built is built and timed again where it can."""
+    runtimes = config.deploy.runtimes
+    return {f"this machine for {name}": str(runtime_class(name).can_run()) for name in runtimes}
+
+
 ENGINE = Stage(
     "engine",
     engine_stage,
+    machine=runs_here,
     settings=("deploy", *MEASURED_BY),
     splits=(VAL,),
     reads=(*FLOAT_FILES, *QUANTIZED.values(), "model*.onnx", FLOAT_ONNX),

@@ -36,6 +36,7 @@ class Stage:
         ignored: keys below these that it does not depend on.
         splits: splits of the data that it reads.
         files: settings that name files, whose content counts.
+        machine: facts of the machine that the result depends on, by name.
         reads: artifacts, or patterns of artifacts, of earlier stages; one that is absent counts as such.
         writes: artifacts, or patterns. What is there from an earlier time is removed before the stage runs again.
         editable: artifacts that the user may edit: the readers then run again, this stage does not.
@@ -51,6 +52,7 @@ class Stage:
     ignored: tuple[str, ...] = ()
     splits: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    machine: Callable[[Config], Mapping[str, str]] = lambda _: {}
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     editable: tuple[str, ...] = ()
@@ -72,6 +74,7 @@ class Stage:
         hashes: dict[str, str | None] = {
             f"{split} split": job.splits.digest(split) for split in self.splits if split in (TRAIN, VAL)
         }
+        hashes |= self.machine(job.config)
         for name in self.files:
             path = flat_settings(job.config, name)[name]
             hashes[f"file of {name}"] = None if path is None else hash_file(path)

@@ -128,6 +128,18 @@ def test_data_files_and_results_count(job: Any, capfd: pytest.CaptureFixture[str
         assert reason in err
 
 
+def test_facts_of_the_machine_count(job: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    gpus = ["none"]
+    stage = Stage(
+        "engine", write("engine.txt"), machine=lambda _: {"this machine": gpus[0]}, writes=("engine.txt",)
+    )
+    for found in ("none", "none", "one"):
+        gpus[0] = found
+        run_stage(job, stage)
+    assert job.calls == ["engine.txt", "engine.txt"]
+    assert "engine again: this machine has changed" in capfd.readouterr().err
+
+
 def test_what_an_earlier_run_left_is_gone_before_the_next(job: Any) -> None:
     job.run.write_text("parts/old.json", "{}")
     job.config.quant.observer = "minmax"
