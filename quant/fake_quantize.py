@@ -94,7 +94,7 @@ class _FakeQuantizeChannel(torch.autograd.Function):
                 x, scale, zero_point, axis, grid.low, grid.high
             )
         ctx.save_for_backward(x, y, mask)
-        ctx.axis = axis
+        ctx.axis, ctx.one_scale = axis, scale.numel() == 1
         return y
 
     @staticmethod
@@ -104,8 +104,8 @@ class _FakeQuantizeChannel(torch.autograd.Function):
         grad_x = g * mask
         grad_log_scale = None
         if ctx.needs_input_grad[1]:
-            others = [d for d in range(x.ndim) if d != ctx.axis]
-            grad_log_scale = (g * y - grad_x * x).sum(others)
+            others = [d for d in range(x.ndim) if ctx.one_scale or d != ctx.axis]
+            grad_log_scale = (g * y - grad_x * x).sum(others).reshape(-1)
         return grad_x, grad_log_scale, None, None, None
 
 
@@ -190,10 +190,10 @@ class FakeQuantize(nn.Module):
 
 
 class WeightFakeQuantize(nn.Module):
-    """Rounds a weight tensor to a symmetric grid with one scale per output channel.
+    """Rounds a weight tensor to a symmetric grid with one scale per output channel, or one for the whole tensor.
 
     Args:
-        channels: Number of output channels.
+        channels: Number of output channels; 1 for one scale, as FP8 weights have it (see `quantize_layer`).
         axis: Axis of the output channels in the weight (0 for convolutions and linear layers, 1 for transposed).
         grid: The codes.
         learned: Whether fine-tuning may move the scales. Otherwise they follow the weights: each channel's
@@ -244,7 +244,10 @@ class WeightFakeQuantize(nn.Module):
         return torch.where(self._dead(weight), 1.0, step.clamp(MIN_SCALE, MAX_SCALE))
 
     def _amax(self, weight: Tensor) -> Tensor:
-        return weight.detach().float().abs().amax([d for d in range(weight.ndim) if d != self.axis])
+        magnitudes = weight.detach().float().abs()
+        if self.log_scale.numel() == 1:
+            return magnitudes.amax().reshape(1)
+        return magnitudes.amax([d for d in range(weight.ndim) if d != self.axis])
 
     def _dead(self, weight: Tensor) -> Tensor:
         """Channels without a usable weight: any proportion to them would be noise once they come alive."""
@@ -265,6 +268,8 @@ class WeightFakeQuantize(nn.Module):
             # The exporter knows the full signed range only; after clipping, no code falls on the lowest.
             scale = torch.tensor(self.scale.tolist(), device=weight.device)  # a constant in the file
             if self.grid.is_fp8:
+                if scale.numel() == 1:
+                    scale = scale.reshape(())
                 return _ExportFP8.apply(weight, scale, self.axis, self.grid)  # type: ignore[no-any-return]
             zero_point = torch.zeros(scale.shape, dtype=torch.int32, device=weight.device)
             limit = _broadcast(scale * self.grid.high, self.axis, weight.ndim)

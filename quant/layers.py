@@ -174,6 +174,10 @@ QuantizedLayer = QuantizedConv1d | QuantizedConv2d | QuantizedConvTranspose2d | 
 def quantize_layer(layer: nn.Module, axis: int, grid: Grid, learned: bool) -> None:
     """Turn a float layer into its quantized form in place: same parameters, one more submodule.
 
+    Integer weights have one scale for each output channel. FP8 weights have one for the tensor: their steps are
+    relative to the value, so that small channels keep their precision, and TensorRT for RTX then finishes a
+    convolution (bias, FP16 result) in its own kernel; with scales per channel it writes FP32 for a second one.
+
     Raises:
         TypeError: the layer's type has no quantized form.
     """
@@ -184,5 +188,6 @@ def quantize_layer(layer: nn.Module, axis: int, grid: Grid, learned: bool) -> No
     weight = layer.weight
     assert isinstance(weight, Tensor)
     layer.__class__ = kind
-    quantizer = WeightFakeQuantize(weight.shape[axis], axis, grid, learned).to(weight.device)
+    channels = 1 if grid.is_fp8 else weight.shape[axis]
+    quantizer = WeightFakeQuantize(channels, axis, grid, learned).to(weight.device)
     layer.add_module("weight_quantizer", quantizer)

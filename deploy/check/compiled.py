@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -210,21 +210,23 @@ def _why_float(view: View, node: NodeProto, layer: LayerBuild, capability: str) 
     scales = [view.graph.constants.get(dq.input[1]) for dq in dequantizers]
     if any(scale is not None and scale.ndim > 0 and scale.size == 1 for scale in scales):
         return f"{hazard}: a scale of its input has shape [1]", "store activation scales as scalars, shape []"
-    if _reads_resize(view, node.input[0]):
+    movers = (*RESIZE.onnx, "MaxPool") if "fp8" in view.code_kinds(node) else RESIZE.onnx
+    mover = _mover_before(view, node.input[0], movers)
+    if mover:
         return (
-            f"{hazard}: its input comes through a nearest Resize, behind which the compiler does not move DQ",
-            "put a Q/DQ pair with the same scale behind the Resize",
+            f"{hazard}: its input comes through a {mover}, behind which the compiler does not move DQ",
+            f"put a Q/DQ pair with the same scale behind the {mover}",
         )
     return f"{hazard}; the graph does not tell why", "compare its input with a layer that runs in INT8"
 
 
-def _reads_resize(view: View, tensor: str) -> bool:
-    """Whether a tensor comes through a Resize without a DQ behind it."""
+def _mover_before(view: View, tensor: str, movers: Collection[str]) -> str:
+    """Type of one of some operators that a tensor comes through without a DQ behind it; empty where there is none."""
     pending = [tensor]
     while pending:
         node = view.producer(pending.pop())
         if node is not None and view.is_moving(node):
-            if node.op_type in RESIZE.onnx:
-                return True
+            if node.op_type in movers:
+                return node.op_type
             pending.extend(view.moved_inputs(node))
-    return False
+    return ""

@@ -101,13 +101,16 @@ def _code_findings(view: View, node: NodeProto, parameters: Quantization) -> Fin
 
 
 def weight_parameters(view: View) -> Findings:
-    """Rule 1: weights have one scale for each output channel, and the bias is float."""
+    """Rule 1: INT8 weights have one scale for each output channel, and the bias is float.
+
+    FP8 steps are relative to the value, so that one scale for the tensor is as good.
+    """
     for node in view.weighted():
         dq = view.weight_dequantizer(node)
         if dq is not None and node.op_type in ("Conv", "ConvTranspose"):
             parameters, wanted = view.quantization(dq), 0 if node.op_type == "Conv" else 1
             shape = view.shapes.get(node.input[1]) or (1,)
-            if parameters.is_per_tensor and shape[wanted] != 1:
+            if parameters.is_per_tensor and shape[wanted] != 1 and view.code_kind(dq) == "int8":
                 yield Finding(
                     node.name, "its weight has one scale for all channels: small channels lose their bits",
                     f"quantize weights per output channel (axis {wanted})", "per-tensor-weight",

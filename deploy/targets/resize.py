@@ -3,8 +3,9 @@
 Q/DQ commute with a nearest Resize, but the compiler does not move DQ forward through it: a convolution that reads the
 Resize, directly or through a concat, then runs in float although the file quantizes it (seen with TensorRT for RTX 1.7
 on the entry convolutions of YOLOv9's top-down neck stages, and with a concat or a max-pool in front of the Resize). A
-pair with the group's own scale behind the Resize changes no value,
-since the values are on that grid already, and gives these convolutions INT8.
+pair with the group's own scale behind the Resize changes no value, since the values are on that grid already, and gives
+these convolutions INT8. FP8 codes need the pair behind a max-pool, too: without it the convolution behind YOLOv9's
+pyramid pooling runs in FP16.
 """
 
 from __future__ import annotations
@@ -13,26 +14,33 @@ from onnx import ModelProto, NodeProto
 
 from core.operators import OPERATORS, Kind
 from deploy.graph.model import Graph, attributes
-from deploy.graph.passes import GraphPass, PassRequest, PassResult
+from deploy.graph.passes import E4M3, GraphPass, PassRequest, PassResult
 
 MOVING = frozenset((*OPERATORS[Kind.TRANSPARENT].onnx, *OPERATORS[Kind.CONCAT].onnx))
 REPEATED = "_repeated"  # in the names of the pairs that are added
 
 
 def quantize_behind_resize(graph: Graph) -> PassResult:
-    """Repeat the Q/DQ pair in front of each nearest Resize behind it."""
-    added: list[NodeProto] = []
-    for node in graph.nodes:
-        if node.op_type != "Resize" or attributes(node).get("mode", b"nearest") != b"nearest":
+    """Repeat the Q/DQ pair in front of each nearest Resize behind it, and of each max-pool of FP8 codes."""
+    num_pairs = 0
+    for node in list(graph.nodes):
+        is_resize = node.op_type == "Resize" and attributes(node).get("mode", b"nearest") == b"nearest"
+        if not is_resize and node.op_type != "MaxPool":
             continue
         pair = _pair_in_front(graph, node.input[0])
         if pair is None or any(
             q.op_type == "QuantizeLinear" for q in graph.consumers.get(node.output[0], [])
         ):
             continue
-        added += _repeat(graph, node, *pair)
-    graph.insert(added)
-    return PassResult(len(added) // 2, len(added) // 2, len(added))
+        if is_resize or _is_fp8(graph, pair[0]):
+            graph.insert(_repeat(graph, node, *pair))  # at once: the next may read this one
+            num_pairs += 1
+    return PassResult(num_pairs, num_pairs, 2 * num_pairs)
+
+
+def _is_fp8(graph: Graph, quantize: NodeProto) -> bool:
+    zero_point = graph.constants.get(quantize.input[2]) if len(quantize.input) > 2 else None
+    return zero_point is not None and zero_point.dtype == E4M3
 
 
 def passes(model: ModelProto, request: PassRequest) -> list[GraphPass]:
@@ -66,16 +74,16 @@ def _pair_in_front(graph: Graph, tensor: str) -> tuple[NodeProto, NodeProto] | N
     return next(iter(pairs.values())) if len(pairs) == 1 else None
 
 
-def _repeat(graph: Graph, resize: NodeProto, quantize: NodeProto, dequantize: NodeProto) -> list[NodeProto]:
-    """A copy of a pair that reads the Resize; everything that read the Resize reads the copy."""
-    result = resize.output[0]
+def _repeat(graph: Graph, mover: NodeProto, quantize: NodeProto, dequantize: NodeProto) -> list[NodeProto]:
+    """A copy of a pair that reads the result of `mover`; everything that read the result reads the copy."""
+    result = mover.output[0]
     codes, values = graph.unique(f"{result}_codes"), graph.unique(f"{result}_quantized")
     graph.rewire(result, values)
     pair = []
     for node, source, made in ((quantize, result, codes), (dequantize, codes, values)):
         copy = NodeProto()
         copy.CopyFrom(node)
-        copy.name = graph.unique(f"{resize.name}{REPEATED}/{node.op_type}")
+        copy.name = graph.unique(f"{mover.name}{REPEATED}/{node.op_type}")
         copy.input[0], copy.output[0] = source, made
         pair.append(copy)
     return pair

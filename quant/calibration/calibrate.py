@@ -158,7 +158,7 @@ def _convergence(
 
 
 def calibrate_weights(model: fx.GraphModule, method: str = "mse", skip: Collection[str] = ()) -> None:
-    """Choose one scale per output channel of every quantized layer, those to skip aside.
+    """Choose one scale per output channel of every quantized layer (one in all for FP8), those to skip aside.
 
     Raises:
         CalibrationError: a layer has NaN or infinite weights.
@@ -171,7 +171,9 @@ def calibrate_weights(model: fx.GraphModule, method: str = "mse", skip: Collecti
         if name in skip:
             continue
         quantizer = layer.weight_quantizer
-        scale = choose_weight_scale(layer.weight, quantizer.axis, method, quantizer.grid)
+        one_scale = quantizer.grid.is_fp8
+        weight = layer.weight.flatten()[None] if one_scale else layer.weight
+        scale = choose_weight_scale(weight, 0 if one_scale else quantizer.axis, method, quantizer.grid)
         quantizer.set_scale(scale.to(layer.weight.device), layer.weight)
 
 

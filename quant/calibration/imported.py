@@ -136,4 +136,4 @@ def _weight_scale(name: str, layer: QuantizedLayer, values: Tensor) -> Tensor:
             "checkpoint belongs to another network; use quant.imported_ranges=ignore to calibrate instead"
         )
     amax = values.detach().to(layer.weight.device, torch.float32).flatten().expand(channels)
-    return amax / quantizer.grid.high
+    return (amax.amax().reshape(1) if quantizer.grid.is_fp8 else amax) / quantizer.grid.high

@@ -172,6 +172,23 @@ def test_weight_gradients_are_those_of_autograd_through_the_table(axis: int) -> 
     torch.testing.assert_close(quantizer.log_scale.grad, log_scale.grad, rtol=1e-3, atol=1e-4)
 
 
+def test_weights_of_a_layer_have_one_scale_and_its_gradient() -> None:
+    model = insert(small_net(), fp8_placement())
+    calibrate(model, [small_images()], weight_method="minmax")
+    for layer in quantized_layers(model).values():
+        quantizer, weight = layer.weight_quantizer, layer.weight.detach().clone()
+        assert quantizer.scale.tolist() == pytest.approx([float(weight.abs().max()) / 448])
+        with torch.no_grad():
+            layer.weight.mul_(3)
+        quantizer.follow(layer.weight)
+        assert quantizer.scale.tolist() == pytest.approx([3 * float(weight.abs().max()) / 448])
+    upstream = torch.randn_like(layer.weight)
+    log_scale = quantizer.log_scale.detach().clone().requires_grad_()
+    (quantizer(layer.weight) * upstream).sum().backward()
+    (straight_through(layer.weight.detach(), log_scale.reshape(1, 1, 1, 1)) * upstream).sum().backward()
+    torch.testing.assert_close(quantizer.log_scale.grad, log_scale.grad, rtol=1e-3, atol=1e-4)
+
+
 def test_layers_multiply_values_not_whole_numbers() -> None:
     """An FP8 code such as 0.4375 must not be rounded to an integer on the way, in evaluation and under autocast."""
     images = small_images()
