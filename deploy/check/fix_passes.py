@@ -35,6 +35,7 @@ def float_constants(graph: Graph) -> PassResult:
         if node.op_type == "DequantizeLinear"
         and node.output[0] not in weights.union(graph.outputs)
         and all(name in graph.constants for name in node.input if name)
+        and graph.constants[node.input[1]].ndim <= 1  # not in blocks
     ]
     for node in gone:
         graph.constants[node.output[0]] = dequantize_constant(graph, node)

@@ -323,6 +323,21 @@ def test_a_fix_that_adds_findings_is_taken_back(monkeypatch):
     assert report.after == report.before
 
 
+def test_constants_in_blocks_are_left():
+    """Opset 21: one scale for every 4 codes; the bias beside it is mended."""
+    b = Builder(21)
+    codes, scale = b.constant(np.ones((4, 8), np.int8)), b.constant(np.full((4, 2), 0.5, np.float32))
+    blocked = b.op("DequantizeLinear", [codes, scale], axis=1, block_size=4)
+    zero = b.constant(np.int32(0))
+    bias = b.op("DequantizeLinear", [b.constant(np.ones(16, np.int32)), b.constant(np.float32(0.1)), zero])
+    x = b.op("ReduceMean", [b.conv(b.pair(b.stem()), bias=bias)], keepdims=0)
+    model = b.finish([b.op("Mul", [x, blocked])])
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    mended, report = fix_model(model)
+    assert [fix.dequantize for fix in report.fixes] == [-1]
+    np.testing.assert_equal(run(mended), run(model))
+
+
 # -- the two rules about TensorRT's compiler
 
 
