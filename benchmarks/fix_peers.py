@@ -24,8 +24,8 @@ from benchmarks.peers.tools import circumstances, write_result
 from benchmarks.views import ap_of_views
 from core.errors import DeployError
 from deploy import ONNXRuntime, inspect_graph, load_onnx
-from deploy.check.compiled import inspect_build
 from deploy.check.fix import fix_file
+from deploy.compile.report import inspect_build
 from pipeline.job import Job
 from pipeline.stages.engine import engine_predictor
 

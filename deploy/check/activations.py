@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from onnx import NodeProto
 
 from core.operators import ACTIVATIONS, SIGMOIDS
-from deploy.check.finding import Finding, Findings
-from deploy.check.view import View, behind
+from deploy.graph.finding import Finding, Findings
+from deploy.graph.view import View, behind
 
 
 def quantizer_inside_conv(view: View) -> Findings:

@@ -19,14 +19,14 @@ from core.command import reports_errors
 from core.errors import EXIT_GATE
 from core.files import write_json, write_text
 from core.targets import TARGETS
-from deploy.check.finding import Finding
 from deploy.check.report import CheckReport, inspect_graph
 from deploy.check.svg import draw_graph
-from deploy.check.view import View
+from deploy.graph.finding import Finding
 from deploy.graph.model import load_onnx
+from deploy.graph.view import View
 
 if TYPE_CHECKING:
-    from deploy.check.compiled import CompileReport
+    from deploy.compile.report import CompileReport
 
 
 @reports_errors
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_text(options.svg, draw_graph(view))
     builds = []
     if options.compile is not None:
-        from deploy.check.compiled import inspect_build  # with the compiler's libraries, 220 MB
+        from deploy.compile.report import inspect_build  # with the compiler's libraries, 220 MB
 
         model = load_onnx(path)
         builds = [inspect_build(model, name, options.size) for name in options.compile.split(",")]

@@ -19,9 +19,9 @@ from onnx import ModelProto
 from core.errors import DeployError
 from deploy.check import fix_passes
 from deploy.check.report import CheckReport, inspect_model
-from deploy.check.view import View
 from deploy.graph.model import load_onnx, save_onnx
 from deploy.graph.passes import GraphPass, drop_identities, merge_identical, run_pass
+from deploy.graph.view import View
 from deploy.parity.outputs import compare_arrays
 from deploy.runtimes.base import FloatArray
 from deploy.runtimes.onnxruntime import ONNXRuntime

@@ -15,10 +15,10 @@ from deploy.check.activations import inside_convs
 from deploy.check.placement import at_output, leads_to_conv, useless
 from deploy.check.rules import computed_tensors, quantizers_reaching
 from deploy.check.sums import residual_summands
-from deploy.check.view import View, behind
 from deploy.graph.model import Array, Graph, attributes, opset_of
 from deploy.graph.passes import PassResult
 from deploy.graph.quantizers import Pair, dequantize_constant, pair_of
+from deploy.graph.view import View, behind
 
 CODE_LIMITS = {"int8": (-128, 127), "uint8": (0, 255)}
 LARGEST_CODE = 127  # of the symmetric int8 grid

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from deploy.check.finding import Finding, Findings
-from deploy.check.view import Quantization, View, format_scale
+from deploy.graph.finding import Finding, Findings
 from deploy.graph.model import Array
+from deploy.graph.view import Quantization, View, format_scale
 
 
 def bad_parameters(view: View) -> Findings:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from onnx import NodeProto
 
 from deploy.check.activations import inside_convs
-from deploy.check.finding import Finding, Findings
-from deploy.check.view import AVERAGE_POOLS, WEIGHTED, View, behind, format_scale, reached
+from deploy.graph.finding import Finding, Findings
+from deploy.graph.view import AVERAGE_POOLS, WEIGHTED, View, behind, format_scale, reached
 
 
 def needless_quantizers(view: View) -> Findings:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from onnx import ModelProto
 
-from deploy.check.finding import Finding
 from deploy.check.rules import rules_for, unequal_scales
-from deploy.check.view import AVERAGE_POOLS, WEIGHTED, View
+from deploy.graph.finding import Finding
 from deploy.graph.model import load_onnx
 from deploy.graph.passes import count_qdq
+from deploy.graph.view import AVERAGE_POOLS, WEIGHTED, View
 from deploy.naming import module_path
 
 

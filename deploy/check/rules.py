@@ -13,12 +13,12 @@ from onnx import NodeProto
 
 from core.operators import RESIZE, narrow_reason
 from deploy.check.activations import quantizer_inside_conv
-from deploy.check.finding import Finding, Findings, Rule
 from deploy.check.parameters import bad_parameters, scale_shapes, weight_parameters
 from deploy.check.placement import float_islands, float_pools, needless_quantizers
 from deploy.check.sums import residual_adds
-from deploy.check.view import WEIGHTED, View, format_scale
+from deploy.graph.finding import Finding, Findings, Rule
 from deploy.graph.model import attributes
+from deploy.graph.view import WEIGHTED, View, format_scale
 
 
 def float_convs(view: View) -> Findings:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from onnx import NodeProto
 
 from core.operators import OPERATORS, Kind, fused_summand
-from deploy.check.finding import Finding, Findings
-from deploy.check.view import CONCATS, WEIGHTED, View, behind, reached
+from deploy.graph.finding import Finding, Findings
+from deploy.graph.view import CONCATS, WEIGHTED, View, behind, reached
 
 ADDS = OPERATORS[Kind.ADD].onnx
 

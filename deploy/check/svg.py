@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from onnx import NodeProto
 
-from deploy.check.view import View
 from deploy.graph.drawing import Box, draw_boxes
+from deploy.graph.view import View
 
 HIDDEN = frozenset({"QuantizeLinear", "DequantizeLinear"})
 

@@ -21,7 +21,6 @@ from onnx import ModelProto
 from core.choices import DEFAULT_CAPABILITIES
 from core.errors import DeployError
 from core.files import write_bytes, write_json
-from deploy.check.compiled import inspect_build
 from deploy.compile.compiler import (
     SMALLEST_SIZE,
     WITHOUT_INT8_CONVOLUTIONS,
@@ -30,6 +29,7 @@ from deploy.compile.compiler import (
     compile_graph,
     import_tensorrt_rtx,
 )
+from deploy.compile.report import inspect_build
 from deploy.graph.model import load_onnx
 from deploy.runtimes.base import EngineRequest
 from deploy.runtimes.tensorrt import TensorRTRuntime, read_engine

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from core.operators import ACTIVATIONS, OPERATORS, Kind
 from deploy import check_graph
-from deploy.check.view import View
+from deploy.graph.view import View
 from quant import PlacementOptions, Rule, place
 
 

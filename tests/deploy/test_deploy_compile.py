@@ -200,7 +200,7 @@ def test_a_float_resize_and_one_that_has_its_pair_are_left_alone() -> None:
 
 @rtx
 def test_every_quantized_convolution_runs_in_int8(exported: Path, tmp_path: Path) -> None:
-    from deploy.check.compiled import inspect_build
+    from deploy.compile.report import inspect_build
 
     report = inspect_build(load_onnx(exported), "SM89")
     precisions = {layer.name: layer.precision for layer in report.layers}
@@ -221,7 +221,7 @@ def test_every_quantized_convolution_runs_in_int8(exported: Path, tmp_path: Path
 
 @rtx
 def test_a_convolution_behind_a_bare_resize_is_a_finding(quantized: nn.Module, exported: Path) -> None:
-    from deploy.check.compiled import inspect_build
+    from deploy.compile.report import inspect_build
 
     model = load_onnx(exported)
     graph = Graph(model)
@@ -238,7 +238,7 @@ def test_a_convolution_behind_a_bare_resize_is_a_finding(quantized: nn.Module, e
 
 @rtx
 def test_a_scale_of_shape_1_is_a_finding(exported: Path) -> None:
-    from deploy.check.compiled import inspect_build
+    from deploy.compile.report import inspect_build
 
     model = load_onnx(exported)
     graph = Graph(model)
@@ -253,7 +253,7 @@ def test_a_scale_of_shape_1_is_a_finding(exported: Path) -> None:
 
 @rtx
 def test_turing_has_no_int8_convolutions(exported: Path) -> None:
-    from deploy.check.compiled import inspect_build
+    from deploy.compile.report import inspect_build
 
     findings = inspect_build(load_onnx(exported), "SM75").findings
     assert [finding.name for finding in findings] == ["/stem/Conv", "/down/Conv", "/join/Conv"]
@@ -277,7 +277,7 @@ def test_refusals_have_the_compilers_words(
 
 @rtx
 def test_open_shapes_are_compiled_at_the_image_size(quantized: nn.Module, tmp_path: Path) -> None:
-    from deploy.check.compiled import inspect_build
+    from deploy.compile.report import inspect_build
 
     path = tmp_path / "open.onnx"
     export_onnx(quantized, path, (160, 160), "trt11", dynamic_size=True)

@@ -369,7 +369,7 @@ def test_shapes_of_q_and_dq_are_no_mismatch():
 @pytest.mark.skipif(not importlib.util.find_spec("tensorrt_rtx"), reason="TensorRT for RTX is not installed")
 def test_the_compiler_agrees():
     """Layers that TensorRT for RTX runs in float because of the two faults run in INT8 once mended."""
-    from deploy.check.compiled import inspect_build
+    from deploy.compile.report import inspect_build
 
     b = Builder()
     x = b.pair(b.stem(), shape=(1,))

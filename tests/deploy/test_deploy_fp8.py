@@ -16,8 +16,8 @@ from core.errors import DeployError
 from deploy import compare_codes, export_onnx
 from deploy.check.command import main
 from deploy.check.report import inspect_graph, inspect_model
-from deploy.check.view import View
 from deploy.graph.model import Graph, load_onnx
+from deploy.graph.view import View
 from deploy.runtimes.onnxruntime import CodeRecorder, run_model
 from quant import PlacementOptions, Rule, calibrate, insert, place, quantized_layers
 from quant.codes import activation_codes
@@ -149,7 +149,7 @@ def test_data_and_weights_of_two_kinds_are_a_finding(exported: Path) -> None:
 @rtx
 @pytest.mark.parametrize("capability", ["SM89", "SM120"])
 def test_every_quantized_convolution_runs_in_fp8(exported: Path, capability: str) -> None:
-    from deploy.check.compiled import inspect_build
+    from deploy.compile.report import inspect_build
 
     report = inspect_build(load_onnx(exported), capability)
     assert report.findings == ()
@@ -161,7 +161,7 @@ def test_every_quantized_convolution_runs_in_fp8(exported: Path, capability: str
 
 @rtx
 def test_a_convolution_behind_a_bare_max_pool_is_a_finding(exported: Path) -> None:
-    from deploy.check.compiled import inspect_build
+    from deploy.compile.report import inspect_build
 
     model = load_onnx(exported)
     graph = Graph(model)
@@ -178,7 +178,7 @@ def test_a_convolution_behind_a_bare_max_pool_is_a_finding(exported: Path) -> No
 
 @rtx
 def test_float32_scales_compile_too(model: nn.Module, tmp_path: Path) -> None:
-    from deploy.check.compiled import inspect_build
+    from deploy.compile.report import inspect_build
 
     export_onnx(model, tmp_path / "net.onnx", (64, 64), "trt11", scale_type="fp32")
     assert inspect_build(load_onnx(tmp_path / "net.onnx"), "SM89").engine.convolutions == {
@@ -189,7 +189,7 @@ def test_float32_scales_compile_too(model: nn.Module, tmp_path: Path) -> None:
 
 @rtx
 def test_a_mixed_plan_runs_each_layer_as_planned(tmp_path: Path) -> None:
-    from deploy.check.compiled import inspect_build
+    from deploy.compile.report import inspect_build
 
     mixed = quantized(Rule("input.images", grid="fp8"), grid="integer")
     export_onnx(mixed, tmp_path / "net.onnx", (64, 64), "trt11")
@@ -208,7 +208,7 @@ def test_a_mixed_plan_runs_each_layer_as_planned(tmp_path: Path) -> None:
 @rtx
 @pytest.mark.parametrize("capability", ["SM80", "SM86"])
 def test_gpus_without_fp8_are_named_before_the_build(exported: Path, capability: str) -> None:
-    from deploy.check.compiled import inspect_build
+    from deploy.compile.report import inspect_build
 
     with pytest.raises(
         DeployError, match=f"FP8 codes, which {capability} does not run: build for SM89, SM120, SM121"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
-from deploy.check.view import View
+from deploy.graph.view import View
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto
 
 from core.operators import RESIZE
-from deploy.check.finding import Finding
-from deploy.check.view import View
 from deploy.compile.compiler import WITHOUT_INT8_CONVOLUTIONS, Compiled, Shapes, compile_graph
 from deploy.compile.kernels import Kernel, total_bytes
+from deploy.graph.finding import Finding
 from deploy.graph.model import Graph, attributes
 from deploy.graph.passes import PassResult, fold_constants, run_pass
 from deploy.graph.quantizers import dequantize_constant
+from deploy.graph.view import View
 from deploy.naming import module_path
 from deploy.targets.typed import strongly_typed
 
