@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format bench clean distclean
+.PHONY: help setup demo test test-all test-fast check format bench clean distclean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -29,11 +29,14 @@ setup: $(STAMP) ## Make .venv with the pinned packages (again only when the pins
 demo: $(STAMP) ## Train, quantize, fine-tune, export and time a small detector on the built-in set
 	$(BIN)/python train_qat.py +experiment=demo
 
-test: $(STAMP) ## Run all tests
+test: $(STAMP) ## Run the tests
+	@$(PYTEST) -m "not exhaustive"
+
+test-all: $(STAMP) ## Run the tests, and those that repeat them for every architecture and target
 	@$(PYTEST)
 
 test-fast: $(STAMP) ## Run the tests that take seconds
-	@$(PYTEST) -m "not slow"
+	@$(PYTEST) -m "not slow and not exhaustive"
 
 check: $(STAMP) ## Lint, formatting and types
 	$(BIN)/ruff check .
