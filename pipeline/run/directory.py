@@ -11,6 +11,7 @@ runs/<experiment>/<time>/
     model.onnx, float.onnx, engines/
     rows/<name>.json     one table row each
     report.html, report.md, report.json
+    previous/            what stages had written before they ran again with other inputs
 runs/<experiment>/latest -> <time>
 """
 

@@ -22,6 +22,7 @@ from pipeline.run.ledger import Inputs, hash_file, hash_files
 from pipeline.run.progress import say
 from pipeline.splits import TRAIN, VAL
 
+PREVIOUS = "previous"  # folder of a run: what a stage had written before it ran again
 NOT_COMPARED = frozenset({"data.workers", "data.cache_dir"})  # no result depends on them
 
 
@@ -38,7 +39,7 @@ class Stage:
         files: settings that name files, whose content counts.
         machine: facts of the machine that the result depends on, by name.
         reads: artifacts, or patterns of artifacts, of earlier stages; one that is absent counts as such.
-        writes: artifacts, or patterns. What is there from an earlier time is removed before the stage runs again.
+        writes: artifacts, or patterns. What is there from an earlier time moves away before the stage runs again.
         editable: artifacts that the user may edit: the readers then run again, this stage does not.
         partial: artifacts that an unfinished run of the stage leaves to go on from; they outlive a stop, and are
             removed when the stage starts with other inputs.
@@ -101,10 +102,11 @@ class Stage:
         return changes
 
     def clear(self, job: Job, inputs: Inputs) -> None:
-        """Remove what an earlier run of the stage left, before it runs again.
+        """Take what an earlier run of the stage left out of the way, before it runs again.
 
-        What it can go on from stays where it was stopped with the same inputs. A file that the user has edited is kept
-        under another name.
+        Results move to the folder `previous`, so that a changed setting does not cost hours of work; what an unfinished
+        run left is removed, unless the stage was stopped with the same inputs and can go on from it. A file that the
+        user has edited is kept beside the new one under another name.
         """
         record, run = job.run.ledger.get(self.name), job.run
         goes_on = record is not None and not record.is_done and not record.inputs.changes(inputs)
@@ -115,6 +117,10 @@ class Stage:
                 kept = _unused(run.path(name))
                 run.path(name).rename(kept)
                 say(f"{name} was edited by hand: kept as {kept.name}")
+            elif record is not None and record.is_done:
+                kept = run.path(f"{PREVIOUS}/{name}")
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                run.path(name).replace(kept)
             else:
                 run.path(name).unlink()
 

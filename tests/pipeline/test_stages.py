@@ -145,6 +145,8 @@ def test_what_an_earlier_run_left_is_gone_before_the_next(job: Any) -> None:
     job.config.quant.observer = "minmax"
     run_all(job)
     assert [path.name for path in job.run.path("parts").iterdir()] == ["a.json"]
+    assert job.run.path("previous/second.txt").read_text() == "second.txt mse 0"  # hours of work are not lost
+    assert sorted(path.name for path in job.run.path("previous/parts").iterdir()) == ["a.json", "old.json"]
 
 
 def test_an_edited_file_reruns_its_readers_only(tmp_path: Path) -> None:
