@@ -20,7 +20,8 @@ assert sys.version_info >= (3, 11) and found >= (2, 10), f'Python {sys.version},
     && python -c "import torch; print(torch.__version__)" > /tmp/torch.before \
     && pip list --format=freeze | grep -iE '^(torch|torchvision|triton|tensorrt|numpy)==' > /tmp/container.txt \
     && python -c "import tomllib; \
-names = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; \
+project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+names = project['dependencies'] + project['optional-dependencies']['fast-metrics']; \
 print('\n'.join(n for n in names if not n.startswith(('torch', 'torchvision'))))" > /tmp/requirements.txt \
     && pip install --no-cache-dir --constraint /tmp/container.txt --requirement /tmp/requirements.txt \
     && python -c "import torch; print(torch.__version__)" | diff /tmp/torch.before - \
