@@ -23,6 +23,7 @@ class RowKind(StrEnum):
 
 
 INT8 = "int8"
+ROWS = "rows"  # folder of a run directory
 _ORDER = tuple(RowKind)
 
 
@@ -46,9 +47,9 @@ class RowKey:
         return ":".join(part for part in (self.kind, self.runtime, self.precision) if part)
 
     @property
-    def file_name(self) -> str:
-        """Name of the row's file in a run directory."""
-        return f"{self.name.replace(':', '-')}.json"
+    def path(self) -> str:
+        """Where the row lies in a run directory."""
+        return f"{ROWS}/{self.name.replace(':', '-')}.json"
 
     @property
     def is_int8_engine(self) -> bool:

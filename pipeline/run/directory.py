@@ -26,7 +26,7 @@ from typing import Any
 
 from core.errors import RunError
 from core.files import make_folder, replace_link, write_json, write_text
-from core.rows import ResultRow, sorted_rows
+from core.rows import ROWS, ResultRow, sorted_rows
 from pipeline.run.ledger import Ledger
 
 CONFIG = "config.yaml"
@@ -155,7 +155,7 @@ class Run:
 
     def write_row(self, row: ResultRow) -> None:
         """Write one row of the result table."""
-        self.write_json(f"rows/{row.key.file_name}", row.as_dict())
+        self.write_json(row.key.path, row.as_dict())
 
     def rows(self) -> list[ResultRow]:
         """All rows, in the order of the table.
@@ -164,7 +164,7 @@ class Run:
             RunError: a row's file is damaged.
         """
         rows = []
-        for path in sorted(self.path("rows").glob("*.json")):
+        for path in sorted(self.path(ROWS).glob("*.json")):
             try:
                 rows.append(ResultRow.from_dict(json.loads(path.read_text(encoding="utf-8"))))
             except (ValueError, KeyError, TypeError) as error:

@@ -95,6 +95,6 @@ CALIBRATE = Stage(
     ignored=("quant.placement", "quant.policy", "quant.float_patterns", "quant.accuracy_budget"),
     splits=(TRAIN, VAL),
     reads=(*FLOAT_FILES, PLACEMENT),
-    writes=(QUANTIZED[PTQ], CALIBRATION, REPAIRS, f"rows/{PTQ.file_name}"),
+    writes=(QUANTIZED[PTQ], CALIBRATION, REPAIRS, PTQ.path),
     is_shared=True,
 )

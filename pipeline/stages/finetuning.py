@@ -19,9 +19,9 @@ from pipeline.run.progress import say
 from pipeline.splits import TRAIN, VAL
 from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
 from pipeline.stages.stage import Stage
-from pipeline.stages.training import LIGHT, augmentation, losses_of
+from pipeline.stages.training import LIGHT, augmentation, loop_options, losses_of
 from quant import FineTuningOptions, QuantizationAware, placement_of
-from training import TrainingOptions, TrainingState, train_epochs
+from training import TrainingState, train_epochs
 
 STATE = "qat-state.pt"
 OUTCOME, LOG = "qat.json", "qat.jsonl"
@@ -42,7 +42,7 @@ def finetune_stage(job: Job) -> None:
     loader = job.splits.train_batches(config.batch_size, augments[config.augment])
     teacher = copy.deepcopy(job.networks.detector.network)
     extension = QuantizationAware(model, fine_tuning_options(config), teacher)
-    state = TrainingState(model, training_options(config), extension)
+    state = TrainingState(model, loop_options(config, config.task_weight), extension)
     kept = Kept(job)
     earlier: list[dict[str, Any]] = []
     if job.run.path(STATE).exists():
@@ -68,20 +68,6 @@ def finetune_stage(job: Job) -> None:
     )
     metrics = job.evaluator.measure(job.predictor(model.eval()), "qat")
     job.record(QAT, metrics, kept=kept.label)
-
-
-def training_options(config: QatConfig) -> TrainingOptions:
-    """The section `qat` as the training loop wants it."""
-    return TrainingOptions(
-        epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        warmup_fraction=config.warmup_fraction,
-        ema_decay=config.ema_decay,
-        clip_norm=config.clip_norm,
-        task_weight=config.task_weight,
-        amp=config.amp,
-    )
 
 
 def fine_tuning_options(config: QatConfig) -> FineTuningOptions:
@@ -152,7 +138,7 @@ def _calibration_suffices(job: Job) -> bool:
         return False
     key = job.networks.calibrated_key
     for stage, needed in (("float", FLOAT), (STAGE_OF[key], key)):
-        job.run.need(f"rows/{needed.file_name}", stage)
+        job.run.need(needed.path, stage)
     values = {row.key: row.value for row in job.run.rows()}
     reference, calibrated = values[FLOAT], values[key]
     assert reference is not None
@@ -190,10 +176,10 @@ FINETUNE = Stage(
         *FLOAT_FILES,
         QUANTIZED[PTQ],
         QUANTIZED[MIXED],
-        "rows/float.json",
-        "rows/ptq.json",
-        "rows/mixed.json",
+        FLOAT.path,
+        PTQ.path,
+        MIXED.path,
     ),
-    writes=(QUANTIZED[QAT], OUTCOME, LOG, f"rows/{QAT.file_name}"),
+    writes=(QUANTIZED[QAT], OUTCOME, LOG, QAT.path),
     partial=(STATE, LOG),
 )

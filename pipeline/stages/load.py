@@ -38,5 +38,5 @@ MEASURE_FLOAT = Stage(
     settings=MEASURED_BY,
     splits=(VAL,),
     reads=FLOAT_FILES,
-    writes=(f"rows/{FLOAT.file_name}",),
+    writes=(FLOAT.path,),
 )

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import fx
 
-from core.rows import MIXED, PTQ
+from core.rows import FLOAT, MIXED, PTQ
 from pipeline.evaluation.measuring import value_of
 from pipeline.job import Job
 from pipeline.networks import QUANTIZED
@@ -130,6 +130,6 @@ SENSITIVITY = Stage(
     sensitivity_stage,
     settings=("sensitivity", "quant.accuracy_budget", *MEASURED_BY),
     splits=(TRAIN, VAL),
-    reads=(*FLOAT_FILES, QUANTIZED[PTQ], "rows/float.json"),
-    writes=(SENSITIVITY_FILE, POLICY, BUDGET, QUANTIZED[MIXED], f"rows/{MIXED.file_name}"),
+    reads=(*FLOAT_FILES, QUANTIZED[PTQ], FLOAT.path),
+    writes=(SENSITIVITY_FILE, POLICY, BUDGET, QUANTIZED[MIXED], MIXED.path),
 )

@@ -20,7 +20,6 @@ from configs.schema import Config
 from pipeline.job import Job
 from pipeline.run.ledger import Inputs, hash_file, hash_files
 from pipeline.run.progress import say
-from pipeline.splits import TRAIN, VAL
 
 PREVIOUS = "previous"  # folder of a run: what a stage had written before it ran again
 NOT_COMPARED = frozenset({"data.workers", "data.cache_dir"})  # no result depends on them
@@ -72,9 +71,7 @@ class Stage:
 
     def inputs(self, job: Job) -> Inputs:
         """Values and hashes of everything that the stage reads, as it is now."""
-        hashes: dict[str, str | None] = {
-            f"{split} split": job.splits.digest(split) for split in self.splits if split in (TRAIN, VAL)
-        }
+        hashes: dict[str, str | None] = {f"{split} split": job.splits.digest(split) for split in self.splits}
         hashes |= self.machine(job.config)
         for name in self.files:
             path = flat_settings(job.config, name)[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from configs.schema import AugmentConfig
+from configs.schema import AugmentConfig, QatConfig, TrainConfig
 from data import AugmentOptions
 from pipeline.job import Job
 from pipeline.run.progress import say
@@ -34,15 +34,6 @@ def train_stage(job: Job) -> None:
     if detector.amax:
         say(f"imported ranges: {len(detector.amax)} dropped, since training moves the weights away from them")
         detector.amax = {}
-    options = TrainingOptions(
-        epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        warmup_fraction=config.warmup_fraction,
-        ema_decay=config.ema_decay,
-        clip_norm=config.clip_norm,
-        amp=config.amp,
-    )
     loader = job.splits.train_batches(config.batch_size, augmentation(job.config.augment))
     plain = job.splits.train_batches(config.batch_size, LIGHT)
     heavy_batches = job.splits.epochs(loader, "train", config.epochs)
@@ -52,12 +43,26 @@ def train_stage(job: Job) -> None:
     def batches(epoch: int) -> Any:
         return heavy_batches(epoch) if epoch < last_heavy else light_batches(epoch)
 
-    state = TrainingState(detector.network, options)
+    state = TrainingState(detector.network, loop_options(config))
     for _ in train_epochs(state, batches, len(loader), job.networks.loss(detector)):
         say(losses_of(state))
         job.run.write_lines(LOG, (record.as_dict() for record in state.records))
     detector.network.load_state_dict(state.averaged.state_dict())
     job.networks.keep(detector.eval())
+
+
+def loop_options(config: TrainConfig | QatConfig, task_weight: float = 1.0) -> TrainingOptions:
+    """The section `train` or `qat` as the training loop wants it."""
+    return TrainingOptions(
+        epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_fraction=config.warmup_fraction,
+        ema_decay=config.ema_decay,
+        clip_norm=config.clip_norm,
+        task_weight=task_weight,
+        amp=config.amp,
+    )
 
 
 def augmentation(config: AugmentConfig) -> AugmentOptions:
