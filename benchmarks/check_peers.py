@@ -125,9 +125,10 @@ def print_table(reports: dict[str, CheckReport]) -> None:
     print("| --- | ---: | ---: | ---: | ---: |")
     for name, report in reports.items():
         found = report.summary
+        share = "unknown" if found.inner_int8_share is None else f"{found.inner_int8_share:.2%}"
         print(
             f"| {name} | {len(report.findings)} | {found.num_int8_convs} of {found.num_convs} | "
-            f"{found.inner_int8_share:.2%} | {found.precision_changes} |"
+            f"{share} | {found.precision_changes} |"
         )
     print()
     for name, report in reports.items():

@@ -78,9 +78,14 @@ def format_report(report: CheckReport) -> str:
         ("FP8", summary.num_fp8_convs, summary.fp8_share, summary.inner_fp8_share),
     ):
         if number or (name == "INT8" and not summary.num_fp8_convs):
+            work = "share of the multiply-accumulates unknown"
+            if share is not None and inner is not None and summary.macs is not None:
+                work = (
+                    f"{share:.2%} of {summary.macs / 1e9:.2f} G multiply-accumulates, {inner:.2%} without the output "
+                    "convs"
+                )
             lines.append(
-                f"{number} of {summary.num_convs} convs in {name} ({summary.num_output_convs} at the outputs); "
-                f"{share:.2%} of {summary.macs / 1e9:.2f} G multiply-accumulates, {inner:.2%} without the output convs"
+                f"{number} of {summary.num_convs} convs in {name} ({summary.num_output_convs} at the outputs); {work}"
             )
     lines.append(
         f"{summary.num_quantize} Q, {summary.num_dequantize} DQ, "

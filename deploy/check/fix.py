@@ -19,6 +19,7 @@ from onnx import ModelProto
 from core.errors import DeployError
 from deploy.check import fix_passes
 from deploy.check.report import CheckReport, inspect_model
+from deploy.graph.known import inlined, qualify_operators, restore_operators
 from deploy.graph.model import load_onnx, save_onnx
 from deploy.graph.passes import GraphPass, drop_identities, merge_identical, run_pass
 from deploy.graph.view import View
@@ -87,6 +88,8 @@ LEFT: Mapping[str, str] = {
     "per-tensor-weight": "the file holds codes, rounded with one scale; quantize again from the float weights",
     "q-inside-conv": "nothing is quantized behind the activation, and the scale in front does not fit there: calibrate",
     "unequal-scales": "they have zero points, differ in type, or belong to codes that other operators read",
+    "unknown-operator": "what the check does not know is left as it is",
+    "unknown-codes": "what the check does not know is left as it is",
     "zero-point": "weights with a zero point or unsigned codes: quantize again from the float weights",
 }
 """Why findings of a rule that has a fix can remain."""
@@ -165,11 +168,13 @@ def fix_model(
         if not any(finding.rule in fix.rules for finding in current.findings):
             continue
         candidate = ModelProto()
-        candidate.CopyFrom(mended)
+        candidate.CopyFrom(inlined(mended))
+        qualify_operators(candidate.graph)
         run_pass(candidate, drop_identities)
         count = run_pass(candidate, fix.graph_pass)
         if not count.edits:
             continue
+        restore_operators(candidate.graph)
         report = inspect_model(candidate, path, image_size, target)
         if len(report.findings) > len(current.findings):
             taken_back.append(fix.description)

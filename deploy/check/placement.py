@@ -9,6 +9,7 @@ from onnx import NodeProto
 
 from deploy.check.activations import inside_convs
 from deploy.graph.finding import Finding, Findings
+from deploy.graph.known import is_known_operator
 from deploy.graph.view import AVERAGE_POOLS, WEIGHTED, View, behind, format_scale, reached
 
 
@@ -35,7 +36,9 @@ def _dangling(view: View, node: NodeProto) -> Findings:
     if at_output(view, node):
         yield Finding(node.name, "quantizes a graph output", "leave outputs in float", "q-at-output", 1)
         return
-    if not readers or not behind(view, node):
+    if not readers or (
+        not behind(view, node) and all(reader.op_type == "DequantizeLinear" for reader in readers)
+    ):
         yield Finding(node.name, "nobody reads what it quantizes", "remove it", "dangling-q", 1)
         return
     source = view.producer(node.input[0])
@@ -52,6 +55,8 @@ def useless(view: View, node: NodeProto) -> Findings:
     """A Q whose result only float operators read, inside the network or in the decode."""
     if not behind(view, node) or at_output(view, node) or _serves_integer_kernel(view, node):
         return
+    if not all(is_known_operator(reader) for reader in reached(view, node.output[0])):
+        return  # what is not known may run in integers
     kinds = ", ".join(sorted({reader.op_type for reader in behind(view, node)}))
     if _is_behind_last_conv(view, node.input[0]):
         scale = view.quantization(node).scale

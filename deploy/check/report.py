@@ -10,6 +10,7 @@ from onnx import ModelProto
 
 from deploy.check.rules import rules_for, unequal_scales
 from deploy.graph.finding import Finding
+from deploy.graph.known import inlined
 from deploy.graph.model import load_onnx
 from deploy.graph.passes import count_qdq
 from deploy.graph.view import AVERAGE_POOLS, WEIGHTED, View
@@ -24,8 +25,9 @@ class Summary:
         num_nodes, num_quantize, num_dequantize: nodes in the file.
         num_convs, num_int8_convs, num_fp8_convs: weighted nodes, and those that run in INT8 and in FP8.
         num_output_convs: weighted nodes at the outputs, float by design.
-        macs, int8_macs: multiply-accumulates at batch 1 of all of them; 0 where shapes are unknown.
-        int8_share, fp8_share: share of the multiply-accumulates in INT8 and in FP8.
+        num_unmeasured: those whose multiply-accumulates are not known, because a shape is not.
+        macs, int8_macs: multiply-accumulates at batch 1 of all of them; None where some are not known.
+        int8_share, fp8_share: share of the multiply-accumulates in INT8 and in FP8; None where some are not known.
         inner_int8_share, inner_fp8_share: the same without the output convs: of backbone, neck and head towers.
         precision_changes: places where a kernel has to change type or scale on its own.
     """
@@ -37,12 +39,13 @@ class Summary:
     num_int8_convs: int
     num_fp8_convs: int
     num_output_convs: int
-    macs: int
-    int8_macs: int
-    int8_share: float
-    fp8_share: float
-    inner_int8_share: float
-    inner_fp8_share: float
+    num_unmeasured: int
+    macs: int | None
+    int8_macs: int | None
+    int8_share: float | None
+    fp8_share: float | None
+    inner_int8_share: float | None
+    inner_fp8_share: float | None
     precision_changes: int
 
 
@@ -90,6 +93,7 @@ def inspect_model(
     target: str | None = None,
 ) -> CheckReport:
     """Check a model in memory; it is not changed."""
+    model = inlined(model)
     view = View(model, image_size, target)
     found = [finding for rule in rules_for(view) for finding in rule(view)]
     findings = (
@@ -109,7 +113,11 @@ def summarize_view(view: View, model: ModelProto) -> Summary:
         macs[precision] += count
         if id(node) not in view.output_convs:
             inner[precision] += count
-    total, inner_total = macs.total(), inner.total()
+    is_known = bool(weighted) and not view.unmeasured()
+
+    def share(kind: str, counts: Counter[str]) -> float | None:
+        return counts[kind] / max(counts.total(), 1) if is_known else None
+
     return Summary(
         num_nodes=len(model.graph.node),
         num_quantize=num_quantize,
@@ -118,12 +126,13 @@ def summarize_view(view: View, model: ModelProto) -> Summary:
         num_int8_convs=number["int8"],
         num_fp8_convs=number["fp8"],
         num_output_convs=sum(id(node) in view.output_convs for node in weighted),
-        macs=total,
-        int8_macs=macs["int8"],
-        int8_share=macs["int8"] / max(total, 1),
-        fp8_share=macs["fp8"] / max(total, 1),
-        inner_int8_share=inner["int8"] / max(inner_total, 1),
-        inner_fp8_share=inner["fp8"] / max(inner_total, 1),
+        num_unmeasured=len(view.unmeasured()),
+        macs=macs.total() if is_known else None,
+        int8_macs=macs["int8"] if is_known else None,
+        int8_share=share("int8", macs),
+        fp8_share=share("fp8", macs),
+        inner_int8_share=share("int8", inner),
+        inner_fp8_share=share("fp8", inner),
         precision_changes=count_precision_changes(view),
     )
 

@@ -16,18 +16,20 @@ from deploy.check.activations import quantizer_inside_conv
 from deploy.check.parameters import bad_parameters, scale_shapes, weight_parameters
 from deploy.check.placement import float_islands, float_pools, needless_quantizers
 from deploy.check.sums import residual_adds
+from deploy.check.unknown import unknown_parts
 from deploy.graph.finding import Finding, Findings, Rule
+from deploy.graph.known import KNOWN_KINDS
 from deploy.graph.model import attributes
 from deploy.graph.view import WEIGHTED, View, format_scale
 
 
 def float_convs(view: View) -> Findings:
-    """Rule 1: every conv but those at the outputs has DQ on data and on weight."""
+    """Rule 1: every conv but those at the outputs has DQ on data and on weight; `unknown_parts` tells odd codes."""
     for node in view.weighted():
         at_output = id(node) in view.output_convs
         if at_output and (view.weight_dequantizer(node) is None or view.lacks_result_quantizer(node)):
             continue
-        if view.is_quantized(node):
+        if view.is_quantized(node) or view.code_kinds(node) - KNOWN_KINDS:
             continue
         yield Finding(node.name, *_why_float(view, node), rule="conv-float")
 
@@ -186,13 +188,20 @@ RULES: tuple[Rule, ...] = (
     bad_parameters,
     weight_parameters,
     float_islands,
+    unknown_parts,
 )
 """Rules for every engine but ONNX Runtime's, whose graph has a Q on every operator's output on purpose."""
 
 TENSORRT_RULES: tuple[Rule, ...] = (scale_shapes, bare_resizes)
 """Rules about TensorRT's compilers alone; found with that of TensorRT for RTX 1.7."""
 
-INTEGER_OPERATOR_RULES: tuple[Rule, ...] = (float_convs, bad_parameters, weight_parameters, narrow_convs)
+INTEGER_OPERATOR_RULES: tuple[Rule, ...] = (
+    float_convs,
+    bad_parameters,
+    weight_parameters,
+    narrow_convs,
+    unknown_parts,
+)
 
 
 def rules_for(view: View) -> tuple[Rule, ...]:

@@ -21,6 +21,7 @@ from onnx.external_data_helper import load_external_data_for_model
 
 from core.errors import DeployError
 from core.files import write_bytes
+from deploy.graph.known import inlined
 
 MAX_ONNX_BYTES = 2**31 - 1  # protobuf's own limit for one message
 MAX_EXTERNAL_BYTES = 16 * 2**30
@@ -41,7 +42,7 @@ def parse_size(text: str) -> tuple[int, int] | None:
 
 
 def load_onnx(path: Path, max_bytes: int = MAX_ONNX_BYTES) -> ModelProto:
-    """Read an ONNX file with its external data, after checking both.
+    """Read an ONNX file with its external data, after checking both; functions are put in place of their calls.
 
     Raises:
         DeployError: no such file, larger than `max_bytes`, not ONNX, or external data that leaves the model's
@@ -49,7 +50,7 @@ def load_onnx(path: Path, max_bytes: int = MAX_ONNX_BYTES) -> ModelProto:
     """
     model = _read_checked(path, max_bytes)
     load_external_data_for_model(model, str(path.parent))
-    return model
+    return inlined(model)
 
 
 def verify_onnx(path: Path, max_bytes: int = MAX_ONNX_BYTES) -> None:

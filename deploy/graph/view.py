@@ -18,6 +18,7 @@ from onnx import ModelProto, NodeProto
 from core.errors import DeployError
 from core.operators import OPERATORS, RESIZE, Kind
 from core.targets import TARGETS
+from deploy.graph.known import KNOWN_KINDS, code_kind_of, inlined, qualify_operators
 from deploy.graph.model import Array, Graph, attributes, stored_metadata
 from deploy.graph.passes import drop_identities
 
@@ -30,7 +31,6 @@ FLOAT_TYPES: Mapping[int, str] = {
     onnx.TensorProto.FLOAT16: "fp16",
     onnx.TensorProto.BFLOAT16: "bf16",
 }
-FP8_TYPES = frozenset({onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2})
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class View:
         target: engine the graph is for; None asks the metadata.
 
     Attributes:
-        graph: the graph without Identity nodes.
+        graph: the graph without Identity nodes, with the bodies of its functions in place; operators outside of
+            ONNX's own domain carry it in their type, such as `com.microsoft.QGemm`.
         target: the engine; "" for files of other tools, also where they quantized a float file of ours.
         is_ours: whether this project exported the file.
         shapes: shapes with batch 1; types: element types; both by tensor name, where inference could tell.
@@ -77,7 +78,8 @@ class View:
         self, model: ModelProto, image_size: tuple[int, int] | None = None, target: str | None = None
     ) -> None:
         copy = ModelProto()
-        copy.CopyFrom(model)
+        copy.CopyFrom(inlined(model))
+        qualify_operators(copy.graph)
         metadata = stored_metadata(copy)
         stated = "" if metadata.get("octet.quantized") == "false" else metadata.get("octet.target", "")
         self.target = stated if target is None else target
@@ -202,22 +204,24 @@ class View:
     def is_quantized(self, node: NodeProto) -> bool:
         """Whether a weighted node runs in INT8 or FP8: its weights are, one scale is on all of its data, and see below.
 
-        Data and weights have codes of one kind. ONNX Runtime's convs also ask for a Q on their result.
+        Data and weights have codes of one known kind. ONNX Runtime's convs also ask for a Q on their result.
         """
-        if len(self.code_kinds(node)) != 1 or self.lacks_result_quantizer(node):
+        kinds = self.code_kinds(node)
+        if len(kinds) != 1 or not kinds <= KNOWN_KINDS or self.lacks_result_quantizer(node):
             return False
         found = [self.dequantizer(root) for root in self.roots(node.input[0])]
         keys = {self.quantization(dq).key if dq is not None else None for dq in found}
         return len(keys) == 1 and None not in keys
 
     def code_kinds(self, node: NodeProto) -> set[str]:
-        """Kinds of codes, int8 or fp8, of a weighted node's data and weight; empty where one is not quantized."""
+        """Kinds of codes of a weighted node's data and weight; empty where one is not quantized."""
         found = [self.weight_dequantizer(node), *map(self.dequantizer, self.roots(node.input[0]))]
         return set() if None in found else {self.code_kind(dq) for dq in found if dq is not None}
 
     def code_kind(self, dequantize: NodeProto) -> str:
-        """Kind of the codes that a DQ reads: int8 (signed or not) or fp8."""
-        return "fp8" if self.types.get(dequantize.input[0]) in FP8_TYPES else "int8"
+        """Kind of the codes that a DQ reads: int8 (signed or not), fp8, or another, see `code_kind_of`."""
+        names = (dequantize.input[0], *dequantize.input[2:3])
+        return code_kind_of(next((self.types[name] for name in names if self.types.get(name)), 0))
 
     def lacks_result_quantizer(self, node: NodeProto) -> bool:
         """Whether ONNX Runtime runs a conv in float because somebody reads its result without Q."""
@@ -232,7 +236,7 @@ class View:
     def multiply_accumulates(self, node: NodeProto) -> int | None:
         """Products of one weighted node at batch 1; None where a shape is unknown."""
         weight, result = self.shapes.get(node.input[1]), self.shapes.get(node.output[0])
-        if not weight or not result or None in weight or None in result:
+        if not weight or result is None or None in weight or None in result:
             return None
         known = [size or 1 for size in weight]
         outputs = math.prod(size or 1 for size in result)
@@ -243,8 +247,13 @@ class View:
             return (
                 math.prod(size or 1 for size in inputs) * math.prod(known[1:]) if None not in inputs else None
             )
-        shared = known[-1] if node.op_type == "Gemm" and attributes(node).get("transB") else known[-2]
+        is_last = len(known) == 1 or (node.op_type == "Gemm" and attributes(node).get("transB"))
+        shared = known[-1] if is_last else known[-2]
         return outputs * shared
+
+    def unmeasured(self) -> list[NodeProto]:
+        """Weighted nodes whose products cannot be counted."""
+        return [node for node in self.weighted() if self.multiply_accumulates(node) is None]
 
     def float_type(self, tensor: str) -> str:
         """Float type of a tensor, such as "fp32"; empty for integers and unknown types."""
@@ -253,13 +262,15 @@ class View:
     def node_precision(self, node: NodeProto) -> str:
         """Precision an engine will run a node in: int8, fp8, fp16, bf16, fp32 or other."""
         if node.op_type in WEIGHTED and node.input[1] in self.fixed:
-            kinds = self.code_kinds(node) if self.is_quantized(node) else set()
-            return kinds.pop() if kinds else self.float_type(node.output[0]) or "fp32"
+            kinds = self.code_kinds(node)
+            if self.is_quantized(node):
+                return kinds.pop()
+            return "other" if kinds - KNOWN_KINDS else self.float_type(node.output[0]) or "fp32"
         if self.is_moving(node) or node.op_type in AVERAGE_POOLS:
             roots = [self.dequantizer(root) for name in self.moved_inputs(node) for root in self.roots(name)]
             kinds = {self.code_kind(root) for root in roots if root is not None}
             if None not in roots and len(kinds) == 1:
-                return kinds.pop()
+                return kinds.pop() if kinds <= KNOWN_KINDS else "other"
         return self.float_type(node.output[0]) or "other"
 
 
@@ -308,7 +319,8 @@ def format_scale(value: Array | float) -> str:
 
 def behind(view: View, quantize: NodeProto) -> list[NodeProto]:
     """Readers of the dequantized values of a Q."""
-    return [reader for dq in view.readers(quantize.output[0]) for reader in view.readers(dq.output[0])]
+    pairs = [node for node in view.readers(quantize.output[0]) if node.op_type == "DequantizeLinear"]
+    return [reader for dq in pairs for reader in view.readers(dq.output[0])]
 
 
 def reached(view: View, tensor: str) -> list[NodeProto]:
