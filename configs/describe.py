@@ -96,7 +96,7 @@ def _table(schema: type, prefix: str) -> str:
         if field.name not in nested:
             meaning = str(field.metadata["description"])
             unit = f" [{field.metadata['unit']}]" if field.metadata["unit"] else ""
-            kind = str(field.type).replace(" | None", "")
+            kind = "int or list" if field.metadata["is_size"] else str(field.type).replace(" | None", "")
             cells = [
                 f"`{prefix}{field.name}`",
                 kind,

@@ -19,6 +19,7 @@ from configs.deploy_schema import DeployConfig, GraphConfig
 from configs.setting import setting
 from core.choices import ACTIVATIONS, GRIDS, INTEGER, OBSERVERS, SENSITIVITY_METHODS
 from core.families import ARCHITECTURES
+from core.image_size import ImageSize
 
 MODELS = ("auto", *ARCHITECTURES, "custom")
 STAGES = ("train", "float", "place", "calibrate", "sensitivity", "finetune", "export", "engine", "report")
@@ -71,8 +72,13 @@ class DataConfig:
     cache_dir: str | None = setting(
         "runs/cache", "Folder that remembers which images were verified; none verifies them on every run"
     )
-    image_size: int = setting(
-        640, "Side of the square network input after letterboxing", unit="pixels", minimum=32, multiple=32
+    image_size: Any = setting(
+        640,
+        "Network input after letterboxing: one number for a square, or [height, width]",
+        unit="pixels",
+        minimum=32,
+        multiple=32,
+        is_size=True,
     )
     workers: int = setting(2, "Loader processes; 0 loads in the main process", unit="processes", minimum=0)
     train_split: str = setting("train", "Split used for training and calibration")
@@ -83,6 +89,11 @@ class DataConfig:
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     limit_train: int | None = setting(None, "Use only the first N training images", unit="images", minimum=1)
     limit_val: int | None = setting(None, "Use only the first N validation images", unit="images", minimum=1)
+
+    @property
+    def input_size(self) -> ImageSize:
+        """Height and width of the network's input."""
+        return ImageSize.of(self.image_size)
 
 
 @dataclass

@@ -17,6 +17,7 @@ def setting(
     maximum: float | None = None,
     above: float | None = None,
     multiple: int | None = None,
+    is_size: bool = False,
 ) -> Any:
     """Declare one field: its default, what it means, and the limits that `configs.validation` enforces.
 
@@ -29,6 +30,7 @@ def setting(
         maximum: Largest allowed number (inclusive).
         above: The number must be greater than this.
         multiple: The number must be divisible by this.
+        is_size: An image size: one number for a square, or [height, width]; the limits hold for both.
     """
     metadata = {
         "description": description,
@@ -38,6 +40,7 @@ def setting(
         "maximum": maximum,
         "above": above,
         "multiple": multiple,
+        "is_size": is_size,
     }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)

@@ -33,7 +33,9 @@ def _field_problems(node: Any, prefix: str) -> list[str]:
     problems: list[str] = []
     for field in dataclasses.fields(node):
         value, name = getattr(node, field.name), f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value):
+        if field.metadata.get("is_size"):
+            problems += _size_problems(value, name, field.metadata)
+        elif dataclasses.is_dataclass(value):
             problems += _field_problems(value, f"{name}.")
         elif isinstance(value, list):
             for index, item in enumerate(value):
@@ -71,6 +73,26 @@ def _value_problems(value: Any, name: str, limits: Any) -> list[str]:
             f"{name}={value}: expected a multiple of {multiple}{unit} (the coarsest stride); use {remedy}."
         ]
     return []
+
+
+def _size_problems(value: Any, name: str, limits: Any) -> list[str]:
+    """Check an image size: one number, or [height, width]."""
+    sides = value if isinstance(value, list) else [value]
+    if not 1 <= len(sides) <= 2 or any(type(side) is not int for side in sides):
+        return [
+            f"{name}={value}: expected one number of {limits['unit']} for a square, or [height, width]; use "
+            f"{name}=640 or {name}=[384,640]."
+        ]
+    if len(sides) == 1 or sides[0] == sides[1]:
+        return _value_problems(sides[0], name, limits)
+    least, multiple = limits["minimum"], limits["multiple"]
+    nearest = [max(least, (side + multiple // 2) // multiple * multiple) for side in sides]
+    if nearest == sides:
+        return []
+    return [
+        f"{name}={value}: expected a height and a width of at least {least} {limits['unit']}, each a multiple of "
+        f"{multiple} (the coarsest stride); use {name}=[{nearest[0]},{nearest[1]}]."
+    ]
 
 
 def _combination_problems(config: Config) -> list[str]:

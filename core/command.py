@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from core.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, OctetError
+from core.image_size import ImageSize
 
 Main = Callable[[Sequence[str] | None], int]
 
@@ -40,3 +42,17 @@ def run_command(main: Callable[[], int]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_BROKEN_PIPE
     sys.exit(code)
+
+
+def size_argument(text: str) -> ImageSize:
+    """An image size on a command line: `640`, or `384x640` (height x width).
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
+    size = ImageSize.parse(text)
+    if size is None:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no size; expected PIXELS or HEIGHTxWIDTH, such as 384x640"
+        )
+    return size

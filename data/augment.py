@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import DataError
+from core.image_size import ImageSize
 from data.letterbox import PAD_VALUE
 from data.masks import Outlines, outlines_of
 from data.samples import Sample
@@ -56,7 +57,7 @@ class AugmentOptions:
     Attributes:
         mosaic: probability, 0 to 1, that four images are put together into one.
         degrees: rotation range.
-        translate: shift range, as a share of the image side.
+        translate: shift range, as a share of the image's width and height.
         scale: range of the zoom around 1, below 1.
         shear: range of the shear angles, degrees.
         flip_lr: probability of a mirror image, left for right.
@@ -90,7 +91,7 @@ def augment(
     first: int,
     read: Callable[[int], Fitted],
     candidates: Sequence[int],
-    size: int,
+    size: ImageSize,
     options: AugmentOptions,
     random: np.random.Generator,
 ) -> Fitted:
@@ -100,13 +101,13 @@ def augment(
         first: index of the image to augment.
         read: returns the image at an index, as `fit` made it for `size`; it is not changed.
         candidates: indices from which the mosaic's other images are drawn.
-        size: side of the square result, pixels.
+        size: of the result.
         options: ranges of the changes.
         random: the only source of randomness.
 
     Returns:
-        Image uint8 [size, size, 3], boxes float32 [N, 4] in its pixels, labels int64 [N], and outlines where the images
-        that were read have some. Crowd regions are left out.
+        Image uint8 [height, width, 3], boxes float32 [N, 4] in its pixels, labels int64 [N], and outlines where the
+        images that were read have some. Crowd regions are left out.
     """
     if random.random() < options.mosaic:
         others = [candidates[position] for position in random.integers(0, len(candidates), 3).tolist()]
@@ -117,7 +118,7 @@ def augment(
     matrix = _draw_affine((image.shape[1], image.shape[0]), size, options, random)
     image = np.asarray(
         cv2.warpAffine(
-            image, matrix[:2], (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT,
+            image, matrix[:2], (size.width, size.height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT,
             borderValue=(PAD_VALUE,) * 3,
         ),
         np.uint8,
@@ -126,8 +127,10 @@ def augment(
     image = jitter_color(image, (options.hsv_h, options.hsv_s, options.hsv_v), random)
     if random.random() < options.flip_lr:
         image = np.ascontiguousarray(image[:, ::-1])
-        boxes = np.stack([size - boxes[:, 2], boxes[:, 1], size - boxes[:, 0], boxes[:, 3]], axis=1)
-        outlines = move_outlines(outlines, np.array([[-1, 0, size], [0, 1, 0]], np.float64))
+        boxes = np.stack(
+            [size.width - boxes[:, 2], boxes[:, 1], size.width - boxes[:, 0], boxes[:, 3]], axis=1
+        )
+        outlines = move_outlines(outlines, np.array([[-1, 0, size.width], [0, 1, 0]], np.float64))
     return Fitted(image, boxes, labels, outlines)
 
 
@@ -154,24 +157,24 @@ def move_outlines(outlines: list[Outlines] | None, matrix: NDArray[np.float64]) 
     return [[part @ matrix[:2, :2].T + matrix[:2, 2] for part in parts] for parts in outlines]
 
 
-def warp_objects(objects: Objects, matrix: NDArray[np.float64], size: int) -> Objects:
+def warp_objects(objects: Objects, matrix: NDArray[np.float64], size: ImageSize) -> Objects:
     """Move objects by an affine map, clip their boxes, and drop those of which too little is left.
 
     Args:
         objects: boxes [N, 4], xyxy, source pixels, with labels and perhaps outlines.
         matrix: [3, 3], source to result.
-        size: side of the square result, pixels.
+        size: of the result.
 
     Returns:
-        The axis-aligned hulls of the moved corners, clipped to 0..size, their labels, and the moved outlines, which are
-        not clipped. A box stays if both sides are at least `MIN_SIDE` pixels and at least `MIN_VISIBLE` of its moved
-        area lies inside.
+        The axis-aligned hulls of the moved corners, clipped to the result, their labels, and the moved outlines, which
+        are not clipped. A box stays if both sides are at least `MIN_SIDE` pixels and at least `MIN_VISIBLE` of its
+        moved area lies inside.
     """
     boxes, labels, outlines = objects
     corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2).astype(np.float64)
     moved = corners @ matrix[:2, :2].T + matrix[:2, 2]
     hull = np.concatenate([moved.min(axis=1), moved.max(axis=1)], axis=1)
-    clipped = hull.clip(0, size)
+    clipped = hull.clip(0, np.array([size.width, size.height] * 2, np.float64))
     sides = clipped[:, 2:] - clipped[:, :2]
     whole = (hull[:, 2:] - hull[:, :2]).prod(axis=1)
     keep = (sides >= MIN_SIDE).all(axis=1) & (sides.prod(axis=1) >= MIN_VISIBLE * whole)
@@ -200,11 +203,11 @@ def jitter_color(image: Image, ranges: tuple[float, float, float], random: np.ra
     return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), np.uint8)
 
 
-def fit(sample: Sample, size: int, with_outlines: bool = False) -> Fitted:
-    """Resize a sample so that its longer side is `size` pixels; objects follow. Without padding or crowd regions."""
+def fit(sample: Sample, size: ImageSize, with_outlines: bool = False) -> Fitted:
+    """Resize a sample to the largest that fits into `size`; objects follow. Without padding or crowd regions."""
     boxes, labels, outlines = objects_of(sample, with_outlines)
     height, width = sample.size
-    ratio = size / max(height, width)
+    ratio = min(size.height / height, size.width / width)
     image = sample.image
     if ratio != 1:
         shape = (max(round(width * ratio), 1), max(round(height * ratio), 1))
@@ -213,10 +216,13 @@ def fit(sample: Sample, size: int, with_outlines: bool = False) -> Fitted:
     return Fitted(image, boxes * np.float32(ratio), labels, scaled)
 
 
-def _mosaic(parts: list[Fitted], size: int, random: np.random.Generator) -> Fitted:
+def _mosaic(parts: list[Fitted], size: ImageSize, random: np.random.Generator) -> Fitted:
     """Put four images around a random centre of a canvas of twice the size; each touches the centre by a corner."""
-    canvas = np.full((2 * size, 2 * size, 3), PAD_VALUE, np.uint8)
-    center_x, center_y = random.integers(size // 2, size + size // 2 + 1, 2).tolist()
+    frame = ImageSize(2 * size.height, 2 * size.width)
+    canvas = np.full((*frame, 3), PAD_VALUE, np.uint8)
+    center_x, center_y = (
+        int(random.integers(side // 2, side + side // 2 + 1)) for side in (size.width, size.height)
+    )
     placed = []
     for quadrant, part in enumerate(parts):
         image = part.image
@@ -224,10 +230,10 @@ def _mosaic(parts: list[Fitted], size: int, random: np.random.Generator) -> Fitt
         left = center_x - width if quadrant % 2 == 0 else center_x
         top = center_y - height if quadrant < 2 else center_y
         x1, y1 = max(left, 0), max(top, 0)
-        x2, y2 = min(left + width, 2 * size), min(top + height, 2 * size)
+        x2, y2 = min(left + width, frame.width), min(top + height, frame.height)
         canvas[y1:y2, x1:x2] = image[y1 - top : y2 - top, x1 - left : x2 - left]
         shift = np.array([[1, 0, left], [0, 1, top], [0, 0, 1]], np.float64)
-        placed.append(warp_objects(part.objects, shift, 2 * size))
+        placed.append(warp_objects(part.objects, shift, frame))
     outlines = [outline for item in placed for outline in item.outlines or ()]
     return Fitted(
         canvas,
@@ -238,9 +244,9 @@ def _mosaic(parts: list[Fitted], size: int, random: np.random.Generator) -> Fitt
 
 
 def _draw_affine(
-    source: tuple[int, int], size: int, options: AugmentOptions, random: np.random.Generator
+    source: tuple[int, int], size: ImageSize, options: AugmentOptions, random: np.random.Generator
 ) -> NDArray[np.float64]:
-    """A random map [3, 3] from source pixels to a square of `size`: centre, shear, rotate and zoom, then shift.
+    """A random map [3, 3] from source pixels to a result of `size`: centre, shear, rotate and zoom, then shift.
 
     `source` is (width, height). Without any range the source's centre lands on the centre of the result.
     """
@@ -254,6 +260,6 @@ def _draw_affine(
     cosine, sine = zoom * math.cos(angle), zoom * math.sin(angle)
     rotate = np.array([[cosine, sine, 0], [-sine, cosine, 0], [0, 0, 1]], np.float64)
     shift = np.eye(3)
-    shift[0, 2] = (0.5 + shift_x * options.translate) * size
-    shift[1, 2] = (0.5 + shift_y * options.translate) * size
+    shift[0, 2] = (0.5 + shift_x * options.translate) * size.width
+    shift[1, 2] = (0.5 + shift_y * options.translate) * size.height
     return np.asarray(shift @ rotate @ shear @ centre, np.float64)

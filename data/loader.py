@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from core.errors import DataError
+from core.image_size import ImageSize, SizeLike
 from data.augment import AugmentOptions, Fitted, augment, fit, move_outlines, objects_of
 from data.letterbox import LetterboxInfo, letterbox, letterbox_boxes
 from data.masks import MASK_STRIDE, draw_masks
@@ -24,7 +25,7 @@ from data.samples import Batch, Dataset
 KEPT_BYTES = 256 * 2**20  # memory of each worker for decoded training images
 
 Key = tuple[int, int]  # epoch, position in the dataset
-# Image [3, S, S]; class and box [N, 5]; image id; placement; masks [N, S / 4, S / 4] where they are wanted.
+# Image [3, H, W]; class and box [N, 5]; image id; placement; masks [N, H / 4, W / 4] where they are wanted.
 Item = tuple[NDArray[np.uint8], NDArray[np.float32], int, LetterboxInfo, NDArray[np.uint8] | None]
 
 
@@ -110,7 +111,7 @@ class _Prepared(torch.utils.data.Dataset[Any]):
         self,
         dataset: Dataset,
         indices: list[int],
-        size: int,
+        size: ImageSize,
         options: AugmentOptions | None,
         seed: int,
         masks: bool,
@@ -143,7 +144,7 @@ class _Prepared(torch.utils.data.Dataset[Any]):
         if self.options is None:
             sample = self.dataset[index]
             boxes, labels, outlines = objects_of(sample, self.masks)
-            image, info = letterbox(sample.image, (self.size, self.size))
+            image, info = letterbox(sample.image, self.size)
             boxes = letterbox_boxes(boxes, info)
             placement = np.array([[info.ratio, 0, info.pad_x], [0, info.ratio, info.pad_y]], np.float64)
             outlines = move_outlines(outlines, placement)
@@ -159,7 +160,7 @@ class _Prepared(torch.utils.data.Dataset[Any]):
                 random,
             )
             image_id = int(self.dataset.ids[index])
-            info = LetterboxInfo(1.0, 0, 0, self.size, self.size)
+            info = LetterboxInfo(1.0, 0, 0, self.size.height, self.size.width)
         objects = np.concatenate([labels[:, None].astype(np.float32), boxes], axis=1)
         masks = None if outlines is None else draw_masks(outlines, boxes, self.size)
         return np.ascontiguousarray(image.transpose(2, 0, 1)), objects, image_id, info, masks
@@ -192,7 +193,7 @@ def choose_subset(num_images: int, limit: int | None) -> list[int]:
 
 def build_loader(
     dataset: Dataset,
-    image_size: int,
+    image_size: SizeLike,
     batch_size: int,
     workers: int = 0,
     augment: AugmentOptions | None = None,
@@ -204,11 +205,11 @@ def build_loader(
     world_size: int = 1,
     masks: bool = False,
 ) -> DetectionLoader:
-    """Make batches of square network inputs.
+    """Make batches of network inputs of one size.
 
     Args:
         dataset: a `DetectionDataset`, or any object that fulfils `Dataset`.
-        image_size: side of the input, pixels.
+        image_size: of the input, pixels: one number for a square, or (height, width).
         batch_size: images per batch.
         workers: processes that decode and augment; 0 works in this one.
         augment: ranges of the training augmentation. None letterboxes only, as evaluation and calibration need it.
@@ -226,15 +227,16 @@ def build_loader(
     Raises:
         DataError: an empty dataset, or a number out of range.
     """
-    for name, value, least in (
-        ("image_size", image_size, 1),
-        ("batch_size", batch_size, 1),
-        ("workers", workers, 0),
+    size = ImageSize.of(image_size)
+    for name, value, smallest, least in (
+        ("image_size", size.plain, min(size), 1),
+        ("batch_size", batch_size, batch_size, 1),
+        ("workers", workers, workers, 0),
     ):
-        if value < least:
+        if smallest < least:
             raise DataError(f"{name} is {value}, expected at least {least}.")
-    if masks and image_size % MASK_STRIDE:
-        raise DataError(f"image_size is {image_size}, expected a multiple of {MASK_STRIDE} for masks.")
+    if masks and any(side % MASK_STRIDE for side in size):
+        raise DataError(f"image_size is {size.plain}, expected a multiple of {MASK_STRIDE} for masks.")
     if len(dataset) == 0:
         raise DataError("The dataset has no images; a loader needs at least one.")
     indices = choose_subset(len(dataset), limit)
@@ -245,7 +247,7 @@ def build_loader(
             "lower batch_size, raise limit, or set drop_last to false."
         )
     return DetectionLoader(
-        _Prepared(dataset, indices, image_size, augment, seed, masks),
+        _Prepared(dataset, indices, size, augment, seed, masks),
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate,

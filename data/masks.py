@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from core.image_size import ImageSize
 from data.letterbox import LetterboxInfo
 
 Outlines = list[NDArray[np.float64]]  # [P, 2] each: x, y; several where an object has several parts
@@ -167,25 +168,25 @@ def polygon_area(outlines: Outlines) -> float:
 
 
 def draw_masks(
-    outlines: Sequence[Outlines], boxes: NDArray[np.float32], size: int, stride: int = MASK_STRIDE
+    outlines: Sequence[Outlines], boxes: NDArray[np.float32], size: ImageSize, stride: int = MASK_STRIDE
 ) -> NDArray[np.uint8]:
     """Masks of one training image's objects on a coarser grid.
 
     Args:
         outlines: of each object, input pixels; they may leave the image.
         boxes: [N, 4], xyxy, input pixels, inside the image; nothing is drawn outside of them.
-        size: side of the square input, pixels, a multiple of `stride`.
+        size: of the input; both sides are multiples of `stride`.
         stride: input pixels per cell.
 
     Returns:
-        [N, size / stride, size / stride]: the share of each cell that the object covers, 0 to 255. A point that several
-        parts of an object cover counts where their number is odd, so that inner parts are holes.
+        [N, height / stride, width / stride]: the share of each cell that the object covers, 0 to 255. A point that
+        several parts of an object cover counts where their number is odd, so that inner parts are holes.
     """
-    cells = size // stride
-    result = np.zeros((len(boxes), cells, cells), np.uint8)
+    rows, columns = size.height // stride, size.width // stride
+    result = np.zeros((len(boxes), rows, columns), np.uint8)
     for mask, parts, box in zip(result, outlines, boxes, strict=True):
         x1, y1 = np.floor(box[:2] / stride).astype(int)
-        x2, y2 = np.minimum(np.ceil(box[2:] / stride).astype(int), cells)
+        x2, y2 = np.minimum(np.ceil(box[2:] / stride).astype(int), (columns, rows))
         fine = np.zeros(((y2 - y1) * stride, (x2 - x1) * stride), np.uint8)
         shift = np.array([x1 * stride + 0.5, y1 * stride + 0.5])
         fixed = [np.round((part - shift) * 2**_SUBPIXEL_BITS).astype(np.int32) for part in parts]

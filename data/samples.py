@@ -101,12 +101,12 @@ class Batch:
     """Images of one step, ready for a network, with their objects.
 
     Attributes:
-        images: uint8 [B, 3, S, S], RGB.
+        images: uint8 [B, 3, H, W], RGB.
         targets: float32 [T, 6], one row per object: index into the batch, class, x1, y1, x2, y2 in input pixels.
             Crowd regions are not among them.
         image_ids: dataset ids, one per image.
         infos: how each image was letterboxed; the identity for augmented images.
-        masks: uint8 [T, S / 4, S / 4], the share of each cell that the object covers, 0 to 255; None where the loader
+        masks: uint8 [T, H / 4, W / 4], the share of each cell that the object covers, 0 to 255; None where the loader
             was not asked for masks.
     """
 

@@ -21,6 +21,7 @@ from onnx import ModelProto, TensorProto
 from torch import nn
 
 from core.errors import DeployError
+from core.image_size import ImageSize
 from core.registry import resolve
 from core.targets import SCALE_TYPES, TARGETS, Target
 from deploy.graph import passes
@@ -132,7 +133,7 @@ def export_onnx(
         # tells a graph of ours from a float one that another tool quantized
         "quantized": str(quantized).lower(),
         "outputs": outputs,
-        "image_size": f"{image_size[0]}x{image_size[1]}",
+        "image_size": ImageSize(*image_size).text,
     }
     _add_metadata(model, {**{f"octet.{key}": value for key, value in facts.items()}, **(metadata or {})})
     save_onnx(model, path)

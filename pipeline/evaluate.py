@@ -1,6 +1,6 @@
 """Measure any engine, run or checkpoint on a dataset, with the suppression and the metric of a report's rows.
 
-    python -m pipeline.evaluate MODEL [--data FOLDER] [--size PIXELS] [--split NAME] [--limit N] [--json FILE]
+    python -m pipeline.evaluate MODEL [--data FOLDER] [--size SIZE] [--split NAME] [--limit N] [--json FILE]
 
 MODEL is what `python -m pipeline.predict` takes. Dataset, thresholds and metric are those of the run that MODEL lies
 in, outside a run the defaults of `data` and `evaluate` (docs/configuration.md). The last line of stdout is the AP, or
@@ -17,7 +17,7 @@ import torch
 
 from configs.compose import read
 from configs.schema import DataConfig, EvaluateConfig
-from core.command import reports_errors, run_command
+from core.command import reports_errors, run_command, size_argument
 from core.errors import DataError
 from core.files import write_json
 from core.runtimes import RUNTIMES
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     predictor = open_predictor(options.model, wanted)
     try:
-        data.image_size = predictor.size[0]
+        data.image_size = predictor.size.plain
         splits = Splits(data, predictor.task, torch.device("cpu"))
         evaluator = Evaluator(thresholds, metric, splits, torch.device("cpu"))
         metrics = evaluator.measure(predictor.function, predictor.label, 1, options.limit)
@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", type=Path, help="run directory, engine, .onnx file, or float checkpoint")
     parser.add_argument("--data", type=Path, help="dataset: YOLO data.yaml tree or COCO JSON folder")
-    parser.add_argument("--size", type=int, help="side of the input in pixels; default: what the model says")
+    parser.add_argument(
+        "--size", type=size_argument, help="of the input: PIXELS or HEIGHTxWIDTH; default: the model's"
+    )
     parser.add_argument("--split", help="default: the run's data.val_split, or val")
     parser.add_argument("--limit", type=int, help="images to use; default: all")
     parser.add_argument("--runtime", choices=(TORCH, *RUNTIMES), help="default: the run's, or the file's own")

@@ -74,7 +74,7 @@ class Networks:
         reference = self.config.model.factory
         if reference is None:
             return None
-        return CustomModel(reference, self.splits.val.names, self.splits.config.image_size)
+        return CustomModel(reference, self.splits.val.names, self.splits.config.input_size)
 
     def initial(self) -> Detector:
         """The detector that the user brought, or one with random weights to train; fits the data's classes.

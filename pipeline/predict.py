@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from core.command import reports_errors
+from core.command import reports_errors, size_argument
 from core.errors import DataError
 from core.files import write_json
+from core.image_size import ImageSize
 from core.runtimes import RUNTIMES
 from pipeline.evaluation.engine_outputs import match_detections
 from pipeline.prediction.predictors import (
@@ -191,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--confidence", type=_share, default=0.25, help="lowest score drawn")
     parser.add_argument("--iou", type=_share, default=0.7, help="NMS threshold")
     parser.add_argument(
-        "--size", type=_side, help="side of the input in pixels, where the model leaves it open"
+        "--size", type=_size, help="of the input, where the model leaves it open: PIXELS or HEIGHTxWIDTH"
     )
     parser.add_argument("--threads", type=_positive, help="CPU threads")
     parser.add_argument("--device", default="auto", help="where torch runs: auto, cpu, cuda")
@@ -214,10 +215,11 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _side(text: str) -> int:
-    if _positive(text) % 32:
+def _size(text: str) -> ImageSize:
+    size = size_argument(text)
+    if any(side % 32 for side in size):
         raise argparse.ArgumentTypeError(f"'{text}' is no multiple of 32")
-    return int(text)
+    return size
 
 
 if __name__ == "__main__":

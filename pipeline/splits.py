@@ -119,7 +119,7 @@ class Splits:
         """
         return build_loader(
             dataset,
-            self.config.image_size,
+            self.config.input_size,
             batch_size,
             self.config.workers,
             limit=limit,
@@ -136,7 +136,7 @@ class Splits:
         """Shuffled training batches; `set_epoch` gives each epoch its own order and augmentation."""
         return build_loader(
             self.train,
-            self.config.image_size,
+            self.config.input_size,
             batch_size,
             self.config.workers,
             augment=augment,
@@ -148,7 +148,7 @@ class Splits:
         )
 
     def images(self, loader: DetectionLoader, label: str | None = None) -> Iterator[Tensor]:
-        """The batches' images as float [B, 3, S, S] on the device; progress is shown under `label`."""
+        """The batches' images as float [B, 3, H, W] on the device; progress is shown under `label`."""
         for batch in loader if label is None else track(loader, label, len(loader)):
             yield to_input(batch.images, self.device)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.errors import ReportError
+from core.image_size import ImageSize, SizeLike
 from core.rows import ResultRow, engine_key, find_row
 
 MODEL_KEYS = ("parameters", "macs", "strides", "shares", "layers")
@@ -37,7 +38,7 @@ class ReportData:
     Attributes:
         experiment: name of the experiment.
         weights: where the float weights came from, None when trained in the run.
-        image_size: side of the square network input, pixels.
+        image_size: of the network's input, pixels: one number for a square, or (height, width).
         rows: the result table, in the order to be shown; the row "float" is what others are compared with.
         versions: package -> version.
         machine: property -> value.
@@ -59,7 +60,7 @@ class ReportData:
 
     experiment: str
     weights: str | None
-    image_size: int
+    image_size: SizeLike
     rows: Sequence[ResultRow]
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
@@ -73,6 +74,11 @@ class ReportData:
     findings: Sequence[Mapping[str, Any]] = ()
     fixed_point: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
+
+    @property
+    def input_size(self) -> ImageSize:
+        """Height and width of the network's input."""
+        return ImageSize.of(self.image_size)
 
     def check(self) -> None:
         """Raise ReportError where the data cannot be shown."""

@@ -57,7 +57,7 @@ def to_json(data: ReportData) -> dict[str, Any]:
     return {
         "experiment": data.experiment,
         "weights": data.weights,
-        "image_size": data.image_size,
+        "image_size": data.input_size.plain,
         "rows": [_plain(row.as_dict()) for row in data.rows],
         "stages": [
             {"name": str(stage["name"]), "seconds": _plain(float(stage["seconds"]))} for stage in data.stages
@@ -89,7 +89,7 @@ def to_markdown(data: ReportData) -> str:
     weights = escape_markdown(data.weights) if data.weights else "trained in this run"
     parts = [
         f"# {escape_markdown(data.experiment)}",
-        f"Weights: {weights}. Input: {data.image_size}x{data.image_size} pixels.",
+        f"Weights: {weights}. Input: {data.input_size.text} pixels.",
         markdown_results(data.rows),
         LEGEND,
     ]

@@ -5,7 +5,7 @@
 #   RUN         run directory of train_qat.py (its best quantized model and its float model are taken), or
 #   CHECKPOINT  weights of a float detector: it is quantized by calibration first
 #   DATA        data set folder (data.yaml tree or COCO JSON)
-#   IMGSZ       image size in pixels, a multiple of 32
+#   IMGSZ       image size in pixels, a multiple of 32: 640 for a square, 384x640 for height and width
 #   --runtime   tensorrt (default) or tensorrt_rtx: TensorRT for RTX, which without a GPU builds and inspects only
 #   --batch     batch sizes to time, default 1,4,8,12
 #   --graph     draw the engine's layers and write their times (--generate-graph is the same)
@@ -35,9 +35,12 @@ while (($#)); do
 done
 ((${#positional[@]} == 3)) || { usage >&2; exit 2; }
 source="${positional[0]}" data="${positional[1]}" size="${positional[2]}"
-if ! [[ "$size" =~ ^[1-9][0-9]*$ ]] || ((size % 32)); then
-    fail 2 "IMGSZ '$size' is not a positive multiple of 32."
-fi
+[[ "$size" =~ ^([1-9][0-9]*)(x([1-9][0-9]*))?$ ]] ||
+    fail 2 "IMGSZ '$size' is neither a positive multiple of 32 nor HEIGHTxWIDTH."
+height="${BASH_REMATCH[1]}" width="${BASH_REMATCH[3]:-${BASH_REMATCH[1]}}"
+if ((height % 32 || width % 32)); then fail 2 "IMGSZ '$size' is no multiple of 32 pixels."; fi
+image_size="$size"
+[[ "$size" != *x* ]] || image_size="[$height,$width]"
 [[ "$batches" =~ ^[1-9][0-9]*(,[1-9][0-9]*)*$ ]] || fail 2 "--batch '$batches' is no list such as 1,4,8,12."
 [[ "$runtime" =~ ^tensorrt(_rtx)?$ ]] || fail 2 "--runtime '$runtime' is none of tensorrt, tensorrt_rtx."
 [[ -e "$source" ]] || fail 3 "No run directory or checkpoint at '$source'."
@@ -71,7 +74,7 @@ echo "$title $version: target $target" >&2
 if [[ -f "$source" ]]; then
     run="runs/val_trt/$(basename "${source%.*}")-$size"
     rm -rf "$run"
-    "$python" train_qat.py +experiment=detector weights="$source" data.root="$data" data.image_size="$size" \
+    "$python" train_qat.py +experiment=detector weights="$source" data.root="$data" data.image_size="$image_size" \
         run_dir="$run" "stages=[float,calibrate,export]" deploy="$target" >&2
 else
     run="$source"
@@ -99,7 +102,7 @@ if "$can_run"; then
     graphs=(--graph)
     [[ "$runtime" == tensorrt ]] || graphs=()
     "$python" -m deploy.benchmark --compare "$fp16@$runtime" "$int8@$runtime" --runtime "$runtime" --batch "$batches" \
-        "${graphs[@]}" --shapes "${size}x${size}" --json "$out/latency.json" --table "$out/latency.md" >&2
+        "${graphs[@]}" --shapes "${height}x${width}" --json "$out/latency.json" --table "$out/latency.md" >&2
 fi
 if "$draw" && "$can_run"; then
     "$python" -m deploy.engine layers "$int8" --json "$out/layers.json" --svg "$out/layers.svg" >&2

@@ -104,7 +104,7 @@ def evaluate(
     """Measure a detector on all images of `batches`.
 
     Args:
-        predict: takes images float32 [B, 3, S, S], RGB, 0 to 1, on `device`; returns for each image detections [N, 6]:
+        predict: takes images float32 [B, 3, H, W], RGB, 0 to 1, on `device`; returns for each image detections [N, 6]:
             x1 y1 x2 y2 in input pixels, score, class; or `Instances`, for all images alike, whose masks are measured
             too.
         batches: letterboxed batches of the dataset, as from `build_loader` without augmentation.

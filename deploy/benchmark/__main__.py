@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from core.command import reports_errors, run_command
+from core.command import reports_errors, run_command, size_argument
 from core.errors import DeployError
 from core.files import write_json, write_text
+from core.image_size import ImageSize
 from core.machine import describe_machine
 from core.runtimes import RUNTIMES
 from deploy.benchmark.layers import draw_layers, format_layers
@@ -262,12 +263,8 @@ def _numbers(text: str) -> list[int]:
     return [_positive(part) for part in text.split(",")]
 
 
-def _sizes(text: str) -> list[tuple[int, int]]:
-    sizes = []
-    for part in text.split(","):
-        height, _, width = part.partition("x")
-        sizes.append((_positive(height), _positive(width)))
-    return sizes
+def _sizes(text: str) -> list[ImageSize]:
+    return [size_argument(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.command import reports_errors
+from core.command import reports_errors, size_argument
 from core.errors import EXIT_GATE
 from core.files import write_json, write_text
 from core.targets import TARGETS
@@ -142,15 +142,10 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="with --fix: folder or .npz of images to compare the outputs of both graphs on",
     )
-    parser.add_argument("--size", type=_size, help="image size HEIGHTxWIDTH, for graphs that leave it open")
+    parser.add_argument(
+        "--size", type=size_argument, help="image size HEIGHTxWIDTH, for graphs that leave it open"
+    )
     parser.add_argument(
         "--target", choices=TARGETS, help="engine the graph is for, where the file does not tell"
     )
     return parser
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
-        raise argparse.ArgumentTypeError(f"'{text}' is no size; expected HEIGHTxWIDTH, such as 640x640")
-    return int(height), int(width)

@@ -21,6 +21,7 @@ from onnx.external_data_helper import load_external_data_for_model
 
 from core.errors import DeployError
 from core.files import write_bytes
+from core.image_size import ImageSize
 from deploy.graph.known import inlined
 
 MAX_ONNX_BYTES = 2**31 - 1  # protobuf's own limit for one message
@@ -35,10 +36,9 @@ def stored_metadata(model: ModelProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
-def parse_size(text: str) -> tuple[int, int] | None:
-    """(height, width) of "640x480", as `octet.image_size` stores it; None for any other text."""
-    height, _, width = text.partition("x")
-    return (int(height), int(width)) if height.isdecimal() and width.isdecimal() else None
+def stored_size(metadata: Mapping[str, str]) -> ImageSize | None:
+    """The size that a file's metadata name as `octet.image_size`; None where they do not."""
+    return ImageSize.parse(metadata.get("octet.image_size", ""))
 
 
 def load_onnx(path: Path, max_bytes: int = MAX_ONNX_BYTES) -> ModelProto:

@@ -19,7 +19,7 @@ from core.errors import DeployError
 from core.operators import OPERATORS, RESIZE, Kind
 from core.targets import TARGETS
 from deploy.graph.known import KNOWN_KINDS, code_kind_of, inlined, qualify_operators
-from deploy.graph.model import Array, Graph, attributes, stored_metadata
+from deploy.graph.model import Array, Graph, attributes, stored_metadata, stored_size
 from deploy.graph.passes import drop_identities
 
 WEIGHTED = frozenset(OPERATORS[Kind.WEIGHTED].onnx)
@@ -84,7 +84,7 @@ class View:
         stated = "" if metadata.get("octet.quantized") == "false" else metadata.get("octet.target", "")
         self.target = stated if target is None else target
         self.is_ours = "octet.target" in metadata
-        fix_input_shapes(copy, image_size or _stored_size(metadata))
+        fix_input_shapes(copy, image_size or stored_size(metadata))
         self.graph = Graph(copy)
         drop_identities(self.graph)
         self.shapes, self.types = _infer(self.graph.commit())
@@ -288,11 +288,6 @@ def fix_input_shapes(model: ModelProto, image_size: tuple[int, int] | None) -> N
     for value in model.graph.output:
         value.type.tensor_type.ClearField("shape")
     del model.graph.value_info[:]
-
-
-def _stored_size(metadata: Mapping[str, str]) -> tuple[int, int] | None:
-    height, _, width = metadata.get("octet.image_size", "").partition("x")
-    return (int(height), int(width)) if height.isdecimal() and width.isdecimal() else None
 
 
 def _infer(model: ModelProto) -> tuple[dict[str, tuple[int | None, ...]], dict[str, int]]:

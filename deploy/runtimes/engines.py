@@ -7,7 +7,7 @@ from pathlib import Path
 from core.errors import DeployError
 from core.registry import resolve
 from core.runtimes import RUNTIMES
-from deploy.graph.model import load_onnx, parse_size, stored_metadata
+from deploy.graph.model import load_onnx, stored_metadata, stored_size
 from deploy.runtimes.base import EngineRequest, Runtime
 
 
@@ -72,4 +72,4 @@ def find_image_size(path: Path) -> tuple[int, int] | None:
     dims = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
     if len(dims) == 4 and all(dims[2:]):
         return dims[2], dims[3]
-    return parse_size(stored_metadata(model).get("octet.image_size", ""))
+    return stored_size(stored_metadata(model))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from core.errors import DeployError
 from core.files import write_json
-from deploy.graph.model import parse_size
+from deploy.graph.model import stored_size
 from deploy.runtimes.base import EngineRequest, FloatArray, LayerTime, Runtime, check_images
 from deploy.runtimes.tensorrt_api import check_target, import_tensorrt, make_logger, rules_of
 from deploy.runtimes.tensorrt_builder import BuildOptions, build_tensorrt, gpu_name, sidecar_path
@@ -181,8 +181,7 @@ class TensorRTRuntime(Runtime):
     def stored_size(cls, path: Path) -> tuple[int, int] | None:
         """See `Runtime.stored_size`: from the metadata in the sidecar."""
         sidecar = sidecar_path(path)
-        stored = json.loads(sidecar.read_text()).get("metadata", {}) if sidecar.is_file() else {}
-        return parse_size(stored.get("octet.image_size", ""))
+        return stored_size(json.loads(sidecar.read_text()).get("metadata", {}) if sidecar.is_file() else {})
 
     # ----------------------------------------------------------------------------------------------------- inference
     def infer_outputs(self, images: FloatArray) -> dict[str, FloatArray]:

@@ -46,7 +46,7 @@ def measure_custom(
 ) -> CustomMetrics:
     """Call the user's metric.
 
-    The function is given `predict`, which takes the images of a batch as they come (uint8 [B, 3, S, S]) and returns for
+    The function is given `predict`, which takes the images of a batch as they come (uint8 [B, 3, H, W]) and returns for
     each a float32 tensor [N, 6] on the CPU (x1, y1, x2, y2 in input pixels, score, class), and the letterboxed
     batches of the validation split, once. It returns a number, or a dictionary of numbers with the key `value`.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from configs.compose import read
 from core.errors import DeployError
+from core.image_size import ImageSize
 from core.runtimes import INT8, RUNTIMES
 from data import Found, Rle, decode_mask, letterbox, to_input, to_picture
 from deploy import EngineRequest, Runtime, open_engine
@@ -33,7 +34,7 @@ from pipeline.stages.export import model_name, target_of
 TORCH = "torch"
 ENGINE_SUFFIXES = tuple(dict.fromkeys(end for entry in RUNTIMES.values() for end in entry.suffixes))
 FLOAT = "float"
-DEFAULT_SIZE = 640
+DEFAULT_SIZE = ImageSize.of(640)
 
 Detect = Callable[[Tensor], Sequence[Found]]
 
@@ -65,7 +66,7 @@ class Options:
         iou: class-wise NMS threshold.
         max_detections: boxes kept in an image.
         runtime: a name in `core.runtimes.RUNTIMES`, or "torch"; None takes the run's or the file's own.
-        size: side of the square input in pixels; None takes what the model says.
+        size: of the input; None takes what the model says.
         threads: CPU threads; None takes all.
         device: where torch runs: cpu, cuda, auto.
     """
@@ -74,7 +75,7 @@ class Options:
     iou: float = 0.7
     max_detections: int = 300
     runtime: str | None = None
-    size: int | None = None
+    size: ImageSize | None = None
     threads: int | None = None
     device: str = "auto"
 
@@ -90,7 +91,7 @@ class Predictor:
     Attributes:
         label: what it is, for titles.
         names: class names by index.
-        size: (height, width) of the input, pixels.
+        size: of the input.
         function: float32 images [1, 3, height, width] in 0..1 to detections in input pixels.
         task: `detect`, or `segment` where it gives masks.
         close: releases the model.
@@ -98,7 +99,7 @@ class Predictor:
 
     label: str
     names: tuple[str, ...]
-    size: tuple[int, int]
+    size: ImageSize
     function: Detect
     task: str = "detect"
     close: Callable[[], None] = lambda: None
@@ -131,7 +132,7 @@ def open_predictor(path: Path, options: Options) -> Predictor:
             "checkpoint for torch: export it first."
         )
     detector = fold_detector(load_detector(path))
-    size = (options.size or DEFAULT_SIZE,) * 2
+    size = options.size or DEFAULT_SIZE
     return _of_torch(f"{path.name} (torch)", detector.network, detector, size, options)
 
 
@@ -182,12 +183,12 @@ def _job(directory: Path, options: Options) -> Job:
 
 
 def _of_job(job: Job, network: nn.Module, label: str, options: Options) -> Predictor:
-    size = (options.size or job.config.data.image_size,) * 2
+    size = options.size or job.config.data.input_size
     return _of_torch(label, network, job.networks.detector, size, options)
 
 
 def _of_torch(
-    label: str, network: nn.Module, detector: Detector, size: tuple[int, int], options: Options
+    label: str, network: nn.Module, detector: Detector, size: ImageSize, options: Options
 ) -> Predictor:
     device = choose_device(options.device)
     network, decode = network.to(device).eval(), detector.decode.to(device).eval()
@@ -206,7 +207,7 @@ def open_file(path: Path, options: Options, runtime: str | None = None) -> Predi
     Raises:
         DeployError: a runtime that does not take the file, or a file that says too little.
     """
-    size = (options.size, options.size) if options.size else _stored_size(path)
+    size = options.size or _stored_size(path)
     request = EngineRequest(batch=1, image_size=size, threads=options.threads)
     engine = _load(path, runtime or options.runtime, request)
     masks = engine.metadata.get("task") == "segment"
@@ -221,11 +222,11 @@ def open_file(path: Path, options: Options, runtime: str | None = None) -> Predi
     return Predictor(label, names, size, reader.predictor(engine, 1), task, engine.close)
 
 
-def _stored_size(path: Path) -> tuple[int, int]:
+def _stored_size(path: Path) -> ImageSize:
     size = find_image_size(path)
     if size is None:
-        raise DeployError(f"{path} does not tell its image size; pass --size PIXELS.")
-    return size
+        raise DeployError(f"{path} does not tell its image size; pass --size PIXELS or --size HEIGHTxWIDTH.")
+    return ImageSize(*size)
 
 
 def _load(path: Path, runtime: str | None, request: EngineRequest) -> Runtime:

@@ -78,7 +78,7 @@ def keep_budget(job: Job, model: fx.GraphModule, ranking: list[str], max_drop: f
 
 def _write(job: Job, model: fx.GraphModule, result: BudgetResult, target: float) -> None:
     """Keep what was found and what it costs: layers and multiply-accumulates that stay float."""
-    facts = measure_network(job.networks.detector.network, (job.config.data.image_size,) * 2)
+    facts = measure_network(job.networks.detector.network, job.config.data.input_size)
     macs: Counter[str] = Counter()
     for layer in facts.layers:  # a layer that runs several times is listed as often
         macs[layer.name] += layer.macs

@@ -55,7 +55,7 @@ def engine_stage(job: Job) -> None:
 
 def measure_engines(job: Job, engines: list[Runtime]) -> None:
     """Compare engines with torch, evaluate them, then time them all alternately; one row each."""
-    config, size = job.config.deploy, job.config.data.image_size
+    config = job.config.deploy
     parity = {engine_row(engine): check_parity(job, engine) for engine in engines}
     job.run.write_json("engines/parity.json", parity)
     metrics = [
@@ -63,7 +63,7 @@ def measure_engines(job: Job, engines: list[Runtime]) -> None:
         for engine in engines
     ]
     say(f"timing {len(engines)} engines in turns, {config.benchmark_seconds:g} s each")
-    shape = (config.batch, 3, size, size)
+    shape = (config.batch, 3, *job.config.data.input_size)
     timings = benchmark_alternately(engines, shape, config.benchmark_seconds, warmup=10)
     for engine, found, timing in zip(engines, metrics, timings, strict=True):
         job.record(
@@ -112,7 +112,7 @@ def build_engines(job: Job, runtime: str) -> Iterator[tuple[Path, EngineRequest]
         DeployError: the runtime refuses.
         RunError: the stage `export` has not run.
     """
-    config, size = job.config.deploy, job.config.data.image_size
+    config = job.config.deploy
     entry = RUNTIMES[runtime]
     int8 = job.run.need(model_name(job, target_of(job, runtime)), "export")
     plain = job.run.need(FLOAT_ONNX, "export")
@@ -122,7 +122,7 @@ def build_engines(job: Job, runtime: str) -> Iterator[tuple[Path, EngineRequest]
             precision=precision,
             int8_hint=config.int8_hint,
             batch=config.batch,
-            image_size=(size, size),
+            image_size=job.config.data.input_size,
             threads=config.threads or None,
             compute_capabilities=tuple(config.compute_capabilities),
             cache=job.run.path(ENGINES),

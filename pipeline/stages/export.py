@@ -198,7 +198,7 @@ def write_onnx(
         return export_onnx(
             Deployed(named, job.networks.detector.decode.cpu()).eval(),
             path,
-            (job.config.data.image_size,) * 2,
+            job.config.data.input_size,
             target,
             onnx_metadata(job, job.networks.detector, source),
             ("output0", "output1") if job.splits.task == "segment" else ("output0",),
@@ -299,7 +299,7 @@ def onnx_metadata(job: Job, detector: Detector, source: str) -> dict[str, str]:
     return {
         "names": json.dumps(dict(enumerate(detector.names))),
         **stride,
-        "imgsz": json.dumps([job.config.data.image_size] * 2),
+        "imgsz": json.dumps(list(job.config.data.input_size)),
         "preprocessing": "letterbox (pad 114, centred, bilinear), RGB, divided by 255, NCHW float32",
         **(MASK_TEXTS if job.splits.task == "segment" else OUTPUT_TEXTS[job.config.deploy.outputs]),
         "architecture": detector.architecture,

@@ -28,7 +28,7 @@ def report_stage(job: Job) -> None:
     data = ReportData(
         experiment=job.config.experiment,
         weights=job.config.weights,
-        image_size=job.config.data.image_size,
+        image_size=job.config.data.input_size,
         rows=run.rows(),
         versions=describe_versions(),
         machine={**describe_machine(), "threads": torch.get_num_threads(), **describe_device(job.device)},
@@ -128,7 +128,7 @@ def _model_facts(job: Job) -> dict[str, Any] | None:
         return None
     path = job.run.path("placement.yaml")
     grids = {site.layer: site.grid.name for site in load_placement(path).weights} if path.exists() else {}
-    facts = measure_network(job.networks.detector.network, (job.config.data.image_size,) * 2)
+    facts = measure_network(job.networks.detector.network, job.config.data.input_size)
     layers: dict[str, dict[str, Any]] = {}
     shares: dict[str, float] = {}
     for layer in facts.layers:

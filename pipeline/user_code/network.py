@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from core.errors import CheckpointError, ConfigError
 from core.files import written_atomically
+from core.image_size import ImageSize
 from core.names import listing
 from core.types import TaskLoss
 from models import Decode, DetectionLoss, Detector, read_checkpoint
@@ -78,13 +79,13 @@ class CustomModel:
     Args:
         reference: `package.module:function`.
         names: class names of the data.
-        image_size: side of the square network input in pixels.
+        size: of the network's input.
     """
 
-    def __init__(self, reference: str, names: Sequence[str], image_size: int) -> None:
+    def __init__(self, reference: str, names: Sequence[str], size: ImageSize) -> None:
         self.reference = reference
         self.names = tuple(names)
-        self.image_size = image_size
+        self.size = size
 
     def build(self) -> OwnDetector:
         """The detector with the factory's own weights, not folded.
@@ -159,8 +160,8 @@ class CustomModel:
 
     def check(self, detector: OwnDetector) -> None:
         """Run two images through every part as the job will; errors as for `initial`."""
-        size = self.image_size
-        images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        height, width = self.size
+        images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
         training = detector.training
         network = detector.network.eval()
         traced = fold_batchnorms(network)
@@ -169,8 +170,8 @@ class CustomModel:
             self._check_maps(maps, traced(images))
             decoded = self._call("decode", detector.decode.eval(), maps)
             self._check_decoded(decoded)
-            targets = torch.tensor([[0.0, 0.0, 0.25 * size, 0.25 * size, 0.75 * size, 0.75 * size]])
-            terms = self._call("loss", detector.loss, maps, targets, (size, size))
+            targets = torch.tensor([[0.0, 0.0, 0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height]])
+            terms = self._call("loss", detector.loss, maps, targets, (height, width))
         self._check_terms(terms)
         detector.train(training)
 

@@ -32,6 +32,6 @@ def test_every_setting_has_a_line() -> None:
 
 def test_a_few_lines_read_as_they_should() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
-    assert "| `data.image_size` | int | 640 | ≥ 32, multiple of 32 | Side of the square" in text
+    assert "| `data.image_size` | int or list | 640 | ≥ 32, multiple of 32 | Network input" in text
     assert "| `experiment` | str | required |" in text
     assert "| `quant.observer` | str | mse | minmax, percentile, mse, entropy |" in text

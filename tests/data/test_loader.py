@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from core.image_size import ImageSize
 from data import AugmentOptions, Dataset, Sample, build_loader, open_dataset
 from data.augment import Objects, augment, fit, jitter_color, warp_objects
 from data.loader import choose_subset
@@ -31,7 +32,7 @@ class Squares:
 
 
 def reader(dataset, size: int):
-    return lambda index: fit(dataset[index], size)
+    return lambda index: fit(dataset[index], ImageSize.of(size))
 
 
 def collect(loader):
@@ -162,7 +163,7 @@ def test_kept_images_change_nothing(monkeypatch):
 
 def test_without_any_range_augmentation_only_centres():
     random = np.random.default_rng(0)
-    image, boxes, labels, _ = augment(3, reader(Squares(), 64), range(12), 64, STILL, random)
+    image, boxes, labels, _ = augment(3, reader(Squares(), 64), range(12), ImageSize.of(64), STILL, random)
     assert boxes.tolist() == [[13, 12 + 8, 33, 28 + 8]]
     assert bright_box(image, 200) == [13, 20, 33, 36]
     assert labels.tolist() == [0]
@@ -181,7 +182,7 @@ def test_boxes_stay_on_their_objects(options):
     dataset = Squares(size=(64, 64))
     for index in range(12):
         random = np.random.default_rng(index)
-        image, boxes, *_ = augment(index, reader(dataset, 128), range(12), 128, options, random)
+        image, boxes, *_ = augment(index, reader(dataset, 128), range(12), ImageSize.of(128), options, random)
         image[(image == 114).all(axis=2)] = 0
         np.testing.assert_allclose(boxes[0], bright_box(image, 128), atol=1.6)
 
@@ -192,7 +193,12 @@ def test_mosaic_boxes_stay_on_their_objects():
     seen = 0
     for index in range(20):
         image, boxes, *_ = augment(
-            index % 12, reader(dataset, 128), range(12), 128, options, np.random.default_rng(index)
+            index % 12,
+            reader(dataset, 128),
+            range(12),
+            ImageSize.of(128),
+            options,
+            np.random.default_rng(index),
         )
         bright = (image > 127).all(axis=2)  # halfway up the soft edges
         covered = np.zeros_like(bright)
@@ -207,7 +213,7 @@ def test_mosaic_boxes_stay_on_their_objects():
 
 def test_warp_drops_what_is_mostly_outside():
     boxes = np.array([[0, 0, 100, 10], [-95, 0, 5, 10], [10, 10, 11, 40], [200, 200, 220, 220]], np.float32)
-    kept, labels, _ = warp_objects(Objects(boxes, np.arange(4)), np.eye(3), 100)
+    kept, labels, _ = warp_objects(Objects(boxes, np.arange(4)), np.eye(3), ImageSize.of(100))
     # The second has 5 % of its area inside, the third is 1 pixel wide, the fourth is outside.
     assert labels.tolist() == [0]
     assert kept.tolist() == [[0, 0, 100, 10]]

@@ -10,6 +10,7 @@ import pytest
 from pycocotools import mask as reference
 
 from core.errors import DataError
+from core.image_size import ImageSize
 from data import AugmentOptions, build_loader, generate_synthetic, ground_truth, letterbox, open_dataset
 from data.masks import (
     Rle,
@@ -85,7 +86,7 @@ def test_drawn_cells_hold_the_covered_share():
     """A rectangle from 4 to 18 and 8 to 20 covers cell (1..3, 2..4) wholly and half of column 4."""
     box = np.array([[4, 8, 18, 20]], np.float32)
     outline = [np.array([[4, 8], [18, 8], [18, 20], [4, 20.0]])]
-    mask = draw_masks([outline], box, 32)[0].astype(int)
+    mask = draw_masks([outline], box, ImageSize.of(32))[0].astype(int)
     expected = np.zeros((8, 8))
     expected[2:5, 1:4] = 255
     expected[2:5, 4] = 127.5
@@ -98,7 +99,7 @@ def test_drawn_cells_hold_the_covered_share():
 def test_holes_stay_open():
     ring = disc(64, 64, 32, 32, 25) & ~disc(64, 64, 32, 32, 12)
     code = encode_mask(ring)
-    drawn = draw_masks([outlines_of(code)], np.array([[7, 7, 57, 57]], np.float32), 64)[0]
+    drawn = draw_masks([outlines_of(code)], np.array([[7, 7, 57, 57]], np.float32), ImageSize.of(64))[0]
     expected = cv2.resize(ring.astype(np.float32), (16, 16), interpolation=cv2.INTER_AREA)
     assert np.abs(drawn / 255 - expected).mean() < 0.03
     assert drawn[8, 8] == 0

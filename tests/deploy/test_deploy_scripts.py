@@ -125,6 +125,23 @@ def test_val_trt_quantizes_a_checkpoint_first(world, tmp_path):
         shutil.rmtree(made, ignore_errors=True)
 
 
+def test_val_trt_takes_a_rectangle(world, tmp_path):
+    call, _, data = world
+    weights = tmp_path / "wide.pt"
+    weights.touch()
+    try:
+        result, commands = call("val_trt.sh", weights, data, "384x640")
+        assert result.returncode == 0, result.stderr
+        shown = [" ".join(command) for command in commands]
+        assert "data.image_size=[384,640]" in commands[1]
+        assert len([text for text in shown if "--size 384x640" in text]) == 2
+        assert any("--compare" in text and "--shapes 384x640 " in text for text in shown)
+    finally:
+        shutil.rmtree(ROOT / "runs" / "val_trt" / "wide-384x640", ignore_errors=True)
+    for wrong in ("384x", "384x650", "x640", "384x640x3", "0x640"):
+        assert call("val_trt.sh", weights, data, wrong)[0].returncode == 2
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_val_trt_takes_tensorrt_for_rtx(world, gpu):
     call, run, data = world

@@ -17,6 +17,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_convert, box_iou
 
 from core.errors import CheckpointError, ConfigError, DataError
+from core.image_size import ImageSize
 from core.rows import PTQ, ResultRow
 from data import Batch, Sample
 from examples import retinanet, ssdlite
@@ -74,7 +75,7 @@ def model_of(monkeypatch: pytest.MonkeyPatch, result: Any) -> CustomModel:
         return result(names) if callable(result) and not isinstance(result, nn.Module) else result
 
     monkeypatch.setattr(sys.modules[__name__], "factory", factory, raising=False)
-    return CustomModel(f"{HERE}factory", NAMES, 64)
+    return CustomModel(f"{HERE}factory", NAMES, ImageSize(64, 64))
 
 
 @pytest.mark.parametrize("parts", [GOOD, OWN])
