@@ -33,6 +33,23 @@ FAMILIES = (
         detectors=("yolov9t", "yolov9s", "yolov9m", "yolov9c", "yolov9e"),
         segmenters=("yolov9t-seg", "yolov9c-seg", "yolov9e-seg"),
     ),
+    FamilyEntry(
+        "yolov8",
+        "models.families.yolov8:YOLOV8",
+        detectors=("yolov8n", "yolov8s", "yolov8m", "yolov8l", "yolov8x"),
+        segmenters=("yolov8n-seg", "yolov8s-seg", "yolov8m-seg", "yolov8l-seg", "yolov8x-seg"),
+    ),
+    FamilyEntry(
+        "yolo11",
+        "models.families.yolo11:YOLO11",
+        detectors=("yolo11n", "yolo11s", "yolo11m", "yolo11l", "yolo11x"),
+        segmenters=("yolo11n-seg", "yolo11s-seg", "yolo11m-seg", "yolo11l-seg", "yolo11x-seg"),
+    ),
+    FamilyEntry(
+        "yolov5u",
+        "models.families.yolov5u:YOLOV5U",
+        detectors=("yolov5nu", "yolov5su", "yolov5mu", "yolov5lu", "yolov5xu"),
+    ),
 )
 DETECTORS = tuple(name for family in FAMILIES for name in family.detectors)
 SEGMENTERS = tuple(name for family in FAMILIES for name in family.segmenters)

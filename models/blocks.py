@@ -35,16 +35,23 @@ def make_activation(name: str) -> nn.Module:
 
 
 class ConvNorm(nn.Module):
-    """Convolution with "same" padding and batch normalisation, without an activation."""
+    """Convolution and batch normalisation, without an activation; padded by half the kernel if not told otherwise."""
 
     OFFICIAL_NAMES: ClassVar[dict[str, str]] = {"conv": "conv", "bn": "bn"}
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int = 1,
+        groups: int = 1,
+        padding: int | None = None,
     ) -> None:
         super().__init__()
+        pad = kernel // 2 if padding is None else padding
         self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False
+            in_channels, out_channels, kernel, stride, padding=pad, groups=groups, bias=False
         )
         self.bn: nn.Module = nn.BatchNorm2d(out_channels, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM)
 
@@ -64,8 +71,9 @@ class ConvBlock(ConvNorm):
         stride: int = 1,
         groups: int = 1,
         activation: str = "silu",
+        padding: int | None = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel, stride, groups)
+        super().__init__(in_channels, out_channels, kernel, stride, groups, padding)
         self.act = make_activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -232,7 +240,7 @@ class SPPElan(nn.Module):
 
     def __init__(self, in_channels: int, hidden: int, out_channels: int, activation: str) -> None:
         super().__init__()
-        self.entry = ConvBlock(in_channels, hidden, 1, activation=activation)
+        self.entry: nn.Module = ConvBlock(in_channels, hidden, 1, activation=activation)
         self.pool1 = nn.MaxPool2d(5, stride=1, padding=2)
         self.pool2 = nn.MaxPool2d(5, stride=1, padding=2)
         self.pool3 = nn.MaxPool2d(5, stride=1, padding=2)

@@ -27,14 +27,12 @@ from models.heads import (
 RawSegmentation = tuple[tuple[tuple[Tensor, Tensor, Tensor], ...], Tensor]
 
 NUM_PROTOTYPES = 32
-PROTOTYPE_CHANNELS = 256
 
 
 class Prototypes(nn.Module):
     """Prototype maps from the finest level: [B, C, h, w] -> [B, P, 2h, 2w].
 
-    Its two inner convolutions have 256 channels, or C where the finest level has fewer (all official networks have
-    256 there).
+    Its two inner convolutions keep C channels, as in all official networks.
 
     Args:
         in_channels: Channels of the finest level.
@@ -46,15 +44,14 @@ class Prototypes(nn.Module):
 
     def __init__(self, in_channels: int, learned_upsampling: bool, activation: str) -> None:
         super().__init__()
-        width = min(PROTOTYPE_CHANNELS, in_channels)
-        self.conv1 = ConvBlock(in_channels, width, 3, activation=activation)
+        self.conv1 = ConvBlock(in_channels, in_channels, 3, activation=activation)
         self.upsample: nn.Module = (
-            nn.ConvTranspose2d(width, width, 2, 2)
+            nn.ConvTranspose2d(in_channels, in_channels, 2, 2)
             if learned_upsampling
             else nn.Upsample(scale_factor=2.0, mode="nearest")
         )
-        self.conv2 = ConvBlock(width, width, 3, activation=activation)
-        self.output = ConvBlock(width, NUM_PROTOTYPES, 1, activation=activation)
+        self.conv2 = ConvBlock(in_channels, in_channels, 3, activation=activation)
+        self.output = ConvBlock(in_channels, NUM_PROTOTYPES, 1, activation=activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, P, 2h, 2w]."""

@@ -82,7 +82,8 @@ def _interpret(checkpoint: Checkpoint, source: str, architecture: str | None) ->
         state[name], original[name] = normalise_tensor(tensor), key
     own_ranges = {key.removeprefix("amax."): state.pop(key) for key in list(state) if key.startswith("amax.")}
     ranges = {key: state.pop(key) for key in list(state) if "_quantizer." in key}
-    match, state, conversion = _recognise(state, original, architecture)
+    stated = checkpoint.metadata.get("manifest", {}).get("architecture")
+    match, state, conversion = _recognise(state, original, architecture, stated)
     if conversion is not None:
         _logger.info("%s: %s", source, conversion.describe())
     amax, unmatched = _match_ranges(ranges, match, conversion)
@@ -96,21 +97,30 @@ def _interpret(checkpoint: Checkpoint, source: str, architecture: str | None) ->
 
 
 def _recognise(
-    state: dict[str, Tensor], original: dict[str, str], architecture: str | None
+    state: dict[str, Tensor], original: dict[str, str], architecture: str | None, stated: str | None
 ) -> tuple[Match, dict[str, Tensor], Conversion | None]:
     """The network that fits, of all families, with the state in its deployed form.
+
+    Args:
+        state: With normalised keys.
+        original: Normalised key -> the file's key.
+        architecture: What it must be.
+        stated: What the file says it is; tried first.
 
     Raises:
         CheckpointError: If none fits (with the differences to the closest), or if another than the wanted one does.
     """
     candidates: list[tuple[Match, dict[str, Tensor], Conversion | None]] = []
-    for entry in FAMILIES:
+    first = architecture or stated
+    for entry in sorted(FAMILIES, key=lambda entry: first not in (*entry.detectors, *entry.segmenters)):
         conversion = to_deployed_form(state, load_family(entry).training_forms)
         deployed = dict(state) if conversion is None else conversion.state
         _take_projections(deployed)
-        match = recognise(deployed, entry, architecture)
+        match = recognise(deployed, entry, first)
         if match is not None:
             candidates.append((match, deployed, conversion))
+            if match.fits:
+                break
     if not candidates:
         raise CheckpointError(
             "The checkpoint has no class branch of a head that is known (of YOLOv9: model.<last>.cv3.0.2.bias); its "

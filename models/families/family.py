@@ -11,6 +11,8 @@ from models.families.training_forms import TrainingForm
 from models.heads import HeadBuilder
 from models.segmentation import SegmentationDecode
 
+PROTOTYPES = re.compile(r"^(?:model\.\d+\.proto|network\.head\.prototypes)\.(\w+)\.")
+
 NetworkBuilder = Callable[[int, str, HeadBuilder], nn.Module]
 
 
@@ -45,3 +47,8 @@ class Family:
     training_forms: tuple[TrainingForm, ...] = ()
     decode: Callable[[Sequence[int]], nn.Module] = Decode
     segmentation_decode: Callable[[Sequence[int]], nn.Module] = SegmentationDecode
+
+
+def has_prototypes(state: Mapping[str, Tensor]) -> bool:
+    """Whether a normalised state dict has mask prototypes."""
+    return any(PROTOTYPES.match(key) for key in state)

@@ -5,27 +5,23 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from models.families.family import Family
+from models.families.family import PROTOTYPES, Family, has_prototypes
+from models.families.pyramid import STRIDES
 from models.families.training_forms import TrainingForm
-from models.families.yolov9 import STRIDES, yolov9c, yolov9m, yolov9s, yolov9t
+from models.families.yolov9 import yolov9c, yolov9m, yolov9s, yolov9t
 from models.families.yolov9e import yolov9e
 from models.heads import BOX_GROUPS, HEADS
 from models.segmentation import SEGMENTATION_HEADS
 
 _SEPARABLE = re.compile(r"^(?:model\.\d+\.cv3|network\.head\.cls)\.0\.(?:0\.0|conv1\.depthwise)\.")
 _BOX_OUTPUT = re.compile(r"^(?:model\.\d+\.cv2|network\.head\.box)\.0\.(?:2|output)\.weight$")
-_PROTOTYPES = re.compile(r"^(?:model\.\d+\.proto|network\.head\.prototypes)\.(\w+)\.")
 _SECOND_REPEAT = re.compile(
     r"^(?:model\.22\.cv2\.0\.m|network\.head\.prototype_elan\.branch1\.csp\.bottlenecks)\.1\."
 )
 
 
-def _has_masks(state: Mapping[str, Tensor]) -> bool:
-    return any(_PROTOTYPES.match(key) for key in state)
-
-
 def _find_head_style(state: Mapping[str, Tensor]) -> str:
-    parts = {match[1] for key in state if (match := _PROTOTYPES.match(key))}
+    parts = {match[1] for key in state if (match := PROTOTYPES.match(key))}
     if "conv" in parts:
         return "deeply-branched" if any(_SECOND_REPEAT.match(key) for key in state) else "branched"
     if parts and "upsample" not in parts:
@@ -60,7 +56,7 @@ YOLOV9 = Family(
     heads=HEADS,
     segmentation_heads=SEGMENTATION_HEADS,
     class_bias=re.compile(r"^model\.\d+\.cv3\.0\.2\.bias$"),
-    has_masks=_has_masks,
+    has_masks=has_prototypes,
     find_head_style=_find_head_style,
     training_forms=(
         TrainingForm("yolov9-t and -s", 29, 22, ((0, 21, 0),), (22, 28), _DETECTION, _AUXILIARY_DETECTION),

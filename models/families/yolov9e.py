@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import ConvBlock, CSPElan, SplitDown, SPPElan
-from models.families.yolov9 import STRIDES, Backbone, Neck, YOLOv9Network
+from models.families.pyramid import STRIDES, Backbone, Neck, PyramidNetwork
 from models.heads import DetectionHead, HeadBuilder
 
 ROUTE_CHANNELS = (64, 128, 256, 512, 1024)
@@ -127,7 +127,7 @@ class CompositeBackbone(Backbone):
         return stage3, stage4, stage5
 
 
-def yolov9e(num_classes: int, activation: str = "silu", head: HeadBuilder = DetectionHead) -> YOLOv9Network:
+def yolov9e(num_classes: int, activation: str = "silu", head: HeadBuilder = DetectionHead) -> PyramidNetwork:
     """YOLOv9-e: 58 M parameters at 80 classes."""
     act = activation
     backbone = CompositeBackbone(
@@ -147,7 +147,7 @@ def yolov9e(num_classes: int, activation: str = "silu", head: HeadBuilder = Dete
         down5=SplitDown(512, 512, act),
         bottom_up5=CSPElan(512 + 512, 1024, 512, 2, act),
     )
-    return YOLOv9Network(backbone, neck, head((256, 512, 512), num_classes, STRIDES, act), OFFICIAL_LAYERS)
+    return PyramidNetwork(backbone, neck, head((256, 512, 512), num_classes, STRIDES, act), OFFICIAL_LAYERS)
 
 
 def _backbone_parts(

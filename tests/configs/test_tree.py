@@ -19,7 +19,7 @@ EXPECTED = {
     "data": 4,
     "deploy": 5,
     "experiment": 10,
-    "model": 10,
+    "model": len(MODELS),
     "quant": 4,
     "train": 2,
 }  # files per folder: a new file is added here, and thereby to these tests

@@ -27,8 +27,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from core.errors import CheckpointError
+from core.families import FAMILIES
 from models import build_detector, fold_detector, load_detector
 from models.checkpoints.convert import official_name
+from models.families.registry import load_family
 
 WATCHED_EVENTS = ("exec", "compile", "import", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen",
                   "pickle.find_class", "ctypes.dlopen", "socket.connect", "os.remove", "os.mkdir",
@@ -248,6 +250,8 @@ LOOSE: tuple[Mutation, ...] = (flip_anywhere, flip_directory, flip_pickle, splic
 def run(count: int, seed: int) -> dict[str, Any]:
     chance = random.Random(seed)
     bases = make_bases()
+    for entry in FAMILIES:
+        load_family(entry)  # our own modules, imported when a file is first compared with them
     events: list[str] = []
     watching = False
 

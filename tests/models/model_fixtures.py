@@ -67,8 +67,8 @@ def fixture_images(folder: Path) -> Tensor:
     return torch.from_numpy(np.load(folder / "input.npz")["images"])
 
 
-def fixture_output(folder: Path, name: str) -> Tensor:
-    return torch.from_numpy(np.load(folder / f"{name}.expected.npz")["output"])
+def fixture_output(folder: Path, name: str, array: str = "output") -> Tensor:
+    return torch.from_numpy(np.load(folder / f"{name}.expected.npz")[array])
 
 
 def official_state(detector: Detector) -> dict[str, Tensor]:

@@ -122,8 +122,8 @@ def test_contradictions_say_what_fits(small: Detector, tmp_path: Path) -> None:
         load_detector(tmp_path / "a.safetensors", num_classes=5)
     with pytest.raises(CheckpointError, match="was trained with silu, not relu"):
         load_detector(tmp_path / "a.safetensors", activation="relu")
-    with pytest.raises(ValueError, match="'yolov8n' is unknown"):
-        load_detector(tmp_path / "a.safetensors", architecture="yolov8n")
+    with pytest.raises(ValueError, match="'yolov4n' is unknown"):
+        load_detector(tmp_path / "a.safetensors", architecture="yolov4n")
 
 
 def test_missing_left_over_and_misshapen_keys_are_listed(small: Detector) -> None:

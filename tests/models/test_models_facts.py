@@ -41,16 +41,52 @@ def test_counts_equal_torchs_counter(architecture: str) -> None:
         ("yolov9m", 20.0e6, 38.2e9),
         ("yolov9c", 25.3e6, 51.1e9),
         ("yolov9e", 57.3e6, 94.5e9),
+        ("yolov5nu", 2.6e6, 3.85e9),
+        ("yolov5su", 9.1e6, 12.0e9),
+        ("yolov5mu", 25.1e6, 32.1e9),
+        ("yolov5lu", 53.2e6, 67.5e9),
+        ("yolov5xu", 97.2e6, 123.2e9),
+        ("yolov8n", 3.2e6, 4.35e9),
+        ("yolov8s", 11.2e6, 14.3e9),
+        ("yolov8m", 25.9e6, 39.45e9),
+        ("yolov8l", 43.7e6, 82.6e9),
+        ("yolov8x", 68.2e6, 128.9e9),
+        ("yolo11n", 2.6e6, 3.25e9),
+        ("yolo11s", 9.4e6, 10.75e9),
+        ("yolo11m", 20.1e6, 34.0e9),
+        ("yolo11l", 25.3e6, 43.45e9),
+        ("yolo11x", 56.9e6, 97.45e9),
     ],
 )
 def test_folded_networks_cost_what_is_published(architecture: str, parameters: float, macs: float) -> None:
-    """YOLOv9's published table: parameters and FLOPs (2 per multiply-accumulate) of the deployed networks at 640 px."""
+    """The families' published tables: parameters and FLOPs (2 per multiply-accumulate) as deployed, at 640 px."""
     with torch.device("meta"):
         detector = build_detector(architecture, 80)
     facts = measure_network(fold_detector(detector).network, (640, 640))
     assert facts.parameters == pytest.approx(parameters, rel=0.02)
     assert facts.macs == pytest.approx(macs, rel=0.02)
     assert facts.strides == (8, 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "parameters"),
+    [
+        ("yolov8n-seg", 3.4e6),
+        ("yolov8s-seg", 11.8e6),
+        ("yolov8m-seg", 27.3e6),
+        ("yolov8l-seg", 46.0e6),
+        ("yolov8x-seg", 71.8e6),
+        ("yolo11n-seg", 2.9e6),
+        ("yolo11s-seg", 10.1e6),
+        ("yolo11m-seg", 22.4e6),
+        ("yolo11l-seg", 27.6e6),
+        ("yolo11x-seg", 62.1e6),
+    ],
+)
+def test_segmentation_networks_have_the_published_size(architecture: str, parameters: float) -> None:
+    with torch.device("meta"):
+        detector = build_detector(architecture, 80)
+    assert count_parameters(detector.network) == pytest.approx(parameters, rel=0.02)
 
 
 def test_parameters_of_a_detector() -> None:

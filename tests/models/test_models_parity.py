@@ -10,11 +10,20 @@ from models import fold_detector, load_detector
 from models.checkpoints.loading import detector_from_checkpoint
 from models.checkpoints.reading import Checkpoint
 
-FIXTURES = [f"{form}-{size}" for form in ("gelan", "yolov9") for size in "tsmce"]
+SMALL = {
+    **{f"{form}-{size}": f"yolov9{size}" for form in ("gelan", "yolov9") for size in "tsmce"},
+    "yolov5n": "yolov5nu",
+    **{name: name for name in ("yolov8n", "yolo11n")},
+}
+LARGE = ("yolov8m", "yolov8x", "yolo11m", "yolo11x")
+FIXTURES = [
+    *SMALL.items(),
+    *(pytest.param(name, name, marks=pytest.mark.exhaustive) for name in LARGE),
+]
 
 
-@pytest.mark.parametrize("fixture", FIXTURES)
-def test_output_equals_the_official_network(shared_data: Path, fixture: str) -> None:
+@pytest.mark.parametrize(("fixture", "architecture"), FIXTURES)
+def test_output_equals_the_official_network(shared_data: Path, fixture: str, architecture: str) -> None:
     folder = shared_data / "parity"
     detector = detector_from_checkpoint(
         Checkpoint(fixture_state(folder, fixture)), fixture, activation="silu"
@@ -23,9 +32,26 @@ def test_output_equals_the_official_network(shared_data: Path, fixture: str) -> 
     with torch.no_grad():
         as_loaded = detector(images)
         folded = fold_detector(detector)(images)
-    assert detector.architecture == f"yolov9{fixture[-1]}"
+    assert detector.architecture == architecture
     assert (as_loaded - expected).abs().max() < 1e-6
     assert (folded - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("fixture", ["yolov8n-seg", "yolo11n-seg"])
+def test_segmentation_equals_the_official_network(shared_data: Path, fixture: str) -> None:
+    folder = shared_data / "parity"
+    detector = detector_from_checkpoint(
+        Checkpoint(fixture_state(folder, fixture)), fixture, activation="silu"
+    ).double()
+    wanted = (fixture_output(folder, fixture), fixture_output(folder, fixture, "prototypes"))
+    images = fixture_images(folder).double()
+    with torch.no_grad():
+        as_loaded = detector(images)
+        folded = fold_detector(detector)(images)
+    assert (detector.architecture, detector.task) == (fixture, "segment")
+    for index, expected in enumerate(wanted):
+        assert (as_loaded[index] - expected).abs().max() < 1e-6
+        assert (folded[index] - expected).abs().max() < 1e-4
 
 
 def test_trained_checkpoint_loads_with_its_names(shared_data: Path) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from models.blocks import ConvBlock, RepBottleneck
-from models.families.yolov9 import Neck
+from models.families.pyramid import Neck
 from models.folding import fold_network
 from models.heads import DetectionHead
 from quant import Placement, calibrate, insert, place
