@@ -7,6 +7,8 @@ from __future__ import annotations
 
 INTEGER, FP8 = "integer", "fp8"
 GRIDS = (INTEGER, FP8)  # core.grid
+INT8 = "int8"
+QUANTIZED = (INT8, FP8, "int8-fp8")  # precisions of quantized graphs and engines; the last has codes of both
 OBSERVERS = ("minmax", "percentile", "mse", "entropy")  # quant.calibration.observers
 SENSITIVITY_METHODS = {  # quant.sensitivity and the stage
     "fisher": "one backward pass (arXiv:2210.08502)",

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
+from core.choices import QUANTIZED
+
 
 class RowKind(StrEnum):
     """What a row measured, in the order of the table."""
@@ -22,7 +24,6 @@ class RowKind(StrEnum):
     ENGINE = "engine"  # an engine of some runtime
 
 
-INT8 = "int8"
 ROWS = "rows"  # folder of a run directory
 _ORDER = tuple(RowKind)
 
@@ -34,7 +35,7 @@ class RowKey:
     Attributes:
         kind: the model, or an engine.
         runtime: of an engine: `openvino`, `onnxruntime`, `tensorrt`, ...
-        precision: of an engine: `int8`, `fp32`, `bf16`, ...
+        precision: of an engine: `int8`, `fp8`, `fp32`, `bf16`, ...
     """
 
     kind: RowKind
@@ -52,9 +53,9 @@ class RowKey:
         return f"{ROWS}/{self.name.replace(':', '-')}.json"
 
     @property
-    def is_int8_engine(self) -> bool:
-        """Whether this is an INT8 engine."""
-        return self.kind is RowKind.ENGINE and self.precision == INT8
+    def is_quantized_engine(self) -> bool:
+        """Whether this is an engine of a quantized graph, INT8 or FP8."""
+        return self.kind is RowKind.ENGINE and self.precision in QUANTIZED
 
 
 FLOAT, PTQ, MIXED, QAT = (RowKey(kind) for kind in _ORDER[:-1])
@@ -148,9 +149,9 @@ FIGURES = tuple(item.name for item in fields(ResultRow) if item.name not in {"ke
 
 
 def sorted_rows(rows: Sequence[ResultRow]) -> list[ResultRow]:
-    """Rows in the order of the table: float, ptq, mixed, qat, then engines, INT8 first."""
+    """Rows in the order of the table: float, ptq, mixed, qat, then engines, quantized ones first."""
     return sorted(
-        rows, key=lambda row: (_ORDER.index(row.key.kind), not row.key.is_int8_engine, row.key.name)
+        rows, key=lambda row: (_ORDER.index(row.key.kind), not row.key.is_quantized_engine, row.key.name)
     )
 
 
@@ -160,8 +161,8 @@ def find_row(rows: Sequence[ResultRow], key: RowKey) -> ResultRow | None:
 
 
 def shipped_rows(rows: Sequence[ResultRow]) -> list[ResultRow]:
-    """What a run ships: every INT8 engine that ran, or the last quantized model in torch where none did."""
-    engines = [row for row in rows if row.key.is_int8_engine and row.not_run is None]
+    """What a run ships: every quantized engine that ran, or the last quantized model in torch where none did."""
+    engines = [row for row in rows if row.key.is_quantized_engine and row.not_run is None]
     if engines:
         return engines
     models = [row for key in (QAT, MIXED, PTQ) if (row := find_row(rows, key)) is not None]

@@ -14,7 +14,6 @@ from core.registry import Registry
 
 PRECISION_NAMES = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
 """What settings call a float precision -> what rows and engines call it."""
-INT8 = "int8"
 
 
 @dataclass(frozen=True)

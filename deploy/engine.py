@@ -2,10 +2,11 @@
 
     python -m deploy.engine build MODEL.onnx FOLDER --runtime tensorrt --max-batch 12 --timing-cache timing.cache
     python -m deploy.engine layers MODEL.engine --json layers.json --svg layers.svg
+    python -m deploy.engine precision MODEL.onnx
     python -m deploy.engine version
 
-The last line of `build` is the engine's path, that of `version` TensorRT's version. Exit code 3 when something is
-missing.
+The last line of `build` is the engine's path, that of `precision` what the codes of a graph are (int8, fp8, int8-fp8;
+fp32 where there are none), that of `version` TensorRT's version. Exit code 3 when something is missing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from core.errors import DeployError
 from core.files import write_text
 from core.runtimes import RUNTIMES
 from deploy.graph.drawing import Box, draw_boxes
+from deploy.graph.model import load_onnx
+from deploy.graph.quantizers import quantized_precision
 from deploy.runtimes.base import EngineRequest
 from deploy.runtimes.engines import build_engine, runtime_class, runtime_of
 from deploy.runtimes.tensorrt import TensorRTRuntime
@@ -30,6 +33,7 @@ from deploy.runtimes.tensorrt_builder import PRECISIONS, BuildOptions
 
 TYPE_WORDS = {
     "Int8": "int8",
+    "FP8": "fp8",
     "Half": "fp16",
     "FP16": "fp16",
     "BFloat16": "bf16",
@@ -47,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(_build(options))
         case "layers":
             _layers(options)
+        case "precision":
+            print(quantized_precision(load_onnx(options.model)) or "fp32")
         case "version":
             print(_tensorrt_class(options.runtime).import_library().__version__)
     return 0
@@ -125,7 +131,9 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("folder", type=Path)
     build.add_argument("--runtime", choices=RUNTIMES, default="tensorrt")
     build.add_argument(
-        "--precision", choices=PRECISIONS, default="int8", help="this and the rest: TensorRT's"
+        "--precision",
+        choices=PRECISIONS,
+        help="default: that of the file's codes; this and the rest: TensorRT's",
     )
     build.add_argument("--best-batch", type=int, default=1, help="batch the kernels are chosen for")
     build.add_argument("--max-batch", type=int, default=16)
@@ -142,6 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     layers.add_argument("--json", type=Path, required=True)
     layers.add_argument("--svg", type=Path)
     layers.add_argument("--runs", type=int, default=20, help="timed runs; 0 for no times")
+    precision = commands.add_parser("precision", help="print the precision of a graph's codes")
+    precision.add_argument("model", type=Path)
     version = commands.add_parser("version", help="print TensorRT's version")
     version.add_argument("--runtime", choices=("tensorrt", "tensorrt_rtx"), default="tensorrt")
     return parser

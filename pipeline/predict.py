@@ -2,9 +2,9 @@
 
     python -m pipeline.predict MODEL_OR_RUN IMAGE|FOLDER|VIDEO [--runtime NAME] [--compare float|MODEL] [--out DIR]
 
-MODEL_OR_RUN is a run directory (its INT8 engine), an .onnx, .xml or .engine file, or a float checkpoint. OUT holds the
-pictures (PNG, or one MP4 for a video) and detections.json. Exit code 2: wrong arguments. 3: a model or picture that
-cannot be used.
+MODEL_OR_RUN is a run directory (its quantized engine, in torch where this machine cannot run it), an .onnx, .xml,
+.engine or .plan file, or a float checkpoint. OUT holds the pictures (PNG, or one MP4 for a video) and detections.json.
+Exit code 2: wrong arguments. 3: a model or picture that cannot be used.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def headline(rows: Sequence[ResultRow]) -> list[dict[str, str]]:
         for name, line in table_cells(rows)
     }
     score = columns[0]
-    base, shipped = find_row(rows, FLOAT), best_int8_engine(rows)
+    base, shipped = find_row(rows, FLOAT), best_quantized_engine(rows)
     tiles: list[tuple[str, str, str]] = []
     if base is not None:
         tiles.append((f"Float {score.heading}", cells[base.name][score.key].text, "the reference"))
@@ -131,7 +131,8 @@ def headline(rows: Sequence[ResultRow]) -> list[dict[str, str]]:
     if result is not None:
         cell = cells[result.name][score.key]
         against = f"{cell.difference} against float, " if cell.difference else ""
-        tiles.append((f"INT8 {score.heading}", cell.text, against + result.name))
+        grid = (result.key.precision or "quantized").upper() if shipped else "Quantized"
+        tiles.append((f"{grid} {score.heading}", cell.text, against + result.name))
     if shipped is not None:
         rival = reference_engine(rows, shipped)
         cell, size = (cells[shipped.name][key] for key in ("latency_ms_median", "size_bytes"))
@@ -145,8 +146,8 @@ def headline(rows: Sequence[ResultRow]) -> list[dict[str, str]]:
     ]
 
 
-def best_int8_engine(rows: Sequence[ResultRow]) -> ResultRow | None:
-    """Return the INT8 engine with the lowest median latency, or the first that ran where none was timed."""
-    engines = [row for row in rows if row.key.is_int8_engine and row.not_run is None]
+def best_quantized_engine(rows: Sequence[ResultRow]) -> ResultRow | None:
+    """Return the quantized engine with the lowest median latency, or the first that ran where none was timed."""
+    engines = [row for row in rows if row.key.is_quantized_engine and row.not_run is None]
     timed = [row for row in engines if row.latency_ms_median]
     return min(timed, key=lambda row: row.latency_ms_median or 0.0) if timed else next(iter(engines), None)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Export, build, evaluate and time TensorRT engines of a quantized model, INT8 against FP16.
+# Export, build, evaluate and time TensorRT engines of a quantized model, INT8 or FP8 against FP16.
 #
 # Usage: scripts/val_trt.sh RUN|CHECKPOINT DATA IMGSZ [--runtime NAME] [--batch 1,4,8,12] [--graph|--generate-graph]
 #   RUN         run directory of train_qat.py (its best quantized model and its float model are taken), or
@@ -83,8 +83,10 @@ out="$run/$runtime"
 if ! { mkdir -p "$out" && [[ -w "$out" ]]; }; then
     fail 3 "$out cannot be written by user $(id -u). In a container run as the folder's owner: docker run --user \"\$(id -u)\"."
 fi
-"$python" export.py run="$run" target="$target" output="$out/int8.onnx" >&2
-"$python" -m deploy.check "$out/int8.onnx" --json "$out/check.json" >&2
+"$python" export.py run="$run" target="$target" output="$out/model.onnx" >&2
+"$python" -m deploy.check "$out/model.onnx" --json "$out/check.json" >&2
+precision="$("$python" -m deploy.engine precision "$out/model.onnx")"  # int8, fp8 or int8-fp8
+mv "$out/model.onnx" "$out/$precision.onnx"
 float="$run/float.onnx"
 [[ -f "$float" ]] || fail 3 "$run has no float.onnx; run its export stage first."
 
@@ -92,20 +94,20 @@ float="$run/float.onnx"
 largest="$(tr ',' '\n' <<<"$batches" | sort -n | tail -1)"
 build() { "$python" -m deploy.engine build "$1" "$out" --runtime "$runtime" --precision "$2" --max-batch "$largest" \
     --timing-cache "$out/timing.cache" | tail -1; }
-int8="$(build "$out/int8.onnx" int8)"
+quantized="$(build "$out/$precision.onnx" "$precision")"
 fp16="$(build "$float" fp16)"
 
 # 4. Accuracy, then latency in turns; CUDA graphs with TensorRT only, TensorRT for RTX compiles kernels while it runs.
 if "$can_run"; then
-    "$python" -m pipeline.evaluate "$int8" --data "$data" --size "$size" --json "$out/accuracy.json" >&2
+    "$python" -m pipeline.evaluate "$quantized" --data "$data" --size "$size" --json "$out/accuracy.json" >&2
     "$python" -m pipeline.evaluate "$fp16" --data "$data" --size "$size" --json "$out/accuracy-fp16.json" >&2
     graphs=(--graph)
     [[ "$runtime" == tensorrt ]] || graphs=()
-    "$python" -m deploy.benchmark --compare "$fp16@$runtime" "$int8@$runtime" --runtime "$runtime" --batch "$batches" \
+    "$python" -m deploy.benchmark --compare "$fp16@$runtime" "$quantized@$runtime" --runtime "$runtime" --batch "$batches" \
         "${graphs[@]}" --shapes "${height}x${width}" --json "$out/latency.json" --table "$out/latency.md" >&2
 fi
 if "$draw" && "$can_run"; then
-    "$python" -m deploy.engine layers "$int8" --json "$out/layers.json" --svg "$out/layers.svg" >&2
+    "$python" -m deploy.engine layers "$quantized" --json "$out/layers.json" --svg "$out/layers.svg" >&2
 fi
 
 # 5. Report.
@@ -113,7 +115,7 @@ fi
     echo "# $title $version, $size pixels"
     echo
     if [[ "$runtime" == tensorrt_rtx ]]; then
-        "$python" - "$int8.json" <<'PYTHON'
+        "$python" - "$quantized.json" <<'PYTHON'
 import json, pathlib, sys
 print("| built for | kernels | convolutions | MB moved | MB moved in FP16 |\n|---|---|---|---|---|")
 for build in json.loads(pathlib.Path(sys.argv[1]).read_text())["compiled"]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import NodeProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
+from core.choices import FP8, INT8, QUANTIZED
+from deploy.graph.known import code_kind_of
 from deploy.graph.model import Array, Graph, attributes
 
 SYMMETRIC_TYPES = ("int8", "float8_e4m3fn")
@@ -76,6 +78,30 @@ def pair_of(graph: Graph, quantize: NodeProto) -> Pair | None:
     if own is None or not readers or any(other is None or not _equal(own, other) for other in others):
         return None
     return Pair(quantize, tuple(readers), *own)
+
+
+def quantized_precision(model: ModelProto) -> str | None:
+    """Precision of a graph by its codes, one of `core.choices.QUANTIZED`; None for a graph without Q and DQ.
+
+    Codes of other types count as INT8.
+    """
+    stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    constants = [node for node in model.graph.node if node.op_type == "Constant"]
+    stored |= {node.output[0]: attribute.t.data_type for node in constants for attribute in node.attribute}
+    kinds = set()
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear":
+            stated = int(str(attributes(node).get("output_dtype", 0)))
+            kinds.add(
+                code_kind_of(stated or next(map(stored.get, node.input[2:]), None) or TensorProto.UINT8)
+            )
+        elif (
+            node.op_type == "DequantizeLinear"
+        ):  # one that reads the codes of a Q, or a bias in INT32, tells nothing
+            codes = stored.get(node.input[0], TensorProto.INT32)
+            kinds |= set() if codes == TensorProto.INT32 else {code_kind_of(codes)}
+    named = {FP8 if kind == FP8 else INT8 for kind in kinds}
+    return QUANTIZED[-1] if len(named) > 1 else next(iter(named), None)
 
 
 def dequantize_constant(graph: Graph, node: NodeProto) -> Array:

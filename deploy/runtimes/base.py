@@ -33,7 +33,7 @@ class EngineRequest:
     """What an engine is built and loaded for; a runtime uses what concerns it. None leaves a choice to the runtime.
 
     Attributes:
-        precision: "int8" for a quantized graph; for a float one "f32", "f16" or "bf16".
+        precision: of `core.choices.QUANTIZED` for a quantized graph; for a float one "f32", "f16" or "bf16".
         int8_hint: float precision of the float part of an INT8 engine, where it is chosen on loading; or "auto".
         variant: what the benchmark command names behind a runtime: OpenVINO's precision hint, or ONNX Runtime's
             provider.
@@ -71,8 +71,8 @@ class Runtime(ABC):
 
     Attributes:
         name: the runtime's name in `core.runtimes.RUNTIMES`.
-        precision: "int8" for a Q/DQ graph, otherwise the float precision that was asked for: "fp32", "bf16",
-            "fp16".
+        precision: of `core.choices.QUANTIZED` for a Q/DQ graph, otherwise the float precision that was asked for:
+            "fp32", "bf16", "fp16".
         path: the model file.
         output_names: names of the outputs, in order.
         load_seconds: time from file to ready.

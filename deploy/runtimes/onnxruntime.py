@@ -15,7 +15,8 @@ from onnx import ModelProto, helper, numpy_helper
 from core.errors import DeployError
 from core.files import write_bytes
 from deploy.graph.model import Array, load_onnx, verify_onnx
-from deploy.graph.passes import E4M3, count_qdq
+from deploy.graph.passes import E4M3
+from deploy.graph.quantizers import quantized_precision
 from deploy.runtimes.base import EngineRequest, FloatArray, LayerTime, Runtime, check_images
 from deploy.targets.outputs import plugin_hint
 
@@ -66,7 +67,7 @@ class ONNXRuntime(Runtime):
         verify_onnx(path)
         self.path = path
         self._profile_prefix = profile_prefix
-        self.precision = "int8" if sum(count_qdq(load_onnx(path))) else "fp32"
+        self.precision = quantized_precision(load_onnx(path)) or "fp32"
         options = _session_options(onnxruntime, threads, optimize, profile_prefix)
         self._session: Any = _create_session(onnxruntime, path, options, _providers(onnxruntime, provider))
         self._input = self._session.get_inputs()[0].name

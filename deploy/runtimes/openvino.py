@@ -13,9 +13,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from core.choices import INT8
 from core.errors import DeployError
 from core.files import written_atomically
-from core.runtimes import INT8, PRECISION_NAMES
+from core.runtimes import PRECISION_NAMES
 from deploy.graph.model import verify_onnx
 from deploy.runtimes.base import EngineRequest, FloatArray, LayerTime, Runtime, Worker, check_images
 from deploy.targets.outputs import plugin_hint

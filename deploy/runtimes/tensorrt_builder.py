@@ -16,18 +16,20 @@ from typing import Any
 
 import torch
 
+from core.choices import INT8, QUANTIZED
 from core.errors import DeployError
 from core.files import write_bytes, write_json
 from core.runtimes import PRECISION_NAMES
 from core.targets import TARGETS
 from deploy.graph.model import load_onnx, opset_of, save_onnx, stored_metadata, verify_onnx
 from deploy.graph.passes import count_qdq, run_pass
+from deploy.graph.quantizers import quantized_precision
 from deploy.runtimes.base import EngineRequest
 from deploy.runtimes.tensorrt_api import VersionRules, import_tensorrt, make_logger, rules_of
 from deploy.targets.typed import strongly_typed
 
 LOGGER = logging.getLogger(__name__)
-PRECISIONS = ("int8", "fp16", "fp32")
+PRECISIONS = (*reversed(QUANTIZED), "fp16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class BuildOptions:
     """How to build.
 
     Attributes:
-        precision: "int8" (Q/DQ graph, FP16 for the rest), "fp16" or "fp32". In a strongly typed build the file's
-            types count.
+        precision: of `PRECISIONS`: "fp16", "fp32", or the codes of a Q/DQ graph (FP16 for the rest); None takes the
+            codes that the file has. In a strongly typed build the file's types count.
         strongly_typed: None takes it from the file: exports for trt11 are.
         min_batch, best_batch, max_batch: batch sizes of the optimization profile, where the file leaves the batch
             open.
@@ -46,7 +48,7 @@ class BuildOptions:
         optimization_level: 0 to 5, None for TensorRT's default.
     """
 
-    precision: str = "int8"
+    precision: str | None = None
     strongly_typed: bool | None = None
     min_batch: int = 1
     best_batch: int = 1
@@ -61,8 +63,8 @@ class BuildOptions:
     @classmethod
     def of(cls, request: EngineRequest) -> BuildOptions:
         """Options for what is asked of any runtime: one batch and one size where they are named."""
-        wanted = request.precision or "int8"
-        options: dict[str, Any] = {"precision": PRECISION_NAMES.get(wanted, wanted)}
+        wanted = request.precision
+        options: dict[str, Any] = {"precision": PRECISION_NAMES.get(wanted, wanted) if wanted else None}
         if request.batch is not None:
             options |= {"best_batch": request.batch, "max_batch": request.batch}
         if request.image_size is not None:
@@ -74,13 +76,18 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """What the builder needs to know of the ONNX file."""
+    """What the builder needs to know of the ONNX file; `codes` is its `quantized_precision`."""
 
     target: str
     opset: int
-    is_quantized: bool
+    codes: str | None
     metadata: dict[str, str]
     sha256: str
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether there are Q or DQ nodes."""
+        return self.codes is not None
 
 
 def build_tensorrt(onnx_path: Path, out_dir: Path, options: BuildOptions, trt: Any = None) -> Path:
@@ -125,7 +132,7 @@ def build_tensorrt(onnx_path: Path, out_dir: Path, options: BuildOptions, trt: A
         "engine_sha256": hashlib.sha256(content).hexdigest(),
         "onnx": onnx_path.name,
         "onnx_sha256": facts.sha256,
-        "precision": "int8" if facts.is_quantized else options.precision,
+        "precision": facts.codes or options.precision,
         "strongly_typed": is_typed,
         "options": {
             **asdict(options),
@@ -175,12 +182,12 @@ def read_facts(onnx_path: Path) -> GraphFacts:
     metadata = stored_metadata(model)
     digest = hashlib.sha256(onnx_path.read_bytes()).hexdigest()
     target = metadata.get("octet.target", "")
-    return GraphFacts(target, opset_of(model), any(count_qdq(model)), metadata, digest)
+    return GraphFacts(target, opset_of(model), quantized_precision(model), metadata, digest)
 
 
 def decide_typing(rules: VersionRules, facts: GraphFacts, options: BuildOptions, version: str) -> bool:
     """Whether the network is strongly typed; raises DeployError where graph, options and version do not fit."""
-    if options.precision not in PRECISIONS:
+    if options.precision not in (None, *PRECISIONS):
         raise DeployError(
             f"Unknown precision '{options.precision}'; expected one of {', '.join(PRECISIONS)}."
         )
@@ -205,16 +212,23 @@ def decide_typing(rules: VersionRules, facts: GraphFacts, options: BuildOptions,
     return wanted
 
 
-def check_codes(facts: GraphFacts, precision: str, target: str) -> None:
-    """Raise DeployError for unsigned codes, and for precision "int8" without any; `target` is the one to export for."""
+def check_codes(facts: GraphFacts, precision: str | None, target: str) -> None:
+    """Raise DeployError for unsigned codes, and for a precision that is not that of the graph's codes.
+
+    `target` is the one to export for.
+    """
     if facts.is_quantized and facts.target in TARGETS and not TARGETS[facts.target].signed_only:
         raise DeployError(
             f"This graph was exported for {facts.target} (unsigned activations), which TensorRT does not take; export "
             f"it with target={target}."
         )
-    if precision == "int8" and not facts.is_quantized:
+    if precision in (None, *QUANTIZED) and not facts.is_quantized:
         raise DeployError(
-            "precision=int8 needs a graph with Q/DQ; this one has none. Export a quantized model."
+            f"precision={precision or INT8} needs a graph with Q/DQ; this one has none. Export a quantized model."
+        )
+    if precision in QUANTIZED and precision != facts.codes:
+        raise DeployError(
+            f"precision={precision}, but the graph's codes are {facts.codes}: leave precision out."
         )
 
 
@@ -250,7 +264,7 @@ def make_config(
     if rules.precision_flags and not is_typed:
         if facts.is_quantized:
             config.set_flag(trt.BuilderFlag.INT8)
-        if options.precision in ("int8", "fp16"):
+        if options.precision != "fp32":
             config.set_flag(trt.BuilderFlag.FP16)
     if options.timing_cache is not None:
         known = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""

@@ -154,7 +154,7 @@ def build_tensorrt_rtx(onnx_path: Path, out_dir: Path, request: EngineRequest) -
         "engine_sha256": hashlib.sha256(built.plan).hexdigest(),
         "onnx": onnx_path.name,
         "onnx_sha256": facts.sha256,
-        "precision": "int8" if facts.is_quantized else options.precision,
+        "precision": facts.codes or options.precision,
         "shapes": asdict(shapes),
         "metadata": facts.metadata,
         "kernels": [

@@ -18,17 +18,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from configs.compose import read
-from core.errors import DeployError
+from core.errors import DeployError, RunError
 from core.image_size import ImageSize
-from core.runtimes import INT8, RUNTIMES
+from core.runtimes import RUNTIMES
 from data import Found, Rle, decode_mask, letterbox, to_input, to_picture
 from deploy import EngineRequest, Runtime, open_engine
-from deploy.runtimes.engines import find_image_size, runtime_of
+from deploy.runtimes.engines import find_image_size, runtime_class, runtime_of
 from models import Detector, fold_detector, load_detector
 from pipeline.evaluation.engine_outputs import OutputReader
 from pipeline.evaluation.suppression import suppress_overlaps
 from pipeline.job import Job, choose_device
 from pipeline.run.directory import CONFIG, Run
+from pipeline.run.files import find_engine
+from pipeline.run.progress import say
 from pipeline.stages.export import model_name, target_of
 
 TORCH = "torch"
@@ -65,7 +67,8 @@ class Options:
         confidence: scores must be greater, 0..1.
         iou: class-wise NMS threshold.
         max_detections: boxes kept in an image.
-        runtime: a name in `core.runtimes.RUNTIMES`, or "torch"; None takes the run's or the file's own.
+        runtime: a name in `core.runtimes.RUNTIMES`, or "torch"; None takes the run's first that this machine can run,
+            or the file's own.
         size: of the input; None takes what the model says.
         threads: CPU threads; None takes all.
         device: where torch runs: cpu, cuda, auto.
@@ -137,19 +140,47 @@ def open_predictor(path: Path, options: Options) -> Predictor:
 
 
 def open_run(directory: Path, options: Options) -> Predictor:
-    """The INT8 model of a run: its engine where it has one, else in torch."""
+    """The quantized model of a run: its engine where it has one that can run here, else in torch."""
     job = _job(directory, options)
-    config = job.config.deploy
-    runtime = options.runtime or (config.runtimes[0] if job.run.is_done("engine") else TORCH)
+    runtime = options.runtime or choose_runtime(job)
     if runtime == TORCH:
         network, row = job.networks.best()
         return _of_job(job, network, f"{row} (torch)", options)
     entry = RUNTIMES[runtime]
     graph = model_name(job, target_of(job, runtime))
-    engine = job.run.path("engines") / entry.engine_name(graph, INT8)
-    if not engine.is_file():
-        engine = job.run.need(graph, "export") if entry.reads_onnx else job.run.need(str(engine), "engine")
+    engine = find_engine(job.run, entry, graph)
+    if engine is None:
+        if not entry.reads_onnx:
+            raise RunError(f"{directory} has no {entry.title} engine: run its stage engine")
+        engine = job.run.need(graph, "export")
     return open_file(engine, options, runtime)
+
+
+def choose_runtime(job: Job) -> str:
+    """The run's first runtime whose engine this machine can run, else torch; a line says which were left out."""
+    left_out = []
+    for name in job.config.deploy.runtimes if job.run.is_done("engine") else ():
+        reason = why_not_here(name)
+        if reason is None:
+            break
+        left_out.append(reason)
+    else:
+        name = TORCH
+    for reason in left_out:
+        say(
+            f"{reason} Using {RUNTIMES[name].title if name != TORCH else 'torch'}; --runtime chooses another."
+        )
+    return name
+
+
+def why_not_here(runtime: str) -> str | None:
+    """Why engines of a runtime do not run on this machine; None where they do."""
+    found = runtime_class(runtime)
+    try:
+        found.require()
+    except DeployError as error:
+        return str(error)
+    return None if found.can_run() else f"{RUNTIMES[runtime].title} engines need a GPU, and torch sees none."
 
 
 def open_float(path: Path, options: Options) -> Predictor:

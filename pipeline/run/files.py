@@ -3,7 +3,8 @@
     python -m pipeline.run.files RUN --runtime NAME
 
 prints the models that a comparison of the runtime times, one a line, as `python -m deploy.benchmark --compare` takes
-them (PATH@RUNTIME[:PRECISION]): the float ones, then INT8. Exit code 2: wrong arguments. 3: a file is missing.
+them (PATH@RUNTIME[:PRECISION]): the float ones, then the quantized one. Exit code 2: wrong arguments. 3: a file is
+missing.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from core.choices import QUANTIZED
 from core.command import reports_errors, run_command
 from core.errors import DeployError
-from core.runtimes import INT8, RUNTIMES, RuntimeEntry
+from core.runtimes import RUNTIMES, RuntimeEntry
 from pipeline.run.directory import Run
 
 FLOAT_ONNX = "float.onnx"
+ENGINES = "engines"  # folder of the stage `engine`
 EXPORT_REPORT = "export.json"
 
 
@@ -27,7 +30,7 @@ def export_path(run: Run, target: str) -> Path:
 
 
 def find_graph(run: Run, targets: Sequence[str]) -> Path:
-    """The INT8 graph for one of these targets, of the stage `export` or else of `export.py`.
+    """The quantized graph for one of these targets, of the stage `export` or else of `export.py`.
 
     Raises:
         DeployError: the run has none; the message says how to make it.
@@ -38,7 +41,7 @@ def find_graph(run: Run, targets: Sequence[str]) -> Path:
     found = next((path for path in paths if path.is_file()), None)
     if found is None:
         raise DeployError(
-            f"{run.directory} has no INT8 graph for {' or '.join(targets)}: write one with python export.py "
+            f"{run.directory} has no quantized graph for {' or '.join(targets)}: write one with python export.py "
             f"run={run.directory} target={targets[0]}."
         )
     return found
@@ -63,18 +66,25 @@ def compared_models(run: Run, runtime: RuntimeEntry) -> list[str]:
 def _engines(run: Run, runtime: RuntimeEntry) -> list[Path]:
     """Engines of a runtime that reads no ONNX: those of its own script, else those of the stage `engine`."""
     ending = runtime.suffixes[0]
-    own = [run.path(runtime.name) / f"{name}{ending}" for name in ("float", INT8)]
-    if all(path.is_file() for path in own):
+    own = [run.path(runtime.name) / f"{name}{ending}" for name in ("float", *QUANTIZED)]
+    own = [path for path in own if path.is_file()]
+    if len(own) > 1 and own[0].stem == "float":
         return own
-    folder = run.path("engines")
+    folder = run.path(ENGINES)
     built = [folder / runtime.engine_name(FLOAT_ONNX, precision) for precision in runtime.float_precisions]
     floats = [path for path in built if path.is_file()]
     graph = find_graph(run, runtime.targets)
-    int8 = folder / runtime.engine_name(graph.name, INT8)
-    if not floats or not int8.is_file():
+    quantized = find_engine(run, runtime, graph.name)
+    if not floats or quantized is None:
         script = f", or {runtime.built_by}" if runtime.built_by else ""
         raise DeployError(f"{run.directory} has no {runtime.title} engines: run its stage engine{script}.")
-    return [*floats, int8]
+    return [*floats, quantized]
+
+
+def find_engine(run: Run, runtime: RuntimeEntry, graph: str) -> Path | None:
+    """The engine that the stage `engine` built of a quantized graph, by the graph's file name; None without one."""
+    paths = [run.path(ENGINES) / runtime.engine_name(graph, precision) for precision in QUANTIZED]
+    return next((path for path in paths if path.is_file()), None)
 
 
 @reports_errors

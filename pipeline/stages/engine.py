@@ -9,22 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from configs.schema import Config
+from core.choices import INT8
 from core.rows import ResultRow, engine_key
-from core.runtimes import INT8, PRECISION_NAMES, RUNTIMES
+from core.runtimes import PRECISION_NAMES, RUNTIMES
 from data import Predict
 from deploy import EngineRequest, Runtime, benchmark_alternately, build_engine, open_engine
+from deploy.graph.model import load_onnx
+from deploy.graph.quantizers import quantized_precision
 from deploy.runtimes.engines import runtime_class
 from pipeline.job import Job
 from pipeline.networks import QUANTIZED
-from pipeline.run.files import FLOAT_ONNX
+from pipeline.run.files import ENGINES, FLOAT_ONNX
 from pipeline.run.progress import say
 from pipeline.splits import VAL
 from pipeline.stages.export import model_name, target_of
 from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
 from pipeline.stages.parity import check_parity, engine_row, reader_of
 from pipeline.stages.stage import Stage
-
-ENGINES = "engines"  # folder of the run
 
 
 def check_runtimes(job: Job) -> None:
@@ -85,7 +86,7 @@ def measure_engines(job: Job, engines: list[Runtime]) -> None:
 def record_builds(job: Job, runtime: str) -> None:
     """Build engines that this machine cannot run; one row each, without accuracy and latency."""
     for path, request in build_engines(job, runtime):
-        precision = request.precision or INT8
+        precision = request.precision or ""
         figures = {"size_bytes": path.stat().st_size, "outputs": job.config.deploy.outputs}
         details = runtime_class(runtime).stored_details(path)
         key = engine_key(runtime, PRECISION_NAMES.get(precision, precision))
@@ -101,12 +102,12 @@ def record_builds(job: Job, runtime: str) -> None:
 
 
 def open_engines(job: Job, runtime: str) -> list[Runtime]:
-    """Build and load the INT8 engine and the float engines of a runtime; see `build_engines`."""
+    """Build and load the quantized engine and the float engines of a runtime; see `build_engines`."""
     return [open_engine(runtime, path, request) for path, request in build_engines(job, runtime)]
 
 
 def build_engines(job: Job, runtime: str) -> Iterator[tuple[Path, EngineRequest]]:
-    """Build the INT8 engine and the float engines of a runtime, one after the other.
+    """Build the quantized engine and the float engines of a runtime, one after the other.
 
     Raises:
         DeployError: the runtime refuses.
@@ -114,10 +115,10 @@ def build_engines(job: Job, runtime: str) -> Iterator[tuple[Path, EngineRequest]
     """
     config = job.config.deploy
     entry = RUNTIMES[runtime]
-    int8 = job.run.need(model_name(job, target_of(job, runtime)), "export")
+    quantized = job.run.need(model_name(job, target_of(job, runtime)), "export")
     plain = job.run.need(FLOAT_ONNX, "export")
     floats = [(plain, precision) for precision in entry.float_engines(config.float_precisions)]
-    for graph, precision in [(int8, INT8), *floats]:
+    for graph, precision in [(quantized, quantized_precision(load_onnx(quantized)) or INT8), *floats]:
         request = EngineRequest(
             precision=precision,
             int8_hint=config.int8_hint,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from core.choices import QUANTIZED
 from core.errors import DeployError
 from data import to_input
 from deploy import CompareReport, Runtime, compare_arrays, unexplained_variance
@@ -44,7 +45,7 @@ def check_parity(job: Job, engine: Runtime) -> dict[str, object]:
     Raises:
         DeployError: they disagree; the message has the figures.
     """
-    quantized = engine.precision == "int8"
+    quantized = engine.precision in QUANTIZED
     network: nn.Module = job.networks.best()[0] if quantized else job.networks.detector.network
     batch = job.config.deploy.batch
     images: list[Tensor] = []

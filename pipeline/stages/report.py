@@ -170,7 +170,7 @@ def _notes(job: Job) -> list[str]:
         notes.append(f"INT8 graph against torch: {job.run.read_json(FIXED_POINT)['sentence']}.")
     for row in job.run.rows():
         hint = row.extras.get("precision_hint", "f32")
-        if row.key.is_int8_engine and hint != "f32":
+        if row.key.is_quantized_engine and hint != "f32":
             notes.append(f"Row {row.name}: the float part runs in {hint} (deploy.int8_hint).")
         if row.extras.get("outputs") in ("onnx_nms", "efficient_nms"):
             notes.append(f"Row {row.name}: NMS in the graph, by the thresholds of deploy.nms.")

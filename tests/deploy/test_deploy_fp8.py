@@ -17,8 +17,10 @@ from deploy import compare_codes, export_onnx
 from deploy.check.command import main
 from deploy.check.report import inspect_graph, inspect_model
 from deploy.graph.model import Graph, load_onnx
+from deploy.graph.quantizers import quantized_precision
 from deploy.graph.view import View
 from deploy.runtimes.onnxruntime import CodeRecorder, run_model
+from deploy.runtimes.tensorrt_builder import check_codes, read_facts
 from quant import PlacementOptions, Rule, calibrate, insert, place, quantized_layers
 from quant.codes import activation_codes
 
@@ -91,6 +93,34 @@ def test_weights_and_codes_are_e4m3(model: nn.Module, tmp_path: Path, scale_type
     for node in view.quantizers("QuantizeLinear"):
         assert view.types[node.output[0]] == TensorProto.FLOAT8E4M3FN
         assert view.graph.constants[node.input[1]].shape == ()
+
+
+@pytest.mark.parametrize("scale_type", ["fp16", "fp32"])
+@pytest.mark.parametrize(
+    ("rules", "grid", "wanted"),
+    [
+        ((), "fp8", "fp8"),
+        ((), "integer", "int8"),
+        ((Rule("input.images", grid="integer"),), "fp8", "int8-fp8"),
+        ((Rule("*", keep_float=True),), "fp8", None),
+    ],
+)
+def test_a_graph_is_called_by_its_codes(
+    tmp_path: Path, rules: tuple[Rule, ...], grid: str, wanted: str | None, scale_type: str
+) -> None:
+    path = tmp_path / "net.onnx"
+    export_onnx(
+        quantized(*rules, grid=grid), path, (64, 64), "trt11", scale_type=scale_type, quantized=bool(wanted)
+    )
+    assert quantized_precision(load_onnx(path)) == wanted
+
+
+def test_a_build_for_other_codes_is_refused(exported: Path, tmp_path: Path) -> None:
+    facts = read_facts(exported)
+    check_codes(facts, None, "trt11")
+    check_codes(facts, "fp8", "trt11")
+    with pytest.raises(DeployError, match="precision=int8, but the graph's codes are fp8"):
+        check_codes(facts, "int8", "trt11")
 
 
 def test_onnxruntime_computes_the_codes_of_torch(model: nn.Module, tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ elif arguments[:2] == ["-m", "deploy.engine"]:
         if {version!r} is None:
             sys.exit("TensorRT is not installed.")
         print({version!r})
+    elif arguments[2] == "precision":
+        print({codes!r})
     elif arguments[2] == "build":
         print("a line of TensorRT's")
         ending = ".plan" if "tensorrt_rtx" in arguments else ".engine"
@@ -37,6 +39,8 @@ elif arguments[:2] == ["-m", "deploy.engine"]:
         build = {{"capability": "SM89", "engine": side, "fp16": {{**side, "moved_bytes": 1e6}}}}
         path.with_name(path.name + ".json").write_text(json.dumps({{"compiled": [build]}}))
         print(path)
+elif arguments[0] == "export.py":
+    pathlib.Path(next(a for a in arguments if a.startswith("output=")).split("=")[1]).touch()
 elif arguments[0] == "-c":
     sys.exit({gpu!r} is False)  # whether torch sees a GPU
 elif arguments[0] == "train_qat.py":
@@ -61,9 +65,10 @@ def world(tmp_path):
         (run / name).touch()
     (run / "export.json").write_text(json.dumps({"exports": [{"path": "model.onnx", "target": "openvino"}]}))
 
-    def call(script, *arguments, version="10.3.0", gpu=True):
+    def call(script, *arguments, version="10.3.0", gpu=True, codes="int8"):
         fake = tmp_path / "python"
-        fake.write_text(FAKE.format(python=sys.executable, log=str(log), version=version, gpu=gpu))
+        settings = {"version": version, "gpu": gpu, "codes": codes}
+        fake.write_text(FAKE.format(python=sys.executable, log=str(log), **settings))
         fake.chmod(0o755)
         log.write_text("")
         environment = {**os.environ, "PYTHON": str(fake)}
@@ -105,6 +110,20 @@ def test_val_trt_goes_through_its_steps(world, version, target):
     assert f"TensorRT {version}, 320 pixels" in report
     assert "| int8.engine | 0.5984 | 0.8879 |" in report
     assert "| batch | a | b |" in report
+
+
+def test_val_trt_names_files_by_the_codes_of_the_graph(world):
+    call, run, data = world
+    result, commands = call("val_trt.sh", run, data, 320, version="11.4.0", codes="fp8")
+    assert result.returncode == 0, result.stderr
+    out = run / "tensorrt"
+    assert sorted(path.name for path in out.glob("*.onnx")) == ["fp8.onnx"]
+    builds = [" ".join(command) for command in commands if command[2:3] == ["build"]]
+    assert f"{out}/fp8.onnx" in builds[0]
+    assert "--precision fp8" in builds[0]
+    (comparison,) = [command for command in commands if "--compare" in command]
+    assert compared(comparison) == [f"{out}/float.engine@tensorrt", f"{out}/fp8.engine@tensorrt"]
+    assert "| fp8.engine | 0.5984 | 0.8879 |" in (out / "report.md").read_text()
 
 
 def test_val_trt_quantizes_a_checkpoint_first(world, tmp_path):

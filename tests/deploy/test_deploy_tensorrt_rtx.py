@@ -23,6 +23,9 @@ from deploy.engine import main
 from deploy.runtimes.engines import find_image_size, runtime_of
 from deploy.runtimes.tensorrt_builder import BuildOptions, sidecar_path
 from deploy.runtimes.tensorrt_rtx import TensorRTRTXRuntime
+from pipeline.prediction.predictors import choose_runtime
+from pipeline.run.directory import Run
+from pipeline.run.files import find_engine
 from pipeline.stages.engine import check_runtimes
 from pipeline.stages.report import report_stage
 from report.html import headline
@@ -85,6 +88,34 @@ def test_the_stage_builds_plans_without_a_gpu(tmp_path):
     words = "built for SM86, SM120; not run here"
     assert words in job.run.path("report.md").read_text()
     assert words in job.run.path("report.html").read_text()
+
+
+@rtx
+@without_gpu
+def test_engines_with_fp8_codes_are_called_so(tmp_path, monkeypatch, capsys):
+    job = stages.make_job(
+        tmp_path / "run",
+        "deploy=tensorrt_rtx",
+        "quant=fp8",
+        "deploy.compute_capabilities=[SM89]",
+        "deploy.fixed_point_images=0",
+    )
+    rows = stages.deploy(job)
+    assert set(rows) == {"ptq", "engine:tensorrt_rtx:fp8", "engine:tensorrt_rtx:fp16"}
+    assert "fp8" in rows["engine:tensorrt_rtx:fp8"].extras["compiled"]["SM89"]["convolutions"]
+    plan = job.run.path("engines/tensorrt_rtx-fp8/model.plan")
+    assert json.loads(sidecar_path(plan).read_text())["precision"] == "fp8"
+    assert find_engine(job.run, RUNTIMES["tensorrt_rtx"], "model.onnx") == plan
+    # no GPU, so that detections come from torch, and a line says so
+    assert choose_runtime(job) == "torch"  # the stage is not done by the run's own account
+    assert capsys.readouterr().err.count("need a GPU") == 0
+    monkeypatch.setattr(Run, "is_done", lambda run, stage: stage == "engine")
+    assert choose_runtime(job) == "torch"
+    line = "TensorRT for RTX engines need a GPU, and torch sees none. Using torch; --runtime chooses another."
+    assert line in capsys.readouterr().err
+    job.config.deploy.runtimes = ["tensorrt_rtx", "openvino"]
+    assert choose_runtime(job) == "openvino"
+    assert "Using OpenVINO" in capsys.readouterr().err
 
 
 def built_rows():
