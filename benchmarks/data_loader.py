@@ -98,9 +98,10 @@ def main() -> None:
                 print(f"loader, {workers} workers, {kind}: {rate:.0f} images/s")
     truth, found = make_detections(arguments.images, 150, 80)
     ids = [image["id"] for image in truth["images"]]
+    parts = [found[found[:, 0] == image_id, 1:] for image_id in ids]
     for engine in ("hotcoco", "pycocotools"):
         start = time.perf_counter()
-        metrics = compute_metrics(found, ids, truth, engine)
+        metrics = compute_metrics(parts, ids, truth, engine)
         elapsed = time.perf_counter() - start
         print(f"metrics, {engine}: {len(found)} detections in {elapsed:.2f} s, AP {metrics.ap:.6f}")
 

@@ -86,9 +86,18 @@ class DataConfig:
     merge_classes: dict[str, list[Any]] = setting(
         {}, "New class -> old class names or indices; others are dropped. Empty keeps the classes as they are"
     )
+    dangling_links: str = setting(
+        "error",
+        "Links in the dataset that lead nowhere: refused, or left out and counted",
+        choices=("error", "skip"),
+    )
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
-    limit_train: int | None = setting(None, "Use only the first N training images", unit="images", minimum=1)
-    limit_val: int | None = setting(None, "Use only the first N validation images", unit="images", minimum=1)
+    limit_train: int | None = setting(
+        None, "Use only N training images, spread evenly over the split", unit="images", minimum=1
+    )
+    limit_val: int | None = setting(
+        None, "Use only N validation images, spread evenly over the split", unit="images", minimum=1
+    )
 
     @property
     def input_size(self) -> ImageSize:

@@ -4,6 +4,7 @@ from data.augment import AugmentOptions
 from data.dataset import ground_truth, open_dataset
 from data.formats.synthetic import generate_synthetic
 from data.images import list_images, read_image
+from data.inventory import Inventory
 from data.letterbox import letterbox, to_input, unletterbox
 from data.loader import DetectionLoader, build_loader
 from data.masks import Rle, decode_mask
@@ -18,6 +19,7 @@ __all__ = [
     "DetectionMetrics",
     "Found",
     "Instances",
+    "Inventory",
     "Predict",
     "Rle",
     "Sample",

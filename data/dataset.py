@@ -18,10 +18,13 @@ from core.names import closest_hint, listing
 from data.formats.coco import find_annotations, read_coco
 from data.formats.yolo import read_yolo
 from data.images import read_image
+from data.inventory import Inventory
 from data.masks import coco_segmentation
 from data.samples import Dataset, ImageRecord, Sample
 
 FORMATS = ("auto", "yolo", "coco")
+LINKS = ("error", "skip")
+DEGENERATE = "Left out {number} boxes that are NaN, infinite, without area, or outside their image"
 
 _log = logging.getLogger(__name__)
 
@@ -33,12 +36,16 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         names: class names, by class index.
         records: one per image.
         root: where the dataset was opened.
+        notes: sentences about what was left out.
     """
 
-    def __init__(self, names: Sequence[str], records: Sequence[ImageRecord], root: Path) -> None:
+    def __init__(
+        self, names: Sequence[str], records: Sequence[ImageRecord], root: Path, notes: Sequence[str] = ()
+    ) -> None:
         self.names = tuple(names)
         self.records = list(records)
         self.root = root
+        self.notes = tuple(notes)
         self.ids: Sequence[int] = [record.image_id for record in self.records]
 
     def __len__(self) -> int:
@@ -74,14 +81,20 @@ def open_dataset(
     verify: bool = True,
     cache_dir: Path | None = None,
     segments: bool = False,
+    links: str = "error",
+    inventory: Inventory | None = None,
 ) -> DetectionDataset:
     """Open one split of a YOLO tree or of a COCO JSON dataset.
+
+    Whatever is on disk and not used is counted and logged: hidden files, images of unknown kinds, labels without an
+    image, images without labels, repeated objects.
 
     Args:
         root: the dataset's folder, or a YOLO `data.yaml`.
         split: `train` or `val`.
         format: `yolo`, `coco`, or `auto`: a folder with a `data.yaml` is YOLO, one with
-            `annotations/instances_<split>*.json` is COCO; where both are there, the `data.yaml` decides,
+            `annotations/instances_<split>*.json` or `<split>/_annotations.coco.json` is COCO; where both are there,
+            the `data.yaml` decides,
             since its class order is the one that a YOLO checkpoint was trained with.
         merge_classes: new class name -> original names or indices that become it. Objects of other classes are
             dropped, their images stay. Example: `{"vehicle": ["car", "bus", 7]}`.
@@ -90,6 +103,8 @@ def open_dataset(
             ever written into the dataset.
         segments: read the objects' masks, too, for instance segmentation: outlines of YOLO labels, polygons and
             run-length codes of COCO JSON.
+        links: `error` refuses a dataset with links that lead nowhere, `skip` counts them.
+        inventory: takes the account; None makes one.
 
     Returns:
         The dataset. Boxes with NaN, infinity or no area are left out, and their number is logged as a warning. Items
@@ -105,18 +120,22 @@ def open_dataset(
         raise DataError(
             f"No dataset at {root}: expected a folder or a data.yaml. Set data.root to where it lies."
         )
+    if links not in LINKS:
+        raise DataError(f"links is {links!r}, expected one of {', '.join(LINKS)}.")
+    inventory = inventory or Inventory()
     yaml_file, annotation_file = _locate(root, split, format)
     if yaml_file is not None:
-        names, records = read_yolo(yaml_file, split, verify, cache_dir, segments)
+        names, records = read_yolo(yaml_file, split, verify, cache_dir, segments, inventory, links)
     else:
         assert annotation_file is not None
-        names, records = read_coco(annotation_file, root, verify, cache_dir, segments)
+        names, records = read_coco(annotation_file, root, verify, cache_dir, segments, inventory)
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise DataError(
             f"{yaml_file or annotation_file}: class names {listing(repeated)} occur more than once."
         )
-    records = _clean(records)
+    records = _clean(records, inventory)
+    inventory.log()
     if merge_classes:
         names, records = _merge(names, records, merge_classes)
     num_objects = sum(len(record.labels) for record in records)
@@ -126,7 +145,7 @@ def open_dataset(
             + (" after merge_classes." if merge_classes else ". Check its annotation files.")
         )
     _log.info("Opened %s, split %s: %d images, %d objects.", root, split, len(records), num_objects)
-    return DetectionDataset(names, records, root)
+    return DetectionDataset(names, records, root, [note.sentence() for note in inventory.notes.values()])
 
 
 def ground_truth(dataset: Dataset) -> dict[str, Any]:
@@ -187,24 +206,17 @@ def _locate(root: Path, split: str, format: str) -> tuple[Path | None, Path | No
     )
 
 
-def _clean(records: list[ImageRecord]) -> list[ImageRecord]:
+def _clean(records: list[ImageRecord], inventory: Inventory) -> list[ImageRecord]:
     """Leave out boxes that are not finite or have no area inside their image."""
-    cleaned, dropped, example = [], 0, None
+    cleaned = []
     for record in records:
         height, width = record.size
         inside = record.boxes.clip(0, np.array([width, height, width, height], np.float64))  # keeps NaN
         sides = inside[:, 2:] - inside[:, :2]
         keep = np.isfinite(record.boxes).all(axis=1) & (sides > 0).all(axis=1)
         if not keep.all():
-            dropped += int((~keep).sum())
-            example = example or record.path
-        cleaned.append(_select(record, keep))
-    if dropped:
-        _log.warning(
-            "Left out %d boxes that are NaN, infinite, without area, or outside their image; the first belongs to %s.",
-            dropped,
-            example,
-        )
+            inventory.note(DEGENERATE, record.path, int((~keep).sum()))
+        cleaned.append(record if keep.all() else _select(record, keep))
     return cleaned
 
 

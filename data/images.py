@@ -1,8 +1,9 @@
 """Reading image files, and finding the broken ones before a run starts.
 
 OpenCV decodes fastest, but returns a truncated JPEG without an error, its missing part grey. So every file is read once
-by Pillow, which raises an error: at an eighth of the resolution where the format allows it (the whole file is still
-parsed), in threads, and, if a cache folder is given, only once per file version.
+by Pillow, which raises an error, and once by OpenCV, which reads it later and knows fewer formats: at an eighth of the
+resolution where the format allows it (the whole file is still parsed), in threads, and, if a cache folder is given,
+only once per file version.
 """
 
 import hashlib
@@ -22,8 +23,11 @@ from PIL import Image, UnidentifiedImageError
 
 from core.errors import DataError
 from core.names import listing
+from data.inventory import Inventory
+from data.text import read_text
+from data.walk import SUFFIXES, is_image, walk_files
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+CHECKS = f"2, OpenCV {cv2.__version__}"  # what a remembered verification has made sure of
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap height and width
 
@@ -49,8 +53,8 @@ def list_images(path: Path) -> list[Path]:
     """Collect image files for prediction.
 
     Args:
-        path: one image, a folder (searched with its subfolders), or a `.txt` file with one path per line, relative
-            to the file's folder.
+        path: one image, a folder (searched with its subfolders and linked folders, without hidden files), or a `.txt`
+            file with one path per line, relative to the file's folder.
 
     Returns:
         At least one path, sorted by name for folders, in the file's order for lists.
@@ -59,7 +63,9 @@ def list_images(path: Path) -> list[Path]:
         DataError: nothing there, or no image in it.
     """
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        inventory = Inventory()
+        found = sorted(file for file in walk_files(path, inventory, "skip") if is_image(file))
+        inventory.log()
         if not found:
             raise DataError(f"No image in folder {path}: expected files with a suffix of {sorted(SUFFIXES)}.")
         return found
@@ -68,7 +74,7 @@ def list_images(path: Path) -> list[Path]:
             f"No file or folder at {path}: expected an image, a folder of images, or a .txt list."
         )
     if path.suffix.lower() == ".txt":
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_text(path).splitlines()]
         found = [path.parent / line for line in lines if line]
         missing = [str(file) for file in found if not file.is_file()]
         if missing or not found:
@@ -104,19 +110,45 @@ def read_header(path: Path, verify: bool = True) -> ImageHeader:
     """Read an image's size and orientation, and with `verify` its whole content.
 
     Raises:
-        OSError: the file is missing, truncated or no image (also as Pillow's `UnidentifiedImageError`, a subclass).
+        OSError: the file is missing, truncated, no image (also as Pillow's `UnidentifiedImageError`, a subclass), or of
+            a kind that `read_image` cannot decode.
     """
     with Image.open(path) as image:
         width, height = image.size
         transposed = image.getexif().get(_ORIENTATION_TAG, 1) in _TRANSPOSED
+        kind = f"{image.format}, mode {image.mode}"
         if verify:
             # Only JPEG has a draft mode: an eighth of the resolution skips most of the arithmetic.
             image.draft("L", (max(width // 8, 1), max(height // 8, 1)))
             image.load()
         is_jpeg = image.format == "JPEG"
-    if verify and is_jpeg and _ends_in_zeros(path):
+    header = ImageHeader(height, width, transposed)
+    if not verify:
+        return header
+    if is_jpeg and _ends_in_zeros(path):
         raise OSError("its end is filled with zeros, as by a download that was cut off")
-    return ImageHeader(height, width, transposed)
+    if is_jpeg and _decodes_to(path, header):
+        return header
+    return _decoded_header(path, transposed, kind)
+
+
+def _decodes_to(path: Path, header: ImageHeader) -> bool:
+    """Whether OpenCV decodes a JPEG to the size that its header says; an eighth of each side is enough to know."""
+    image = cv2.imread(str(path), cv2.IMREAD_REDUCED_COLOR_8)
+    return image is not None and image.shape[:2] == tuple(-(-side // 8) for side in header.size())
+
+
+def _decoded_header(path: Path, transposed: bool, kind: str) -> ImageHeader:
+    """Size and orientation as OpenCV decodes the file, which may take no notice of its orientation."""
+    try:
+        shown = read_image(path)
+        stored = read_image(path, apply_orientation=False) if transposed else shown
+    except DataError as error:
+        raise OSError(
+            f"{kind}: Pillow reads it, OpenCV, which decodes images for training, does not; convert it to PNG or JPEG "
+            "with 8 bits per channel"
+        ) from error
+    return ImageHeader(stored.shape[0], stored.shape[1], shown.shape != stored.shape)
 
 
 def _ends_in_zeros(path: Path) -> bool:
@@ -175,7 +207,7 @@ def scan_images(
 
 
 def _cache_file(paths: Sequence[Path], cache_dir: Path) -> Path:
-    digest = hashlib.sha256("\n".join(map(str, paths)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\n".join([CHECKS, *map(str, paths)]).encode()).hexdigest()[:16]
     return cache_dir / f"verified-images-{digest}.json"
 
 

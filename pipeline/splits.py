@@ -92,6 +92,7 @@ class Splits:
             merge_classes=config.merge_classes or None,
             cache_dir=Path(config.cache_dir) if config.cache_dir else None,
             segments=self.task == "segment",
+            links=config.dangling_links,
         )
 
     def digest(self, split: str) -> str:
@@ -133,7 +134,12 @@ class Splits:
         return self.letterboxed(self.val, batch_size, limit or self.config.limit_val)
 
     def train_batches(self, batch_size: int, augment: AugmentOptions | None) -> DetectionLoader:
-        """Shuffled training batches; `set_epoch` gives each epoch its own order and augmentation."""
+        """Shuffled training batches; `set_epoch` gives each epoch its own order and augmentation.
+
+        An incomplete last batch is left out where there are two full ones; fewer images make smaller batches.
+        """
+        limit = self.config.limit_train
+        num_images = min(len(self.train), limit or len(self.train))
         return build_loader(
             self.train,
             self.config.input_size,
@@ -142,8 +148,8 @@ class Splits:
             augment=augment,
             shuffle=True,
             seed=self.seed,
-            limit=self.config.limit_train,
-            drop_last=len(self.train) >= 2 * batch_size,
+            limit=limit,
+            drop_last=num_images >= 2 * batch_size,
             masks=self.task == "segment",
         )
 

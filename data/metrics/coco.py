@@ -51,7 +51,8 @@ def coco_precision(
 
     Args:
         truth: COCO dictionary, as from `ground_truth`.
-        detections: [M, 7]: image id, x, y, width, height (pixels of the original image), score, category id.
+        detections: [M, 7]: image id (below 2^53: the array is float64), x, y, width, height (pixels of the original
+            image), score, category id.
         image_ids: images to evaluate; others are ignored.
         engine: one of `ENGINES`, as returned by `choose_engine`.
         masks: mask of each detection; the overlap is then that of the masks, and sizes are those of the masks. The

@@ -135,68 +135,69 @@ def evaluate(
             if codes is not None:
                 segmented = True
                 masks += codes
-            parts.append(np.concatenate([np.full((len(moved), 1), image_id, np.float64), moved], axis=1))
+            parts.append(moved)
             seen.append(image_id)
     if not seen:
         raise DataError("There was no batch to evaluate; the loader needs at least one image.")
-    return compute_metrics(np.concatenate(parts), seen, dataset, engine, masks if segmented else None)
+    return compute_metrics(parts, seen, dataset, engine, masks if segmented else None)
 
 
 def compute_metrics(
-    detections: NDArray[np.float64],
-    image_ids: list[int],
+    detections: Sequence[NDArray[np.float64]],
+    image_ids: Sequence[int],
     dataset: Dataset | Mapping[str, Any],
     engine: str = "hotcoco",
     masks: Sequence[Rle] | None = None,
 ) -> DetectionMetrics:
     """Metrics of detections that are already there.
 
+    Image ids are looked up here, and become numbers from 1: the metric's libraries keep them in float64 arrays.
+
     Args:
-        detections: [M, 7]: image id, x1 y1 x2 y2 in pixels of the original image, score, class index.
-        image_ids: images that were looked at, also those without detections.
+        detections: [N, 6] for each image: x1 y1 x2 y2 in pixels of the original image, score, class index.
+        image_ids: of the images, in that order; also those without detections.
         dataset: the dataset, or the dictionary that `ground_truth` made of it.
         engine: as in `evaluate`.
-        masks: one per detection, in pixels of the original image; None for boxes only.
+        masks: one per detection, image by image, in pixels of the original image; None for boxes only.
 
     Raises:
         DataError: see `evaluate`; or masks are to be measured and the dataset was opened without them.
     """
     engine = choose_engine(engine)
-    if not np.isfinite(detections).all():
-        raise DataError("Some detections are NaN or infinite: the network diverged, or its engine is broken.")
     truth = dict(dataset) if isinstance(dataset, Mapping) else ground_truth(dataset)
-    evaluated = set(image_ids)
-    unknown = evaluated - {image["id"] for image in truth["images"]}
+    unknown = set(image_ids) - {image["id"] for image in truth["images"]}
     if unknown:
         raise DataError(
             f"Image ids {sorted(unknown)[:10]} were evaluated but are not in the dataset: wrong split?"
         )
-    annotations = [entry for entry in truth["annotations"] if entry["image_id"] in evaluated]
+    number_of = {image_id: number for number, image_id in enumerate(sorted(set(image_ids)), 1)}
+    found = np.concatenate([np.zeros((0, 6)), *detections])
+    if not np.isfinite(found).all():
+        raise DataError("Some detections are NaN or infinite: the network diverged, or its engine is broken.")
+    numbers = np.repeat([number_of[image_id] for image_id in image_ids], list(map(len, detections)))
+    truth = _numbered(truth, number_of)
+    annotations = truth["annotations"]
     if all(entry["iscrowd"] for entry in annotations):
         raise DataError(
-            f"No object in the {len(evaluated)} images evaluated: nothing to measure. Raise the limit."
+            f"No object in the {len(number_of)} images evaluated: nothing to measure. Raise the limit."
         )
-    rows = np.concatenate(
-        [
-            detections[:, :3],
-            detections[:, 3:5] - detections[:, 1:3],
-            detections[:, 5:6],
-            detections[:, 6:7] + 1,
-        ],
-        axis=1,
-    )
+    sides = found[:, 2:4] - found[:, :2]
+    rows = np.concatenate([numbers[:, None], found[:, :2], sides, found[:, 4:5], found[:, 5:6] + 1], axis=1)
     if masks is not None and any("segmentation" not in entry for entry in annotations):
         raise DataError(
             "Masks were predicted, and the dataset has none to compare with: open it with segments=True, or give "
             "its samples `segments`."
         )
-    precision = coco_precision(truth, rows, sorted(evaluated), engine)
-    point = best_f1(_found(detections), _truth(annotations))
+    ids = list(number_of.values())
+    precision = coco_precision(truth, rows, ids, engine)
+    point = best_f1(
+        Boxes(found[:, :4], numbers, found[:, 5].astype(np.int64), found[:, 4]), _truth(annotations)
+    )
     names = [category["name"] for category in truth["categories"]]
     per_class = {name: average(precision[:, :, index, 0]) for index, name in enumerate(names)}
     mask_figures: dict[str, Any] = {}
     if masks is not None:
-        mask_figures = _mask_figures(coco_precision(truth, rows, sorted(evaluated), engine, masks), names)
+        mask_figures = _mask_figures(coco_precision(truth, rows, ids, engine, masks), names)
     return DetectionMetrics(
         ap=average(precision[..., 0]) or 0.0,
         ap50=average(precision[0, ..., 0]) or 0.0,
@@ -208,7 +209,7 @@ def compute_metrics(
         recall=point.recall,
         confidence=point.confidence,
         per_class_ap={name: value for name, value in per_class.items() if value is not None},
-        images=len(evaluated),
+        images=len(number_of),
         engine=engine,
         **mask_figures,
     )
@@ -224,13 +225,17 @@ def _mask_figures(precision: NDArray[np.float64], names: list[str]) -> dict[str,
     }
 
 
-def _found(detections: NDArray[np.float64]) -> Boxes:
-    return Boxes(
-        boxes=detections[:, 1:5],
-        images=detections[:, 0].astype(np.int64),
-        labels=detections[:, 6].astype(np.int64),
-        values=detections[:, 5],
-    )
+def _numbered(truth: Mapping[str, Any], number_of: Mapping[int, int]) -> dict[str, Any]:
+    """The images of a COCO dictionary that have a number, with their annotations, under numbers in place of ids."""
+    images = [
+        {**image, "id": number_of[image["id"]]} for image in truth["images"] if image["id"] in number_of
+    ]
+    chosen = [entry for entry in truth["annotations"] if entry["image_id"] in number_of]
+    annotations = [
+        {**entry, "id": number, "image_id": number_of[entry["image_id"]]}
+        for number, entry in enumerate(chosen, 1)
+    ]
+    return {**truth, "images": images, "annotations": annotations}
 
 
 def _truth(annotations: list[dict[str, Any]]) -> Boxes:

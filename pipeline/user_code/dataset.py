@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from core.errors import DataError
+from core.names import listing
 from data import Dataset, Sample
 from pipeline.user_code.factories import call_user, load_factory
 
@@ -42,11 +43,23 @@ def open_own(reference: str, split: str) -> Dataset:
             f"{prefix}{len(dataset)} items and {len(ids)} ids, {len(set(ids))} of them different; expected at least "
             "one image and an id of its own for each"
         )
+    odd = [value for value in ids if not _is_id(value)]
+    if odd:
+        raise DataError(
+            f"{prefix}ids are {listing(map(repr, odd), 3)}; expected whole numbers from 0 to 2^63 - 1: number "
+            "your images, and keep their names to yourself"
+        )
     sample = call_user(SETTING, reference, "reading item 0", dataset.__getitem__, 0)
     problem = _sample_problem(sample, len(names), ids[0])
     if problem:
         raise DataError(f"{prefix}item 0 {problem}; see data.Sample")
     return dataset
+
+
+def _is_id(value: Any) -> bool:
+    """Whether it is a whole number that int64 holds, and not one that went through a float."""
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return is_whole and 0 <= int(value) < 2**63
 
 
 def _sample_problem(sample: Any, num_classes: int, image_id: int) -> str | None:

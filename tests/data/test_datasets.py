@@ -1,5 +1,6 @@
 """Reading YOLO trees and COCO JSON: what comes out of well-formed input."""
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -96,6 +97,25 @@ def test_both_formats_of_bccd_agree(shared_data: Path):
             other = by_name[record.path.name]
             np.testing.assert_array_equal(record.labels, other.labels)
             np.testing.assert_allclose(record.boxes, other.boxes, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "split", "digest"),
+    [
+        ("bccd", "yolo", "train", "1953466ee1d118c1"),
+        ("bccd", "yolo", "val", "bc5086638a43c7e6"),
+        ("bccd", "coco", "train", "af951605d47b27d9"),
+        ("bccd", "coco", "val", "e6b9093de9096a47"),
+        ("coco128", "auto", "train", "e00873d733bb74f6"),
+        ("coco128", "auto", "val", "2338bb4f0bc664c1"),
+    ],
+)
+def test_ground_truth_of_real_sets_is_on_record(
+    shared_data: Path, name: str, format: str, split: str, digest: str
+):
+    """Recorded before files on disk, repetitions and types were accounted for: clean sets stay as they were."""
+    truth = ground_truth(open_dataset(shared_data / "data" / name, split, format=format, verify=False))
+    assert hashlib.sha256(json.dumps(truth, sort_keys=True).encode()).hexdigest()[:16] == digest
 
 
 def test_merged_classes_of_coco128(shared_data: Path):

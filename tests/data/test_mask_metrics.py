@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from core.errors import DataError
 from data import Instances, build_loader, evaluate, generate_synthetic, open_dataset
 from data.masks import Rle, encode_mask
-from data.metrics.detection import compute_metrics
+from tests.data.per_image import compute_metrics
 
 SIZE = (90, 120)
 

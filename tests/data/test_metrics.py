@@ -9,8 +9,8 @@ import torch
 from core.errors import DataError
 from data import DetectionMetrics, build_loader, evaluate, ground_truth, open_dataset
 from data.metrics.coco import ENGINES, average, coco_precision
-from data.metrics.detection import compute_metrics
 from data.metrics.precision_recall import Boxes, best_f1, match
+from tests.data.per_image import compute_metrics
 from tests.data.test_loader import Squares
 
 

@@ -324,6 +324,12 @@ class Images:
         return dataclasses.replace(good, **self.changes)
 
 
+def with_ids(*ids: Any) -> Images:
+    images = Images()
+    images.ids = ids
+    return images
+
+
 def open_images(monkeypatch: pytest.MonkeyPatch, result: Any) -> Any:
     monkeypatch.setattr(sys.modules[__name__], "factory", lambda split: result, raising=False)
     return open_own(f"{HERE}factory", "val")
@@ -342,6 +348,10 @@ def test_a_dataset_needs_no_base_class(monkeypatch: pytest.MonkeyPatch) -> None:
         (Images(boxes=np.array([[5, 2, 1, 30]], np.float32)), ["without area"]),
         (Images(image=np.zeros((3, 32, 48), np.float32)), ["float32 [3, 32, 48]", "uint8 [H, W, 3]"]),
         (Images(image_id=1), ["image_id 1", "3"]),
+        (with_ids("a", "b", "c", "d"), ["ids are 'a', 'b', 'c', and 1 more", "0 to 2^63 - 1"]),
+        (with_ids(1, 2, 3, 4.0), ["ids are 4.0;"]),
+        (with_ids(1, 2, 3, 2**63), ["ids are 9223372036854775808;"]),
+        (with_ids(-1, 2, 3, 4), ["ids are -1;"]),
     ],
 )
 def test_a_wrong_dataset_is_refused(monkeypatch: pytest.MonkeyPatch, result: Any, words: list[str]) -> None:

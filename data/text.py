@@ -1,0 +1,47 @@
+"""Text files as people have them: with a byte-order mark, in UTF-16 as PowerShell writes it, in a code page."""
+
+import codecs
+from pathlib import Path
+
+from core.errors import DataError
+
+# UTF-32 first: its mark begins with that of UTF-16.
+MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def read_text(path: Path) -> str:
+    """Read a text file: UTF-8, or UTF-8, UTF-16 or UTF-32 with a byte-order mark, or UTF-16 without one.
+
+    Raises:
+        DataError: it cannot be read, or is in another encoding; the message names the first line that is.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): restore it, or grant access.") from error
+    encoding = next((name for mark, name in MARKS if content.startswith(mark)), None) or _guess(content)
+    try:
+        return content.decode(encoding).replace("\ufeff", "")  # also within, where files were joined
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{path} is not UTF-8 text (line {line} has the byte 0x{content[error.start]:02x}), perhaps a code page of "
+            "Windows or a binary file: save it as UTF-8."
+            if encoding == "utf-8"
+            else f"{path} is damaged {encoding.upper()} text ({error.reason}): save it as UTF-8."
+        ) from error
+
+
+def _guess(content: bytes) -> str:
+    """UTF-16 without a mark shows in zeros at every second place of its Latin letters, digits and line ends."""
+    start = content[:400]
+    even, odd = start[0::2].count(0), start[1::2].count(0)
+    if len(content) % 2 == 0 and max(even, odd) > len(start) // 4 and min(even, odd) == 0:
+        return "utf-16-le" if odd else "utf-16-be"
+    return "utf-8"

@@ -1,0 +1,112 @@
+"""One walk over a folder that accounts for every file: what is read, what is passed over and why, and where links lead.
+
+Linked folders are followed, as the official trainers do. A folder that was read already, under whatever name, is not
+read again, so that a circle of links ends.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from core.errors import DataError
+from data.inventory import Inventory
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})  # of images that are read
+UNREAD_SUFFIXES = frozenset(  # of pictures that are not
+    {
+        ".arw", ".avif", ".cr2", ".dcm", ".dng", ".exr", ".gif", ".hdr", ".heic", ".heif", ".j2k", ".jfif", ".jp2",
+        ".jpe", ".jxl", ".mpo", ".nef", ".npy", ".pgm", ".pnm", ".ppm", ".psd", ".raw", ".svg", ".tga",
+    }
+)  # fmt: skip
+# What systems and editors leave in folders: Windows, Synology, macOS archives, LabelImg's checkpoints begin with a dot.
+LEFT_BY_SYSTEMS = frozenset(
+    {
+        "thumbs.db",
+        "ehthumbs.db",
+        "desktop.ini",
+        "@eadir",
+        "__macosx",
+        "$recycle.bin",
+        "#recycle",
+        "__pycache__",
+    }
+)
+
+HIDDEN = (
+    "Left out {number} hidden files and folders (names with a leading dot, and what systems leave behind)"
+)
+SEEN_FOLDER = "Left out {number} links to folders that are read already"
+DANGLING = "Left out {number} links that lead nowhere"
+SPECIAL = "Left out {number} entries that are neither files nor folders"
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of that name is no part of a dataset: `.ipynb_checkpoints`, `._1.jpg`, `@eaDir`, ..."""
+    return name.startswith(".") or name.lower() in LEFT_BY_SYSTEMS
+
+
+def is_image(path: Path) -> bool:
+    """Whether the name is that of an image that is read."""
+    return path.suffix.lower() in SUFFIXES
+
+
+def walk_files(folder: Path, inventory: Inventory, links: str = "error") -> Iterator[Path]:
+    """All files below a folder, sorted within each folder, hidden ones left out; linked folders are followed.
+
+    Args:
+        folder: where to begin; its own name does not count as hidden.
+        inventory: is told what was left out.
+        links: `error` makes a link that leads nowhere a fault, `skip` counts it.
+
+    Raises:
+        DataError: a folder that cannot be read.
+    """
+    waiting, seen = [folder], {_identity(folder)}
+    while waiting:
+        current = waiting.pop()
+        try:
+            with os.scandir(current) as entries:
+                listed = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
+        except OSError as error:
+            raise DataError(
+                f"The folder {current} cannot be read ({error.strerror}): its files would be missing; grant access, "
+                "or move it out of the dataset."
+            ) from error
+        below = []
+        for entry in listed:
+            path = Path(entry.path)
+            if is_hidden(entry.name):
+                inventory.note(HIDDEN, path, is_warning=False)
+                continue
+            try:
+                status = entry.stat()
+            except OSError:  # the target is missing, out of reach, or the link itself
+                account_for_link(path, inventory, links)
+                continue
+            if stat.S_ISREG(status.st_mode):
+                yield path
+            elif not stat.S_ISDIR(status.st_mode):
+                inventory.note(SPECIAL, path)
+            elif _identity(path) in seen:
+                inventory.note(SEEN_FOLDER, path)
+            else:
+                seen.add(_identity(path))
+                below.append(path)
+        waiting += reversed(below)
+
+
+def account_for_link(path: Path, inventory: Inventory, links: str) -> None:
+    """A link that leads nowhere: a fault, or with `links="skip"` a note."""
+    if links == "skip":
+        inventory.note(DANGLING, path)
+        return
+    inventory.fault(
+        f"{path} is a link to {str(path.readlink())!r}, where nothing is: restore the target, remove the link, or "
+        "leave such links out with data.dangling_links=skip."
+    )
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino

@@ -1,0 +1,62 @@
+"""Batches of a run's splits: how many there are when a run is told to use few images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from configs.schema import DataConfig
+from core.errors import DataError
+from data import generate_synthetic
+from pipeline.splits import Splits
+
+
+def write_yolo(root: Path, names: tuple[str, ...] = ("cat", "dog")) -> Path:
+    """A tree of two images in each split, each with one object of every class."""
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            for kind in ("images", "labels"):
+                (root / kind / split).mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(root / f"images/{split}/{name}.jpg"), np.zeros((40, 60, 3), np.uint8))
+            lines = [f"{label} 0.5 0.5 {0.2 + 0.1 * label} 0.2" for label in range(len(names))]
+            (root / f"labels/{split}/{name}.txt").write_text("\n".join(lines))
+    (root / "data.yaml").write_text(f"train: images/train\nval: images/val\nnames: {list(names)}\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("limit", "batch_size", "sizes"),
+    [
+        (4, 16, [4]),  # fewer than a batch
+        (1, 16, [1]),
+        (20, 16, [16, 4]),  # between one batch and two: nothing is left out
+        (40, 16, [16, 16]),  # two full batches: the rest is
+        (None, 16, [16, 16]),
+        (100, 16, [16, 16]),  # more than there are
+        (None, 64, [40]),
+    ],
+)
+def test_any_limit_makes_batches(
+    tmp_path: Path, limit: int | None, batch_size: int, sizes: list[int]
+) -> None:
+    root = generate_synthetic(tmp_path / "set", 40, 2, 64, 0)
+    config = DataConfig(root=str(root), image_size=64, workers=0, limit_train=limit, cache_dir=None)
+    splits = Splits(config, "detect", torch.device("cpu"))
+    loader = splits.train_batches(batch_size, None)
+    assert [len(batch) for batch in loader] == sizes
+    assert len(loader) == len(sizes)
+
+
+def test_dangling_links_by_setting(tmp_path: Path) -> None:
+    root = write_yolo(tmp_path / "set")
+    (root / "images/val/gone.jpg").symlink_to("nowhere.jpg")
+    config = DataConfig(root=str(root), workers=0, cache_dir=None)
+    with pytest.raises(DataError, match=r"data\.dangling_links=skip"):
+        Splits(config, "detect", torch.device("cpu")).val  # noqa: B018
+    config.dangling_links = "skip"
+    splits = Splits(config, "detect", torch.device("cpu"))
+    assert len(splits.val) == 2
