@@ -13,6 +13,7 @@ import torchvision
 from torch import Tensor, nn
 
 from core.errors import DeployError
+from core.image_size import ImageSize
 from data import Rle, decode_mask
 from deploy import build_engine, export_onnx
 from models import build_detector, fold_detector, save_detector
@@ -187,7 +188,7 @@ def test_masks_are_written_and_drawn(world: Path, tmp_path: Path, names: bool) -
 def test_a_checkpoint_beside_another_model(world: Path, tmp_path: Path) -> None:
     detector = fold_detector(build_detector("yolov9t", 2, "silu", NAMES))
     save_detector(detector, tmp_path / "d.safetensors")
-    options = Options(confidence=0.001, size=SIZE)
+    options = Options(confidence=0.001, size=ImageSize.of(SIZE))
     predictor = open_predictor(tmp_path / "d.safetensors", options)
     image = cv2.cvtColor(cv2.imread(str(world / "images" / "a.png")), cv2.COLOR_BGR2RGB)
     found = predictor.detect(np.asarray(image, np.uint8)).boxes
