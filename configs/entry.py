@@ -34,6 +34,7 @@ from configs.compose import CONFIG_DIR, HYDRA_VERSION_BASE, SCHEMAS, explain, lo
 from configs.overrides import check_overrides
 from configs.schema import Config
 from core.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError, OctetError
+from core.failures import known_failure
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -73,6 +74,11 @@ def hydra_entry(
                 if full_error:
                     raise
                 _stop(str(error), error.exit_code)
+            except Exception as error:
+                known = known_failure(error)
+                if full_error or known is None:
+                    raise
+                _stop(str(known), known.exit_code)
             except KeyboardInterrupt:
                 _stop("Interrupted.", EXIT_INTERRUPTED)
 
@@ -110,13 +116,14 @@ def _run(
             result = function(config)
             finished.append((HydraConfig.get().job.override_dirname, Path(str(config.run_dir))))
             return result
-        except OctetError as error:
-            if full_error:
+        except Exception as error:
+            known = known_failure(error)
+            if full_error or known is None:
                 raise
             if not sweeping:  # Hydra passes SystemExit on and prints nothing
-                _stop(str(error), error.exit_code)
-            print(f"error: {error}", file=sys.stderr)
-            failures.append(error.exit_code)  # the other jobs of the sweep still run
+                _stop(str(known), known.exit_code)
+            print(f"error: {known}", file=sys.stderr)
+            failures.append(known.exit_code)  # the other jobs of the sweep still run
             return None
 
     previous = os.environ.get(_FULL_ERROR)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from core.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, OctetError
+from core.failures import known_failure
 from core.image_size import ImageSize
 
 Main = Callable[[Sequence[str] | None], int]
@@ -25,6 +26,12 @@ def reports_errors(main: Main) -> Callable[..., int]:
         except OctetError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
+        except Exception as error:
+            known = known_failure(error)  # a full disk, a loader process that was killed
+            if known is None:
+                raise
+            print(f"error: {known}", file=sys.stderr)
+            return known.exit_code
 
     return command
 

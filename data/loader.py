@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from core.errors import DataError
+from core.errors import DataError, OctetError
 from core.image_size import ImageSize, SizeLike
 from data.augment import AugmentOptions, Fitted, augment, fit, move_outlines, objects_of
+from data.delivery import PREFETCH, TICK, Packed, Pulse, choose_transport, delivered, hand_over
 from data.letterbox import LetterboxInfo, letterbox, letterbox_boxes
 from data.masks import MASK_STRIDE, draw_masks
 from data.samples import Batch, Dataset
@@ -92,6 +93,11 @@ class DetectionLoader(DataLoader[Batch]):
     """A DataLoader of `Batch`es that knows epochs. Made by `build_loader`."""
 
     batch_sampler: EpochSampler
+    dataset: "_Prepared"
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """The batches of the chosen epoch, see `data.delivery.delivered` for what raises."""
+        return delivered(super().__iter__(), self.dataset.pulse)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose what the next iteration yields.
@@ -115,6 +121,7 @@ class _Prepared(torch.utils.data.Dataset[Any]):
         options: AugmentOptions | None,
         seed: int,
         masks: bool,
+        pulse: Pulse,
     ):
         self.dataset = dataset
         self.indices = indices
@@ -122,6 +129,7 @@ class _Prepared(torch.utils.data.Dataset[Any]):
         self.options = options
         self.seed = seed
         self.masks = masks
+        self.pulse = pulse
         self._kept: dict[int, Fitted] = {}
         self._room = KEPT_BYTES
 
@@ -139,8 +147,18 @@ class _Prepared(torch.utils.data.Dataset[Any]):
             self._kept[index] = fitted
         return fitted
 
-    def __getitem__(self, key: Key) -> Item:
-        epoch, index = key
+    def __getitem__(self, key: Key) -> Item | OctetError:
+        """One prepared image; a worker returns its error, so that it arrives without the worker's traceback."""
+        try:
+            return self._item(*key)
+        except OctetError as error:
+            if torch.utils.data.get_worker_info() is None:
+                raise
+            return error
+        finally:
+            self.pulse.beat()
+
+    def _item(self, epoch: int, index: int) -> Item:
         if self.options is None:
             sample = self.dataset[index]
             boxes, labels, outlines = objects_of(sample, self.masks)
@@ -177,6 +195,19 @@ def collate(items: list[Item]) -> Batch:
     drawn = [item[4] for item in items if item[4] is not None]
     masks = torch.from_numpy(np.concatenate(drawn)) if drawn else None
     return Batch(images, targets, [item[2] for item in items], [item[3] for item in items], masks)
+
+
+class _Collate:
+    """Makes batches in a worker, and hands them over as the loader's transport has it."""
+
+    def __init__(self, shares: bool) -> None:
+        self.shares = shares
+
+    def __call__(self, items: list[Item | OctetError]) -> Batch | Packed | OctetError:
+        good = [item for item in items if not isinstance(item, OctetError)]
+        if len(good) < len(items):
+            return next(item for item in items if isinstance(item, OctetError))
+        return hand_over(collate(good), self.shares)
 
 
 def choose_subset(num_images: int, limit: int | None) -> list[int]:
@@ -246,16 +277,23 @@ def build_loader(
             f"{len(indices)} images over {world_size} processes make no full batch of {batch_size}: "
             "lower batch_size, raise limit, or set drop_last to false."
         )
+    transport = choose_transport(workers, batch_size * size.height * size.width * (4 if masks else 3))
+    is_parallel = transport.workers > 0
     return DetectionLoader(
-        _Prepared(dataset, indices, size, augment, seed, masks),
+        _Prepared(dataset, indices, size, augment, seed, masks, Pulse(transport.workers)),
         batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate,
+        num_workers=transport.workers,
+        collate_fn=_Collate(transport.shares),
         worker_init_fn=_start_worker,
-        persistent_workers=workers > 0,
+        persistent_workers=is_parallel,
+        prefetch_factor=PREFETCH if is_parallel else None,
+        timeout=TICK if is_parallel else 0,
         pin_memory=torch.cuda.is_available(),
     )
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(worker: int) -> None:
+    info = torch.utils.data.get_worker_info()
+    assert info is not None and isinstance(info.dataset, _Prepared)
+    info.dataset.pulse.start(worker)
     cv2.setNumThreads(0)  # OpenCV's thread pool does not survive a fork, and workers are parallel already
