@@ -294,6 +294,7 @@ def build_loader(
 
 def _start_worker(worker: int) -> None:
     info = torch.utils.data.get_worker_info()
-    assert info is not None and isinstance(info.dataset, _Prepared)
+    assert info is not None
+    assert isinstance(info.dataset, _Prepared)
     info.dataset.pulse.start(worker)
     cv2.setNumThreads(0)  # OpenCV's thread pool does not survive a fork, and workers are parallel already
