@@ -11,15 +11,14 @@ or "no limit", as the description says.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING
 
+from configs.data_schema import DataConfig
 from configs.deploy_schema import DeployConfig, GraphConfig
 from configs.setting import setting
 from core.choices import ACTIVATIONS, GRIDS, INTEGER, OBSERVERS, SENSITIVITY_METHODS
 from core.families import ARCHITECTURES
-from core.image_size import ImageSize
 
 MODELS = ("auto", *ARCHITECTURES, "custom")
 STAGES = ("train", "float", "place", "calibrate", "sensitivity", "finetune", "export", "engine", "report")
@@ -41,68 +40,6 @@ class ModelConfig:
         "For model=custom: path/to/file.py:function or package.module:function, from class names to a CustomDetector; "
         "see docs/custom.md",
     )
-
-
-@dataclass
-class SyntheticConfig:
-    """The built-in detection set, drawn rather than downloaded."""
-
-    train: int = setting(256, "Training images to draw", unit="images", minimum=1)
-    val: int = setting(64, "Validation images to draw", unit="images", minimum=1)
-    size: int = setting(192, "Side of the square images", unit="pixels", minimum=32)
-    seed: int = setting(0, "Seed of the drawing; the same seed gives the same files", minimum=0)
-
-
-@dataclass
-class DataConfig:
-    """Where the images come from and how they are fed."""
-
-    kind: str = setting(
-        "folder", "folder reads data.root; synthetic draws its own", choices=("folder", "synthetic")
-    )
-    root: str | None = setting(
-        None, "Folder of the dataset: a YOLO data.yaml tree or COCO JSON; for synthetic, a cache"
-    )
-    format: str = setting("auto", "Layout of the folder; auto looks", choices=("auto", "yolo", "coco"))
-    factory: str | None = setting(
-        None,
-        "path/to/file.py:function or package.module:function, from a split's name to its dataset, instead of a folder; "
-        "see docs/custom.md",
-    )
-    cache_dir: str | None = setting(
-        "runs/cache", "Folder that remembers which images were verified; none verifies them on every run"
-    )
-    image_size: Any = setting(
-        640,
-        "Network input after letterboxing: one number for a square, or [height, width]",
-        unit="pixels",
-        minimum=32,
-        multiple=32,
-        is_size=True,
-    )
-    workers: int = setting(2, "Loader processes; 0 loads in the main process", unit="processes", minimum=0)
-    train_split: str = setting("train", "Split used for training and calibration")
-    val_split: str = setting("val", "Split used for every reported figure")
-    merge_classes: dict[str, list[Any]] = setting(
-        {}, "New class -> old class names or indices; others are dropped. Empty keeps the classes as they are"
-    )
-    dangling_links: str = setting(
-        "error",
-        "Links in the dataset that lead nowhere: refused, or left out and counted",
-        choices=("error", "skip"),
-    )
-    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
-    limit_train: int | None = setting(
-        None, "Use only N training images, spread evenly over the split", unit="images", minimum=1
-    )
-    limit_val: int | None = setting(
-        None, "Use only N validation images, spread evenly over the split", unit="images", minimum=1
-    )
-
-    @property
-    def input_size(self) -> ImageSize:
-        """Height and width of the network's input."""
-        return ImageSize.of(self.image_size)
 
 
 @dataclass

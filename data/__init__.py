@@ -1,6 +1,7 @@
 """Datasets, augmentation, loaders, the synthetic set, and COCO metrics."""
 
 from data.augment import AugmentOptions
+from data.classes import class_positions, reorder_classes
 from data.dataset import ground_truth, open_dataset
 from data.formats.synthetic import generate_synthetic
 from data.images import list_images, read_image
@@ -24,6 +25,7 @@ __all__ = [
     "Rle",
     "Sample",
     "build_loader",
+    "class_positions",
     "decode_mask",
     "evaluate",
     "generate_synthetic",
@@ -32,6 +34,7 @@ __all__ = [
     "list_images",
     "open_dataset",
     "read_image",
+    "reorder_classes",
     "to_input",
     "to_picture",
     "unletterbox",

@@ -1,7 +1,7 @@
 """Float detectors: networks, decode, loss, and loading of checkpoints without running anything they name."""
 
 from models.boxes import Decode, non_max_suppression
-from models.checkpoints.loading import find_task, load_detector, save_detector
+from models.checkpoints.loading import find_names, find_task, load_detector, save_detector
 from models.checkpoints.reading import read_checkpoint
 from models.detector import Detector, build_detector, placeholder_names
 from models.facts import measure_network
@@ -17,6 +17,7 @@ __all__ = [
     "SegmentTargets",
     "SegmentationLoss",
     "build_detector",
+    "find_names",
     "find_task",
     "fold_detector",
     "load_detector",

@@ -16,16 +16,18 @@ from pathlib import Path
 import torch
 
 from configs.compose import read
-from configs.schema import DataConfig, EvaluateConfig
+from configs.data_schema import DataConfig
+from configs.schema import EvaluateConfig
 from core.command import reports_errors, run_command, size_argument
 from core.errors import DataError
 from core.files import write_json
 from core.runtimes import RUNTIMES
+from pipeline.class_names import BY_NAME, BY_ORDER, ClassNames, is_unnamed
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.measuring import describe, row_figures, value_of
 from pipeline.prediction.predictors import TORCH, Options, find_run, open_predictor
 from pipeline.run.directory import CONFIG
-from pipeline.run.progress import say
+from pipeline.run.progress import say, show_package_logs
 from pipeline.splits import Splits
 
 
@@ -33,6 +35,7 @@ from pipeline.splits import Splits
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     options = _parser().parse_args(arguments)
+    show_package_logs()
     data, thresholds, metric = _settings(options)
     wanted = Options(
         confidence=thresholds.confidence,
@@ -46,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     predictor = open_predictor(options.model, wanted)
     try:
         data.image_size = predictor.size.plain
-        splits = Splits(data, predictor.task, torch.device("cpu"))
+        names = ClassNames(predictor.label, predictor.names)
+        if is_unnamed(names.names):
+            say(f"{names.owner} names no classes: its class 0 is taken for class 0 of the data, and so on")
+        splits = Splits(data, predictor.task, torch.device("cpu"), find_names=lambda: names)
         evaluator = Evaluator(thresholds, metric, splits, torch.device("cpu"))
         metrics = evaluator.measure(predictor.function, predictor.label, 1, options.limit)
     finally:
@@ -69,6 +75,8 @@ def _settings(options: argparse.Namespace) -> tuple[DataConfig, EvaluateConfig, 
         data.kind, data.root, data.factory = "folder", str(options.data), None
     elif run is None:
         raise DataError(f"{options.model} lies in no run directory: name the dataset with --data FOLDER.")
+    if options.class_map is not None:
+        data.class_map = options.class_map
     if options.split is not None:
         data.val_split = options.split
     return data, thresholds, metric
@@ -82,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, help="dataset: YOLO data.yaml tree or COCO JSON folder")
     parser.add_argument(
         "--size", type=size_argument, help="of the input: PIXELS or HEIGHTxWIDTH; default: the model's"
+    )
+    parser.add_argument(
+        "--class-map", choices=(BY_NAME, BY_ORDER), help="default: the run's data.class_map, or names"
     )
     parser.add_argument("--split", help="default: the run's data.val_split, or val")
     parser.add_argument("--limit", type=int, help="images to use; default: all")

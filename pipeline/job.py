@@ -16,7 +16,7 @@ from core.rows import ResultRow, RowKey
 from data import Predict
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.measuring import Metrics, describe, row_figures
-from pipeline.networks import Networks, task_of
+from pipeline.networks import Networks, names_of, task_of
 from pipeline.run.directory import Run
 from pipeline.run.progress import say
 from pipeline.splits import Splits
@@ -44,7 +44,13 @@ class Job:
     @cached_property
     def splits(self) -> Splits:
         """The dataset."""
-        return Splits(self.config.data, task_of(self.config, self.run), self.device, self.config.seed)
+        return Splits(
+            self.config.data,
+            task_of(self.config, self.run),
+            self.device,
+            self.config.seed,
+            lambda: names_of(self.config, self.run),
+        )
 
     @cached_property
     def networks(self) -> Networks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -23,12 +22,13 @@ from models import (
     Detector,
     SegmentationLoss,
     build_detector,
+    find_names,
     find_task,
     fold_detector,
     load_detector,
-    placeholder_names,
     save_detector,
 )
+from pipeline.class_names import ClassNames, is_unnamed
 from pipeline.run.directory import Run
 from pipeline.run.progress import say
 from pipeline.splits import Splits
@@ -50,6 +50,17 @@ def task_of(config: Config, run: Run | None = None) -> str:
     kept = None if run is None else run.path(FLOAT_MODEL)
     weights = kept if kept is not None and kept.exists() else config.weights
     return "detect" if weights is None else find_task(weights)
+
+
+def names_of(config: Config, run: Run) -> ClassNames | None:
+    """Class names that the run's float model or its weights state.
+
+    None for a user's own network, which gets the data's.
+    """
+    kept = run.path(FLOAT_MODEL)
+    weights = kept if kept.exists() else config.weights
+    names = None if weights is None or config.model.factory is not None else find_names(weights)
+    return None if names is None else ClassNames(str(weights), names)
 
 
 class Networks:
@@ -101,13 +112,12 @@ class Networks:
                 f"{self.splits.source} has {len(names)} ({listing(names, 5)}): give the weights trained on this "
                 "data, or map its classes with data.merge_classes"
             )
-        if detector.names == placeholder_names(len(names)):
-            detector.names = tuple(names)
-        if _lower(detector.names) != _lower(names):
+        if is_unnamed(detector.names):
             say(
-                f"class names differ: weights {listing(detector.names, 5)}, data {listing(names, 5)}; the order must "
-                "be the same"
+                f"{weights} names no classes: class 0 of the weights is taken for class 0 of the data, and so on "
+                f"({listing(names, 5)})"
             )
+            detector.names = tuple(names)
         return detector
 
     @cached_property
@@ -181,7 +191,3 @@ class Networks:
             return detector.loss
         build = SegmentationLoss if detector.task == "segment" else DetectionLoss
         return build(detector.num_classes, detector.strides)
-
-
-def _lower(names: Sequence[str]) -> list[str]:
-    return [name.lower() for name in names]

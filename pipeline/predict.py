@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from core.command import reports_errors, size_argument
 from core.errors import DataError
 from core.files import write_json
 from core.image_size import ImageSize
+from core.names import listing
 from core.runtimes import RUNTIMES
+from data import class_positions
+from pipeline.class_names import is_unnamed
 from pipeline.evaluation.engine_outputs import match_detections
 from pipeline.prediction.predictors import (
     FLOAT,
@@ -81,6 +85,7 @@ class Result:
     annotations: list[dict[str, Any]] = field(default_factory=list)
     matched: int = 0
     theirs: int = 0
+    order: Tensor | None = None  # class of the first model for each class of the second
 
 
 def predict(
@@ -98,12 +103,7 @@ def predict(
     Raises:
         DataError: a picture cannot be read or written, or models of different classes.
     """
-    if other is not None and len(other.names) != len(model.names):
-        raise DataError(
-            f"{model.label} knows {len(model.names)} classes, {other.label} {len(other.names)}; compare models of the "
-            "same classes."
-        )
-    result = Result()
+    result = Result() if other is None else Result(order=partner_classes(model, other))
     with PictureWriter(folder, source) as writer:
         for name, picture in track(source.pictures(), "detect", source.total):
             writer.write(name, look(model, other, name, picture, result))
@@ -138,9 +138,32 @@ def look(model: Predictor, other: Predictor | None, name: str, picture: Picture,
     if other is None:
         return drawn
     reference = other.detect(picture)
-    result.matched += len(match_detections(found.boxes, reference.boxes))
+    theirs = reference.boxes.clone()
+    if result.order is not None:
+        theirs[:, 5] = result.order[theirs[:, 5].long()].to(theirs.dtype)
+    result.matched += len(match_detections(found.boxes, theirs))
     result.theirs += len(reference.boxes)
     return join_pictures([(other.label, paint(picture, reference, other.names)), (model.label, drawn)])
+
+
+def partner_classes(model: Predictor, other: Predictor) -> Tensor | None:
+    """The class of `model` for each class of `other`, by name; None where their order is the same, or one has no names.
+
+    Raises:
+        DataError: models of different classes.
+    """
+    if len(other.names) == len(model.names) and (is_unnamed(model.names) or is_unnamed(other.names)):
+        return None
+    positions = class_positions(other.names, model.names)
+    if positions is None:
+        raise DataError(
+            f"{model.label} knows {len(model.names)} classes ({listing(model.names, 5)}), {other.label} "
+            f"{len(other.names)} ({listing(other.names, 5)}); compare models of the same classes."
+        )
+    if positions == sorted(positions):
+        return None
+    say(f"classes of {other.label} are in another order: matched by name")
+    return torch.tensor(positions)
 
 
 def paint(picture: Picture, seen: Seen, names: Sequence[str]) -> Picture:

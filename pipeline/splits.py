@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.schema import DataConfig
+from configs.data_schema import DataConfig
 from data import (
     AugmentOptions,
     Batch,
@@ -24,7 +24,8 @@ from data import (
     to_input,
 )
 from models import SegmentTargets
-from pipeline.run.progress import track
+from pipeline.class_names import ClassNames, fit_classes
+from pipeline.run.progress import say, track
 from pipeline.user_code.dataset import open_own
 from training.team import ALONE, Team
 
@@ -39,13 +40,24 @@ class Splits:
         task: `detect`, or `segment` where masks are to be read.
         device: where batches go.
         seed: of shuffling and augmentation.
+        find_names: gives the weights' class names, which the data's are brought in line with; None where there are
+            none.
     """
 
-    def __init__(self, config: DataConfig, task: str, device: torch.device, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        task: str,
+        device: torch.device,
+        seed: int = 0,
+        find_names: Callable[[], ClassNames | None] = lambda: None,
+    ) -> None:
         self.config = config
         self.task = task
         self.device = device
         self.seed = seed
+        self.find_names = find_names
+        self.class_notes: list[str] = []
         self._digests: dict[str, str] = {}
 
     @cached_property
@@ -68,13 +80,27 @@ class Splits:
 
     @cached_property
     def train(self) -> Dataset:
-        """Images for training and calibration."""
-        return self._open(self.config.train_split)
+        """Images for training and calibration, with the classes of the weights, or of the validation split."""
+        wanted = self._wanted or ClassNames(f"split {self.config.val_split!r}", tuple(self.val.names))
+        return self._fit(self._open(self.config.train_split), self.config.train_split, wanted)
 
     @cached_property
     def val(self) -> Dataset:
-        """Images for every reported figure."""
-        return self._open(self.config.val_split)
+        """Images for every reported figure, with the classes of the weights."""
+        return self._fit(self._open(self.config.val_split), self.config.val_split, self._wanted)
+
+    @cached_property
+    def _wanted(self) -> ClassNames | None:
+        return self.find_names()
+
+    def _fit(self, dataset: Dataset, split: str, wanted: ClassNames | None) -> Dataset:
+        if wanted is None:
+            return dataset
+        fitted, note = fit_classes(dataset, f"{self.source}, split {split!r}", wanted, self.config.class_map)
+        if note is not None and note not in self.class_notes:
+            self.class_notes.append(note)
+            say(f"warning: {note}")
+        return fitted
 
     @cached_property
     def truth(self) -> dict[str, Any]:

@@ -60,6 +60,17 @@ def find_task(path: str | Path) -> str:
     return "segment" if architecture in SEGMENTERS else "detect"
 
 
+def find_names(path: str | Path) -> tuple[str, ...] | None:
+    """Class names that a checkpoint states; None where it names none.
+
+    Raises:
+        CheckpointError: If the file can't be read.
+    """
+    metadata = read_checkpoint(path).metadata
+    names = metadata.get("manifest", {}).get("names") or metadata.get("names")
+    return tuple(map(str, names)) if isinstance(names, list | tuple) else None
+
+
 def detector_from_checkpoint(
     checkpoint: Checkpoint,
     source: str,

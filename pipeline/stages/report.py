@@ -163,7 +163,8 @@ def _findings(job: Job) -> list[dict[str, Any]]:
 
 
 def _notes(job: Job) -> list[str]:
-    notes = []
+    notes = [f"Validation data: {note}" for note in getattr(job.splits.val, "notes", ())]
+    notes += job.splits.class_notes
     if job.run.path("qat.json").exists():
         notes.append(_fine_tuning_note(job.run.read_json("qat.json")))
     if job.run.path(FIXED_POINT).exists():

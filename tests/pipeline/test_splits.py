@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs.schema import DataConfig
+from configs.data_schema import DataConfig
 from core.errors import DataError
 from data import generate_synthetic
 from pipeline.splits import Splits
