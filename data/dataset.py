@@ -16,7 +16,7 @@ import torch.utils.data
 from core.errors import DataError
 from core.names import closest_hint, listing
 from data.formats.coco import find_annotations, read_coco
-from data.formats.yolo import read_yolo
+from data.formats.yolo import names_split, read_yolo
 from data.images import read_image
 from data.inventory import Inventory
 from data.masks import coco_segmentation
@@ -24,6 +24,7 @@ from data.samples import Dataset, ImageRecord, Sample
 
 FORMATS = ("auto", "yolo", "coco")
 LINKS = ("error", "skip")
+SPLITS = ("train", "val", "test")
 DEGENERATE = "Left out {number} boxes that are NaN, infinite, without area, or outside their image"
 
 _log = logging.getLogger(__name__)
@@ -135,7 +136,8 @@ def open_dataset(
             f"{yaml_file or annotation_file}: class names {listing(repeated)} occur more than once."
         )
     records = _clean(records, inventory)
-    inventory.log()
+    if not inventory.collects:
+        inventory.log()
     if merge_classes:
         names, records = _merge(names, records, merge_classes)
     num_objects = sum(len(record.labels) for record in records)
@@ -146,6 +148,24 @@ def open_dataset(
         )
     _log.info("Opened %s, split %s: %d images, %d objects.", root, split, len(records), num_objects)
     return DetectionDataset(names, records, root, [note.sentence() for note in inventory.notes.values()])
+
+
+def find_splits(root: Path | str, format: str = "auto") -> list[str]:
+    """The splits that a dataset says it has, of train, val and test; none where there is no dataset.
+
+    Raises:
+        DataError: a data.yaml that cannot be read.
+    """
+    root = Path(root)
+    found = []
+    for split in SPLITS if root.exists() else ():
+        try:
+            yaml_file, _ = _locate(root, split, format)
+        except DataError:
+            continue
+        if yaml_file is None or names_split(yaml_file, split):
+            found.append(split)
+    return found
 
 
 def ground_truth(dataset: Dataset) -> dict[str, Any]:

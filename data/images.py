@@ -161,17 +161,21 @@ def _ends_in_zeros(path: Path) -> bool:
 
 
 def scan_images(
-    paths: Sequence[Path], verify: bool = True, cache_dir: Path | None = None
-) -> list[ImageHeader]:
+    paths: Sequence[Path],
+    verify: bool = True,
+    cache_dir: Path | None = None,
+    inventory: Inventory | None = None,
+) -> list[ImageHeader | None]:
     """Read the headers of many files in threads and, with `verify`, make sure that each decodes to its end.
 
     Args:
         paths: image files.
         verify: decode each file. False reads only the headers.
         cache_dir: folder for a small JSON file that remembers verified files by size and modification time.
+        inventory: one that collects gets a fault for each broken file.
 
     Returns:
-        One header per path.
+        One header per path; None for a broken file where the inventory collects.
 
     Raises:
         DataError: some files are broken (names the first ten), or the cache folder cannot be written.
@@ -192,7 +196,10 @@ def scan_images(
     with ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1))) as pool:
         results = list(pool.map(scan, paths))
     broken = [f"{path} ({r})" for path, (_, r) in zip(paths, results, strict=True) if isinstance(r, str)]
-    if broken:
+    if broken and inventory is not None and inventory.collects:
+        for file in broken:
+            inventory.fault(f"{file}: cannot be read. Restore it, or remove it and its annotation.")
+    elif broken:
         raise DataError(
             f"{len(broken)} of {len(paths)} images cannot be read: {listing(broken)}. "
             "Restore these files, or remove them and their annotations."
@@ -203,7 +210,7 @@ def scan_images(
         _log.info("Verified %d of %d images in %.1f s.", new, len(paths), time.perf_counter() - started)
     if cache_file and headers.keys() - known.keys():
         _write_cache(cache_file, headers)
-    return [header for _, header in results if isinstance(header, ImageHeader)]
+    return [header if isinstance(header, ImageHeader) else None for _, header in results]
 
 
 def _cache_file(paths: Sequence[Path], cache_dir: Path) -> Path:

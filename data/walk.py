@@ -5,7 +5,6 @@ read again, so that a circle of links ends.
 """
 
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,10 +32,13 @@ LEFT_BY_SYSTEMS = frozenset(
     }
 )
 
+FILE, FOLDER, NOTHING, OTHER = "file", "folder", "nothing", "other"
+
 HIDDEN = (
     "Left out {number} hidden files and folders (names with a leading dot, and what systems leave behind)"
 )
 SEEN_FOLDER = "Left out {number} links to folders that are read already"
+FOLLOWED = "{number} linked folders are read"
 DANGLING = "Left out {number} links that lead nowhere"
 SPECIAL = "Left out {number} entries that are neither files nor folders"
 
@@ -79,21 +81,33 @@ def walk_files(folder: Path, inventory: Inventory, links: str = "error") -> Iter
             if is_hidden(entry.name):
                 inventory.note(HIDDEN, path, is_warning=False)
                 continue
-            try:
-                status = entry.stat()
-            except OSError:  # the target is missing, out of reach, or the link itself
-                account_for_link(path, inventory, links)
-                continue
-            if stat.S_ISREG(status.st_mode):
+            kind = _kind(entry)
+            if kind == FILE:
                 yield path
-            elif not stat.S_ISDIR(status.st_mode):
+            elif kind == NOTHING:
+                account_for_link(path, inventory, links)
+            elif kind == OTHER:
                 inventory.note(SPECIAL, path)
             elif _identity(path) in seen:
                 inventory.note(SEEN_FOLDER, path)
             else:
                 seen.add(_identity(path))
                 below.append(path)
+                if entry.is_symlink():
+                    inventory.note(FOLLOWED, path, is_warning=False)
         waiting += reversed(below)
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """What an entry is, or what its link leads to; no system call where the folder's listing tells."""
+    try:
+        if entry.is_file():
+            return FILE
+        if entry.is_dir():
+            return FOLDER
+    except OSError:  # a link to itself, or into a folder that is out of reach
+        return NOTHING
+    return NOTHING if entry.is_symlink() else OTHER
 
 
 def account_for_link(path: Path, inventory: Inventory, links: str) -> None:

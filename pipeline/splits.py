@@ -122,13 +122,14 @@ class Splits:
         )
 
     def digest(self, split: str) -> str:
-        """Hash of what a split holds: class names, image ids, boxes and labels (not the pixels)."""
+        """Hash of what a split holds: class names, image ids, objects with crowd flags and areas (not the pixels)."""
         if split in self._digests:
             return self._digests[split]
         dataset = self.train if split == TRAIN else self.val
         digest = hashlib.sha256(repr((list(dataset.names), list(dataset.ids))).encode())
         for record in getattr(dataset, "records", ()):
-            digest.update(record.boxes.tobytes() + record.labels.tobytes())
+            for values in (record.boxes, record.labels, record.crowd, record.areas):
+                digest.update(values.tobytes())
         self._digests[split] = digest.hexdigest()
         return self._digests[split]
 

@@ -51,6 +51,7 @@ class _Image:
     name: str
     height: int | None
     width: int | None
+    place: str
     entries: list[_Entry] = field(default_factory=list)
 
 
@@ -111,16 +112,17 @@ def read_coco(
     inventory.refuse()
     reader.annotations(content["annotations"])
     inventory.refuse()
-    ids, order = fields.number_images(list(images), str(annotation_file))
+    ids, order = fields.number_images(list(images), inventory)
     chosen = [images[key] for key in order]
     folder = _image_folder(root, annotation_file, chosen[0].name)
     paths = [folder / image.name for image in chosen]
     _count_unlisted(folder, root, paths, inventory)
-    headers = scan_images(paths, verify, cache_dir)
+    headers = scan_images(paths, verify, cache_dir, inventory)
     corners = Corners("x, y, width, height")
     records = [
-        _record(path, number, image, header, annotation_file, segments, corners)
+        _record(path, number, image, header, segments, corners, inventory)
         for path, number, image, header in zip(paths, ids, chosen, headers, strict=True)
+        if header is not None
     ]
     corners.check(inventory)
     inventory.refuse()
@@ -190,7 +192,7 @@ class _Reader:
                     "time with a part of its objects; give both one entry."
                 )
             place_of.setdefault(name, place.removeprefix(f"{self.file}: "))
-            self.image_of[key] = _Image(name, height, width)
+            self.image_of[key] = _Image(name, height, width, place)
         return self.image_of
 
     def annotations(self, table: list[Any]) -> None:
@@ -281,16 +283,16 @@ def _record(
     number: int,
     image: _Image,
     header: ImageHeader,
-    annotation_file: Path,
     segments: bool,
     corners: Corners,
+    inventory: Inventory,
 ) -> ImageRecord:
     declared = (image.height, image.width)
     apply_orientation = declared != header.size(False) or declared == header.size(True)
     size = header.size(apply_orientation)
     if any(side not in (None, found) for side, found in zip(declared, size, strict=True)):
-        raise DataError(
-            f"{annotation_file}: {path} is declared {declared[0]} high and {declared[1]} wide, but the file has "
+        inventory.fault(
+            f"{image.place}: {path} is declared {declared[0]} high and {declared[1]} wide, but the file has "
             f"{size[0]} and {size[1]}. The boxes refer to another version of the image; correct one of the two."
         )
     entries = image.entries
@@ -303,16 +305,17 @@ def _record(
     boxes[:, 2:] += boxes[:, :2]
     crowd = np.array([entry.crowd for entry in entries], bool)
     areas = np.array([entry.area for entry in entries], np.float64)
-    masks = [_segmentation(entry, size, path.name) for entry in entries] if segments else None
+    masks = [_segmentation(entry, size, path.name, inventory) for entry in entries] if segments else None
     return ImageRecord(path, number, size, boxes, labels, crowd, areas, apply_orientation, masks)
 
 
-def _segmentation(entry: _Entry, size: tuple[int, int], name: str) -> Segmentation:
+def _segmentation(entry: _Entry, size: tuple[int, int], name: str, inventory: Inventory) -> Segmentation:
     try:
         return parse_segmentation(entry.segmentation, size)
     except ValueError as error:
         box = ", ".join(f"{value:g}" for value in entry.box)
-        raise DataError(
+        inventory.fault(
             f"{entry.place}: the object of {name} with bbox [{box}] has as segmentation {error}. A segmentation "
             "network needs a mask for every object; correct the annotation, or use a detection network."
-        ) from error
+        )
+        return []

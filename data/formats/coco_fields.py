@@ -5,7 +5,6 @@ here returns a value of one known type or adds one fault, with the place, to the
 taken for the number, and counted.
 """
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -19,8 +18,6 @@ LARGEST_EXACT = 2**53  # whole numbers up to here are exact as float64
 AS_TEXT = "{number} numbers are written as text and were taken as numbers"
 
 Id = int | str
-
-_log = logging.getLogger(__name__)
 
 
 def read_id(value: Any, place: str, inventory: Inventory) -> Id | None:
@@ -36,7 +33,7 @@ def read_id(value: Any, place: str, inventory: Inventory) -> Id | None:
     return None
 
 
-def number_images(keys: Sequence[Id], place: str) -> tuple[list[int], list[Id]]:
+def number_images(keys: Sequence[Id], inventory: Inventory) -> tuple[list[int], list[Id]]:
     """Image ids as a dataset has them, and the file's ids in that order.
 
     They are the file's own, sorted; or 1, 2, ... in the file's order where one of them is no number of 63 bits.
@@ -45,13 +42,12 @@ def number_images(keys: Sequence[Id], place: str) -> tuple[list[int], list[Id]]:
     if not odd:
         ids = sorted(int(key) for key in keys)
         return ids, list(ids)
-    _log.info(
-        "%s: %d image ids are no whole numbers from 0 to 2^63 - 1 (%s): "
-        "images are numbered 1 to %d in the file's order.",
-        place,
-        len(odd),
+    inventory.note(
+        "{number} image ids are no whole numbers from 0 to 2^63 - 1: images are numbered 1 to "
+        f"{len(keys)} in the file's order",
         listing(map(repr, odd), 3),
-        len(keys),
+        len(odd),
+        is_warning=False,
     )
     return list(range(1, len(keys) + 1)), list(keys)
 

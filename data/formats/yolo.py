@@ -7,7 +7,6 @@ or more points) counts as the outline's bounding box, and the outline is kept wh
 has no objects.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,6 @@ from data.text import read_text
 from data.walk import account_for_link
 
 OTHER_KEYS = {"val": ("valid", "validation")}  # what some exports call a split
-
-_log = logging.getLogger(__name__)
 
 
 def read_yolo(
@@ -70,9 +67,11 @@ def read_yolo(
     reader.finish()
     files.account(sources)
     inventory.refuse()
-    headers = scan_images(paths, verify, cache_dir)
+    headers = scan_images(paths, verify, cache_dir, inventory)
     records = []
     for number, (path, objects, header) in enumerate(zip(paths, labels, headers, strict=True), start=1):
+        if header is None:
+            continue
         size = header.size()
         classes, boxes = (objects or Labels()).in_pixels(size)
         outlines = (objects or Labels()).outlines(size) if segments else None
@@ -82,6 +81,16 @@ def read_yolo(
         crowd = np.zeros(len(classes), bool)
         records.append(ImageRecord(path, number, size, boxes, classes, crowd, areas, segments=outlines))
     return names, records
+
+
+def names_split(yaml_file: Path, split: str) -> bool:
+    """Whether a `data.yaml` says where a split's images are.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    config = _load_yaml(yaml_file)
+    return any(config.get(key) for key in (split, *OTHER_KEYS.get(split, ())))
 
 
 def _load_yaml(yaml_file: Path) -> dict[str, Any]:
@@ -153,7 +162,7 @@ def _image_paths(
     paths: list[Path] = []
     folders: list[Path] = []
     for source in map(str, sources):
-        place = _resolve(root, source, yaml_file, split)
+        place = _resolve(root, source, f"{yaml_file}: {split}", inventory)
         if place.is_dir():
             folders.append(place)
             paths += find_pictures(place, inventory, links)
@@ -174,7 +183,7 @@ def _image_paths(
     return once, folders
 
 
-def _resolve(root: Path, source: str, yaml_file: Path, split: str) -> Path:
+def _resolve(root: Path, source: str, place: str, inventory: Inventory) -> Path:
     """Where a split leads. Roboflow writes `../train/images` for the folder `train/images` beside the data.yaml."""
     literal = root / source
     beside = root / source.removeprefix("../")
@@ -183,14 +192,9 @@ def _resolve(root: Path, source: str, yaml_file: Path, split: str) -> Path:
     if not literal.exists():
         return beside
     if beside.resolve() != literal.resolve():
-        _log.warning(
-            "%s: %s is %s, which leads to %s; %s is there, too, and is not used. Write the one that you mean without "
-            "'../'.",
-            yaml_file,
-            split,
-            source,
-            literal.resolve(),
-            beside,
+        inventory.note(
+            f"{place} is {source}, which leads to {literal.resolve()}; {beside} is there, too, and is not used. Write "
+            "the one that you mean without '../'"
         )
     return literal
 

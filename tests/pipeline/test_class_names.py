@@ -107,6 +107,7 @@ def test_data_in_another_order_is_brought_into_that_of_the_weights(
     tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str], order: tuple[str, ...]
 ) -> None:
     job = job_for(tmp_path, write_yolo(tmp_path / "set", order), weights)
+    (tmp_path / "set/images/val/._a.jpg").write_bytes(b"hidden")
     check_input(job)
     for dataset in (job.splits.train, job.splits.val):
         assert tuple(dataset.names) == NAMES
@@ -120,6 +121,7 @@ def test_data_in_another_order_is_brought_into_that_of_the_weights(
             }
     assert capsys.readouterr().err.count("were brought into the order of") == 2  # both splits, each once
     assert sum("by name" in note for note in _notes(job)) == 2
+    assert any(note.startswith("Validation data: Left out 1 hidden files") for note in _notes(job))
     load_stage(job)
     again = Job(job.config, job.run)  # a resumed run: the names are those of the kept model
     assert again.splits.digest("val") == job.splits.digest("val")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import cv2
@@ -49,6 +50,20 @@ def test_any_limit_makes_batches(
     loader = splits.train_batches(batch_size, None)
     assert [len(batch) for batch in loader] == sizes
     assert len(loader) == len(sizes)
+
+
+def test_a_changed_crowd_flag_or_area_is_other_data(tmp_path: Path) -> None:
+    """Figures depend on them, so a resumed run must not take the old ones."""
+    root = generate_synthetic(tmp_path / "set", 1, 2, 64, 0)
+    file = root / "annotations/instances_val.json"
+    content = json.loads(file.read_text())
+    seen = set()
+    for change in ({}, {"iscrowd": 1}, {"area": 3.5}):
+        annotations = [{**content["annotations"][0], **change}, *content["annotations"][1:]]
+        file.write_text(json.dumps({**content, "annotations": annotations}))
+        config = DataConfig(root=str(root), workers=0, cache_dir=None)
+        seen.add(Splits(config, "detect", torch.device("cpu")).digest("val"))
+    assert len(seen) == 3
 
 
 def test_dangling_links_by_setting(tmp_path: Path) -> None:
