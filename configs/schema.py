@@ -16,6 +16,7 @@ from omegaconf import MISSING
 
 from configs.data_schema import DataConfig
 from configs.deploy_schema import DeployConfig, GraphConfig
+from configs.evaluate_schema import EvaluateConfig, MetricConfig
 from configs.setting import setting
 from core.choices import ACTIVATIONS, GRIDS, INTEGER, OBSERVERS, SENSITIVITY_METHODS
 from core.families import ARCHITECTURES
@@ -267,30 +268,6 @@ class SensitivityConfig:
         choices=("none", *SENSITIVITY_METHODS),
     )
     images: int = setting(64, "Images used by the method", unit="images", minimum=1)
-
-
-@dataclass
-class EvaluateConfig:
-    """Detection and COCO metrics, the same for torch and for every engine."""
-
-    confidence: float = setting(0.001, "Lowest class score kept", unit="0..1", minimum=0, maximum=1)
-    iou: float = setting(0.7, "Class-wise NMS threshold", unit="IoU, 0..1", above=0, maximum=1)
-    max_detections: int = setting(300, "Boxes kept per image", unit="boxes", minimum=1)
-    batch_size: int = setting(8, "Images per evaluation step", unit="images", minimum=1)
-    engine: str = setting(
-        "hotcoco", "Metric implementation: fast, or the reference", choices=("hotcoco", "pycocotools")
-    )
-
-
-@dataclass
-class MetricConfig:
-    """Your own measure instead of COCO AP."""
-
-    factory: str | None = setting(
-        None,
-        "path/to/file.py:function or package.module:function, from (predict, batches) to a number, higher is better, "
-        "that rows, best epoch and gates then use; see docs/custom.md",
-    )
 
 
 @dataclass

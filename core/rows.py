@@ -7,11 +7,12 @@ no program has to take it apart again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
 from core.choices import QUANTIZED
+from core.operating_point import OperatingPoint
 
 
 class RowKind(StrEnum):
@@ -81,6 +82,7 @@ class ResultRow:
         images_per_second: throughput.
         size_bytes: what is shipped, on disk.
         extras: further named figures, such as {"ap_small": 0.31}.
+        operating_point: what users see at their confidence threshold.
     """
 
     key: RowKey
@@ -93,22 +95,36 @@ class ResultRow:
     images_per_second: float | None = None
     size_bytes: int | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
+    operating_point: OperatingPoint | None = None
 
     @classmethod
-    def of(cls, key: RowKey, figures: Mapping[str, Any]) -> ResultRow:
+    def of(
+        cls, key: RowKey, figures: Mapping[str, Any], operating_point: OperatingPoint | None = None
+    ) -> ResultRow:
         """Make a row of figures by name; those without a column become extras."""
         extras = {name: value for name, value in figures.items() if name not in FIGURES}
-        return cls(key, **{name: figures.get(name) for name in FIGURES}, extras=extras)
+        return cls(
+            key,
+            **{name: figures.get(name) for name in FIGURES},
+            extras=extras,
+            operating_point=operating_point,
+        )
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ResultRow:
-        """Read back what `as_dict` gave.
+        """Read back what `as_dict` gave, or what a version without operating points gave.
 
         Raises:
-            KeyError, ValueError: it is no row.
+            KeyError, TypeError, ValueError: it is no row.
         """
         key = RowKey(RowKind(content["kind"]), content["runtime"], content["engine_precision"])
-        return cls(key, **{name: content[name] for name in FIGURES}, extras=dict(content["extras"]))
+        point = content.get("operating_point")
+        return cls(
+            key,
+            **{name: content[name] for name in FIGURES},
+            extras=dict(content["extras"]),
+            operating_point=None if point is None else OperatingPoint.from_dict(point),
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for a JSON file."""
@@ -119,8 +135,9 @@ class ResultRow:
             "runtime": key.runtime,
             "engine_precision": key.precision,
         }
-        figures = asdict(self)
-        return {**identity, **{name: figures[name] for name in FIGURES}, "extras": dict(self.extras)}
+        point = None if self.operating_point is None else self.operating_point.as_dict()
+        figures = {name: getattr(self, name) for name in FIGURES}
+        return {**identity, **figures, "extras": dict(self.extras), "operating_point": point}
 
     @property
     def name(self) -> str:
@@ -145,7 +162,9 @@ class ResultRow:
         return f"built for {', '.join(built)}; not run here"
 
 
-FIGURES = tuple(item.name for item in fields(ResultRow) if item.name not in {"key", "extras"})
+FIGURES = tuple(
+    item.name for item in fields(ResultRow) if item.name not in {"key", "extras", "operating_point"}
+)
 
 
 def sorted_rows(rows: Sequence[ResultRow]) -> list[ResultRow]:

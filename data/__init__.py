@@ -9,7 +9,18 @@ from data.inventory import Inventory
 from data.letterbox import letterbox, to_input, unletterbox
 from data.loader import DetectionLoader, build_loader
 from data.masks import Rle, decode_mask
-from data.metrics.detection import DetectionMetrics, Found, Predict, evaluate, to_picture
+from data.metrics.detection import (
+    DetectionMetrics,
+    Detections,
+    Found,
+    Predict,
+    collect,
+    compute_metrics,
+    evaluate,
+    measure_agreement,
+    measure_operating_point,
+    to_picture,
+)
 from data.samples import Batch, Dataset, Instances, Sample
 
 __all__ = [
@@ -18,6 +29,7 @@ __all__ = [
     "Dataset",
     "DetectionLoader",
     "DetectionMetrics",
+    "Detections",
     "Found",
     "Instances",
     "Inventory",
@@ -26,12 +38,16 @@ __all__ = [
     "Sample",
     "build_loader",
     "class_positions",
+    "collect",
+    "compute_metrics",
     "decode_mask",
     "evaluate",
     "generate_synthetic",
     "ground_truth",
     "letterbox",
     "list_images",
+    "measure_agreement",
+    "measure_operating_point",
     "open_dataset",
     "read_image",
     "reorder_classes",

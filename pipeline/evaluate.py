@@ -1,31 +1,42 @@
 """Measure any engine, run or checkpoint on a dataset, with the suppression and the metric of a report's rows.
 
-    python -m pipeline.evaluate MODEL [--data FOLDER] [--size SIZE] [--split NAME] [--limit N] [--json FILE]
+    python -m pipeline.evaluate MODEL [--data FOLDER] [--compare float|MODEL] [--size SIZE] [--limit N] [--json FILE]
 
 MODEL is what `python -m pipeline.predict` takes. Dataset, thresholds and metric are those of the run that MODEL lies
-in, outside a run the defaults of `data` and `evaluate` (docs/configuration.md). The last line of stdout is the AP, or
-the value of the run's own metric. Exit code 2: wrong arguments. 3: a model or data that cannot be used.
+in, outside a run the defaults of `data` and `evaluate` (docs/configuration.md). `--compare` says how many detections of
+the run's float model, or of another model, are found again. The last line of stdout is the AP, or the value of the
+run's own metric. Exit code 2: wrong arguments. 3: a model or data that cannot be used.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from configs.compose import read
 from configs.data_schema import DataConfig
-from configs.schema import EvaluateConfig
+from configs.evaluate_schema import EvaluateConfig
 from core.command import reports_errors, run_command, size_argument
 from core.errors import DataError
 from core.files import write_json
 from core.runtimes import RUNTIMES
+from data import Detections
 from pipeline.class_names import BY_NAME, BY_ORDER, ClassNames, is_unnamed
-from pipeline.evaluation.evaluator import Evaluator
-from pipeline.evaluation.measuring import describe, row_figures, value_of
-from pipeline.prediction.predictors import TORCH, Options, find_run, open_predictor
+from pipeline.evaluation.evaluator import Evaluator, Measured
+from pipeline.evaluation.measuring import row_figures, value_of
+from pipeline.prediction.predictors import (
+    TORCH,
+    Options,
+    Predictor,
+    find_run,
+    open_other,
+    open_predictor,
+    partner_classes,
+)
 from pipeline.run.directory import CONFIG
 from pipeline.run.progress import say, show_package_logs
 from pipeline.splits import Splits
@@ -46,22 +57,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
         threads=options.threads,
         device="cpu",
     )
-    predictor = open_predictor(options.model, wanted)
+    opened = [open_predictor(options.model, wanted)]
     try:
-        data.image_size = predictor.size.plain
-        names = ClassNames(predictor.label, predictor.names)
-        if is_unnamed(names.names):
-            say(f"{names.owner} names no classes: its class 0 is taken for class 0 of the data, and so on")
-        splits = Splits(data, predictor.task, torch.device("cpu"), find_names=lambda: names)
-        evaluator = Evaluator(thresholds, metric, splits, torch.device("cpu"))
-        metrics = evaluator.measure(predictor.function, predictor.label, 1, options.limit)
+        if options.compare is not None:
+            opened.append(open_other(options.model, options.compare, wanted))
+        measured = _measure(opened, data, thresholds, metric, options.limit)
     finally:
-        predictor.close()
-    say(f"{predictor.label}: {describe(metrics)}")
+        for predictor in opened:
+            predictor.close()
+    say(f"{opened[0].label}: {measured.describe()}")
     if options.json is not None:
-        write_json(options.json, {"model": str(options.model), **row_figures(metrics)})
-    print(f"{value_of(metrics):.4f}")
+        point = measured.operating_point
+        content = {"model": str(options.model), **row_figures(measured.metrics)}
+        write_json(options.json, content | ({} if point is None else {"operating_point": point.as_dict()}))
+    print(f"{value_of(measured.metrics):.4f}")
     return 0
+
+
+def _measure(
+    opened: Sequence[Predictor],
+    data: DataConfig,
+    thresholds: EvaluateConfig,
+    metric: str | None,
+    limit: int | None,
+) -> Measured:
+    """Figures of the first model, beside the detections of the second where there is one.
+
+    Raises:
+        DataError: two models of different classes.
+    """
+    model, *others = opened
+    reference: Detections | None = None
+    for other in others:
+        order = None if data.class_map == BY_ORDER else partner_classes(model, other)
+        evaluator = _evaluator(other, data, thresholds, metric)
+        found = evaluator.collect(other.function, other.label, 1, limit)
+        reference = found if order is None else found.in_classes(order.numpy())
+    evaluator = _evaluator(model, data, thresholds, metric)
+    return evaluator.measure_row(model.function, model.label, reference, 1, limit)
+
+
+def _evaluator(
+    predictor: Predictor, data: DataConfig, thresholds: EvaluateConfig, metric: str | None
+) -> Evaluator:
+    """Measures a model on the data at the model's size, with the data's classes in the model's order."""
+    names = ClassNames(predictor.label, predictor.names)
+    if is_unnamed(names.names):
+        say(f"{names.owner} names no classes: its class 0 is taken for class 0 of the data, and so on")
+    sized = replace(data, image_size=predictor.size.plain)
+    splits = Splits(sized, predictor.task, torch.device("cpu"), find_names=lambda: names)
+    return Evaluator(thresholds, metric, splits, torch.device("cpu"))
 
 
 def _settings(options: argparse.Namespace) -> tuple[DataConfig, EvaluateConfig, str | None]:
@@ -93,6 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--class-map", choices=(BY_NAME, BY_ORDER), help="default: the run's data.class_map, or names"
+    )
+    parser.add_argument(
+        "--compare", metavar="float|MODEL", help="how many detections of this model are found again"
     )
     parser.add_argument("--split", help="default: the run's data.val_split, or val")
     parser.add_argument("--limit", type=int, help="images to use; default: all")

@@ -12,10 +12,10 @@ from torch import nn
 
 from configs.schema import Config
 from core.errors import ConfigError
-from core.rows import ResultRow, RowKey
-from data import Predict
-from pipeline.evaluation.evaluator import Evaluator
-from pipeline.evaluation.measuring import Metrics, describe, row_figures
+from core.rows import FLOAT, ResultRow, RowKey
+from data import Detections, Predict
+from pipeline.evaluation.evaluator import Evaluator, Measured
+from pipeline.evaluation.measuring import row_figures
 from pipeline.networks import Networks, names_of, task_of
 from pipeline.run.directory import Run
 from pipeline.run.progress import say
@@ -66,10 +66,30 @@ class Job:
         """Images to detections through a torch network and the run's decode."""
         return self.evaluator.predictor(network, self.networks.detector.decode)
 
-    def record(self, key: RowKey, metrics: Metrics, **figures: Any) -> None:
+    @cached_property
+    def float_detections(self) -> Detections | None:
+        """What the float model finds in the validation images, above the user's threshold.
+
+        None under a metric of the user's own, which may look at anything.
+        """
+        if self.evaluator.metric is not None:
+            return None
+        predict = self.predictor(self.networks.detector.network)
+        return self.evaluator.collect(predict, "float").above(self.config.evaluate.operating_confidence)
+
+    def measure(self, key: RowKey, predict: Predict, batch_size: int | None = None) -> Measured:
+        """Measure what a row stands for on the validation images, and beside the float model."""
+        if key == FLOAT:
+            measured = self.evaluator.measure_row(predict, key.name, None, batch_size)
+            vars(self)["float_detections"] = measured.detections
+            return measured
+        return self.evaluator.measure_row(predict, key.name, self.float_detections, batch_size)
+
+    def record(self, key: RowKey, measured: Measured, **figures: Any) -> None:
         """Keep one row of the result table."""
-        self.run.write_row(ResultRow.of(key, {**row_figures(metrics), **figures}))
-        say(f"{key.name}: {describe(metrics)}")
+        values = {**row_figures(measured.metrics), **figures}
+        self.run.write_row(ResultRow.of(key, values, measured.operating_point))
+        say(f"{key.name}: {measured.describe()}")
 
 
 def choose_device(name: str) -> torch.device:

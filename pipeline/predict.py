@@ -20,22 +20,20 @@ import torch
 from torch import Tensor
 
 from core.command import reports_errors, size_argument
-from core.errors import DataError
 from core.files import write_json
 from core.image_size import ImageSize
-from core.names import listing
+from core.operating_point import AGREEMENT_IOU, Agreement
 from core.runtimes import RUNTIMES
-from data import class_positions
-from pipeline.class_names import is_unnamed
+from data import Detections, measure_agreement
 from pipeline.evaluation.engine_outputs import match_detections
 from pipeline.prediction.predictors import (
-    FLOAT,
     TORCH,
     Options,
     Predictor,
     Seen,
-    open_float,
+    open_other,
     open_predictor,
+    partner_classes,
 )
 from pipeline.prediction.sources import Picture, PictureWriter, Source, open_source
 from pipeline.run.progress import say, track
@@ -63,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         opened.append(open_predictor(options.model, wanted))
         if options.compare is not None:
-            opened.append(_open_other(options, wanted))
+            opened.append(open_other(options.model, options.compare, wanted))
         predict(opened[0], source, options.out, opened[1] if len(opened) > 1 else None, options.confidence)
     finally:
         for predictor in opened:
@@ -71,21 +69,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _open_other(options: argparse.Namespace, wanted: Options) -> Predictor:
-    if options.compare == FLOAT:
-        return open_float(options.model, wanted)
-    return open_predictor(Path(options.compare), Options(**{**vars(wanted), "runtime": None}))
-
-
 @dataclass
 class Result:
-    """What was found so far: COCO images and annotations, and how many boxes of a second model found a partner."""
+    """What was found so far: COCO images and annotations, and the detections of both models of a comparison."""
 
     images: list[dict[str, Any]] = field(default_factory=list)
     annotations: list[dict[str, Any]] = field(default_factory=list)
     matched: int = 0
-    theirs: int = 0
+    mine: list[Tensor] = field(default_factory=list)
+    theirs: list[Tensor] = field(default_factory=list)
     order: Tensor | None = None  # class of the first model for each class of the second
+
+    @property
+    def num_theirs(self) -> int:
+        """Detections of the second model."""
+        return sum(map(len, self.theirs))
+
+    def agreement(self, num_classes: int, confidence: float) -> Agreement:
+        """How many of the second model's detections the first one finds again."""
+        mine, theirs = (
+            Detections([rows.numpy() for rows in side], range(len(side))) for side in (self.mine, self.theirs)
+        )
+        return measure_agreement(mine, theirs, num_classes, confidence)
 
 
 def predict(
@@ -97,7 +102,7 @@ def predict(
         model: what detects.
         source: the pictures.
         folder: where results go.
-        other: a second model, drawn to the left; the number of boxes that match is counted.
+        other: a second model, drawn to the left; how many of its detections are found again is told.
         confidence: threshold both used, for the file.
 
     Raises:
@@ -110,11 +115,13 @@ def predict(
     info: dict[str, Any] = {"model": model.label, "image_size": list(model.size), "confidence": confidence}
     say(f"{model.label}: {len(result.annotations)} detections in {len(result.images)} pictures")
     if other is not None:
-        info |= {"compared_with": other.label, "matched": result.matched, "their_detections": result.theirs}
+        theirs, agreement = result.num_theirs, result.agreement(len(model.names), confidence)
+        info |= {"compared_with": other.label, "matched": result.matched, "their_detections": theirs}
+        info["agreement"] = agreement.as_dict()
         say(
-            f"{result.matched} of them match one of the {result.theirs} detections of {other.label} (IoU >= 0.5, same "
-            "class)"
+            f"{result.matched} of them match one of the {theirs} detections of {other.label} (IoU >= 0.5, same class)"
         )
+        say(f"IoU >= {AGREEMENT_IOU}: {agreement.describe(other.label)}")
     content = {
         "info": info,
         "images": result.images,
@@ -142,28 +149,9 @@ def look(model: Predictor, other: Predictor | None, name: str, picture: Picture,
     if result.order is not None:
         theirs[:, 5] = result.order[theirs[:, 5].long()].to(theirs.dtype)
     result.matched += len(match_detections(found.boxes, theirs))
-    result.theirs += len(reference.boxes)
+    result.mine.append(found.boxes)
+    result.theirs.append(theirs)
     return join_pictures([(other.label, paint(picture, reference, other.names)), (model.label, drawn)])
-
-
-def partner_classes(model: Predictor, other: Predictor) -> Tensor | None:
-    """The class of `model` for each class of `other`, by name; None where their order is the same, or one has no names.
-
-    Raises:
-        DataError: models of different classes.
-    """
-    if len(other.names) == len(model.names) and (is_unnamed(model.names) or is_unnamed(other.names)):
-        return None
-    positions = class_positions(other.names, model.names)
-    if positions is None:
-        raise DataError(
-            f"{model.label} knows {len(model.names)} classes ({listing(model.names, 5)}), {other.label} "
-            f"{len(other.names)} ({listing(other.names, 5)}); compare models of the same classes."
-        )
-    if positions == sorted(positions):
-        return None
-    say(f"classes of {other.label} are in another order: matched by name")
-    return torch.tensor(positions)
 
 
 def paint(picture: Picture, seen: Seen, names: Sequence[str]) -> Picture:

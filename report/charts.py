@@ -16,7 +16,14 @@ from report.tables import finite
 
 MAX_POINTS = 2000  # per line; more cannot be told apart on a screen
 MAX_BARS = 40
-SECTIONS = ("results", "training", "sensitivity", "placement", "time")  # of the page, in this order
+SECTIONS = (
+    "results",
+    "operating",
+    "training",
+    "sensitivity",
+    "placement",
+    "time",
+)  # of the page, in this order
 CURVES = (  # kind, label, what a key starts with; the last entry that fits takes the key
     ("loss", "Loss", ("",)),
     ("gradient", "Gradient norm", ("gradient",)),
@@ -234,10 +241,38 @@ def calibration_chart(convergence: Mapping[str, Any] | None) -> Chart | None:
     return Chart("placement", "calibration", "Calibration", description, traces, layout)
 
 
+def f1_chart(rows: Sequence[ResultRow]) -> Chart | None:
+    """F1 over the confidence threshold, one line per row."""
+    traces: list[dict[str, Any]] = []
+    for row in rows:
+        if row.operating_point is not None:
+            curve = list(row.operating_point.f1_curve)
+            traces.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines",
+                    "name": plain(row.name),
+                    "x": [index / (len(curve) - 1) for index in range(len(curve))],
+                    "y": curve,
+                    "hovertemplate": f"{plain(row.name)}<br>confidence %{{x:.2f}}<br>F1 %{{y:.4f}}<extra></extra>",
+                }
+            )
+    if not traces:
+        return None
+    layout = {
+        "xaxis": {"title": {"text": "confidence"}, "range": [0, 1]},
+        "yaxis": {"title": {"text": "F1"}, "rangemode": "tozero"},
+        "showlegend": True,
+    }
+    description = "F1 of all classes together over the confidence threshold, for every row."
+    return Chart("operating", "f1", "F1 over the confidence threshold", description, traces, layout)
+
+
 def all_charts(data: ReportData) -> list[Chart]:
     """Return every chart that the data can fill."""
     charts = [
         accuracy_chart(data.rows),
+        f1_chart(data.rows),
         *curve_charts(data.curves),
         sensitivity_chart(data.sensitivity),
         placement_chart(data.placement),

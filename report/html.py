@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from core.errors import ReportError
 from core.rows import FLOAT, ResultRow, find_row, shipped_rows
+from report import operating
 from report.charts import SECTIONS, Chart, all_charts
 from report.data import ReportData, reference_engine
 from report.tables import (
@@ -56,6 +57,13 @@ def render_html(data: ReportData) -> str:
         tiles=headline(data.rows),
         charts={section: [chart for chart in charts if chart.section == section] for section in SECTIONS},
         extras=extra_table(data.rows),
+        operating={
+            "title": operating.TITLE,
+            "caption": operating.caption(data.rows),
+            "legend": operating.LEGEND,
+            "rows": {"keys": operating.HEADINGS, "lines": operating.operating_lines(data.rows)},
+            "classes": {"keys": operating.CLASS_HEADINGS, "lines": operating.class_lines(data.rows)},
+        },
         sensitivity=dict_table(
             sorted(data.sensitivity or (), key=lambda item: -float(item["score"])), ("unit", "score")
         ),

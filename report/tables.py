@@ -198,6 +198,21 @@ def format_table(rows: Sequence[ResultRow], width: int = 120) -> str:
             for column, cell in zip(columns, cells, strict=True)
         ]
         table.add_row(Text(row_name), *(Text(text) for text in texts))
+    return _plain(table, width)
+
+
+def text_table(headings: Sequence[str], lines: Sequence[Sequence[str]], width: int) -> str:
+    """Return a table for a terminal, as plain text; columns behind the first are right-aligned."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(Text(headings[0]), overflow="fold")
+    for heading in headings[1:]:
+        table.add_column(Text(heading), justify="right", no_wrap=True)
+    for line in lines:
+        table.add_row(*(Text(text) for text in line))
+    return _plain(table, width)
+
+
+def _plain(table: Table, width: int) -> str:
     buffer = io.StringIO()
     Console(file=buffer, width=width, color_system=None, force_terminal=False).print(table)
     return "\n".join(line.rstrip() for line in buffer.getvalue().strip("\n").splitlines())

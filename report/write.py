@@ -11,6 +11,7 @@ from typing import Any
 from core.files import write_text
 from report.data import ReportData
 from report.html import render_html
+from report.operating import markdown_operating
 from report.tables import (
     LAYER_HEADINGS,
     LEGEND,
@@ -92,6 +93,7 @@ def to_markdown(data: ReportData) -> str:
         f"Weights: {weights}. Input: {data.input_size.text} pixels.",
         markdown_results(data.rows),
         LEGEND,
+        *markdown_operating(data.rows),
     ]
     if data.notes:
         parts += ["## Notes", "\n".join(f"- {escape_markdown(note)}" for note in data.notes)]

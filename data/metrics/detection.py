@@ -4,6 +4,8 @@ It takes a function from images to detections, so that a row of the result table
 that function runs.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,10 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from core.errors import DataError
+from core.operating_point import Agreement, OperatingPoint
 from data.dataset import ground_truth
 from data.letterbox import LetterboxInfo, to_input, unletterbox
 from data.masks import Rle, restore_masks
 from data.metrics.coco import average, choose_engine, coco_precision
+from data.metrics.operating_point import agreement, operating_point
 from data.metrics.precision_recall import Boxes, best_f1
 from data.samples import Batch, Dataset, Instances
 
@@ -118,6 +122,47 @@ def evaluate(
     Raises:
         DataError: no batch, no object in the images seen, or an image that is not in the dataset.
     """
+    found = collect(predict, batches, device)
+    return compute_metrics(found.rows, found.image_ids, dataset, engine, found.masks)
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a detector found in the images of a split.
+
+    Attributes:
+        rows: float64 [N, 6] for each image: x1 y1 x2 y2 in pixels of the original image, score, class index.
+        image_ids: of the images, in that order; also those without detections.
+        masks: one per detection, image by image, in pixels of the original image; None for a detector without.
+    """
+
+    rows: Sequence[NDArray[np.float64]]
+    image_ids: Sequence[int]
+    masks: Sequence[Rle] | None = None
+
+    def above(self, confidence: float) -> Detections:
+        """Only detections with a greater score, without masks."""
+        return Detections([rows[rows[:, 4] > confidence] for rows in self.rows], self.image_ids)
+
+    def in_classes(self, order: NDArray[np.int64]) -> Detections:
+        """With class `order[k]` in place of class k, without masks."""
+        rows = [np.concatenate([r[:, :5], order[r[:, 5:].astype(np.int64)]], axis=1) for r in self.rows]
+        return Detections(rows, self.image_ids)
+
+    def boxes(self, number_of: Mapping[int, int]) -> Boxes:
+        """All of them, with numbers in place of the image ids."""
+        rows = np.concatenate([np.zeros((0, 6)), *self.rows])
+        numbers = [number_of[image_id] for image_id in self.image_ids]
+        images = np.repeat(np.array(numbers, np.int64), list(map(len, self.rows)))
+        return Boxes(rows[:, :4], images, rows[:, 5].astype(np.int64), rows[:, 4])
+
+
+def collect(predict: Predict, batches: Iterable[Batch], device: torch.device | str = "cpu") -> Detections:
+    """Detections in all images of `batches`; arguments as for `evaluate`.
+
+    Raises:
+        DataError: no batch, or not as many results as images.
+    """
     parts: list[NDArray[np.float64]] = []
     seen: list[int] = []
     masks: list[Rle] = []
@@ -139,7 +184,41 @@ def evaluate(
             seen.append(image_id)
     if not seen:
         raise DataError("There was no batch to evaluate; the loader needs at least one image.")
-    return compute_metrics(parts, seen, dataset, engine, masks if segmented else None)
+    return Detections(parts, seen, masks if segmented else None)
+
+
+def measure_operating_point(
+    found: Detections, truth: Mapping[str, Any], confidence: float, reference: Detections | None = None
+) -> OperatingPoint:
+    """A detector at a confidence threshold, by boxes; see `core.operating_point`.
+
+    Args:
+        found: what it found.
+        truth: the dictionary that `ground_truth` made of the dataset.
+        confidence: scores must be greater, 0..1.
+        reference: what the float model found in the same images; None leaves agreement out.
+
+    Raises:
+        DataError: the two did not look at the same images.
+    """
+    number_of = _numbers(found.image_ids)
+    if reference is not None and set(reference.image_ids) != set(number_of):
+        raise DataError(
+            f"{len(number_of)} images are compared with {len(set(reference.image_ids))} other ones: measure both "
+            "models on the same images."
+        )
+    annotations = _numbered(truth, number_of)["annotations"]
+    names = [category["name"] for category in truth["categories"]]
+    other = None if reference is None else reference.boxes(number_of)
+    return operating_point(found.boxes(number_of), _truth(annotations), names, confidence, other)
+
+
+def measure_agreement(
+    found: Detections, reference: Detections, num_classes: int, confidence: float
+) -> Agreement:
+    """How many of a reference's detections above a confidence a model finds again in the same images."""
+    number_of = _numbers(found.image_ids)
+    return agreement(found.boxes(number_of), reference.boxes(number_of), num_classes, confidence)[None]
 
 
 def compute_metrics(
@@ -170,11 +249,11 @@ def compute_metrics(
         raise DataError(
             f"Image ids {sorted(unknown)[:10]} were evaluated but are not in the dataset: wrong split?"
         )
-    number_of = {image_id: number for number, image_id in enumerate(sorted(set(image_ids)), 1)}
+    number_of = _numbers(image_ids)
     found = np.concatenate([np.zeros((0, 6)), *detections])
     if not np.isfinite(found).all():
         raise DataError("Some detections are NaN or infinite: the network diverged, or its engine is broken.")
-    numbers = np.repeat([number_of[image_id] for image_id in image_ids], list(map(len, detections)))
+    boxes = Detections(detections, image_ids).boxes(number_of)
     truth = _numbered(truth, number_of)
     annotations = truth["annotations"]
     if all(entry["iscrowd"] for entry in annotations):
@@ -182,7 +261,9 @@ def compute_metrics(
             f"No object in the {len(number_of)} images evaluated: nothing to measure. Raise the limit."
         )
     sides = found[:, 2:4] - found[:, :2]
-    rows = np.concatenate([numbers[:, None], found[:, :2], sides, found[:, 4:5], found[:, 5:6] + 1], axis=1)
+    rows = np.concatenate(
+        [boxes.images[:, None], found[:, :2], sides, found[:, 4:5], found[:, 5:6] + 1], axis=1
+    )
     if masks is not None and any("segmentation" not in entry for entry in annotations):
         raise DataError(
             "Masks were predicted, and the dataset has none to compare with: open it with segments=True, or give "
@@ -190,9 +271,7 @@ def compute_metrics(
         )
     ids = list(number_of.values())
     precision = coco_precision(truth, rows, ids, engine)
-    point = best_f1(
-        Boxes(found[:, :4], numbers, found[:, 5].astype(np.int64), found[:, 4]), _truth(annotations)
-    )
+    point = best_f1(boxes, _truth(annotations))
     names = [category["name"] for category in truth["categories"]]
     per_class = {name: average(precision[:, :, index, 0]) for index, name in enumerate(names)}
     mask_figures: dict[str, Any] = {}
@@ -223,6 +302,11 @@ def _mask_figures(precision: NDArray[np.float64], names: list[str]) -> dict[str,
         "ap75_mask": average(precision[5, ..., 0]) or 0.0,
         "per_class_ap_mask": {name: value for name, value in per_class.items() if value is not None},
     }
+
+
+def _numbers(image_ids: Sequence[int]) -> dict[int, int]:
+    """Image ids -> numbers from 1, in their order."""
+    return {image_id: number for number, image_id in enumerate(sorted(set(image_ids)), 1)}
 
 
 def _numbered(truth: Mapping[str, Any], number_of: Mapping[int, int]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Boxes:
 
 
 @dataclass(frozen=True)
-class OperatingPoint:
+class BestF1:
     """Precision and recall, averaged over the classes that occur, at `confidence`. All 0 to 1."""
 
     precision: float
@@ -45,7 +45,7 @@ class OperatingPoint:
     confidence: float
 
 
-def best_f1(found: Boxes, truth: Boxes) -> OperatingPoint:
+def best_f1(found: Boxes, truth: Boxes) -> BestF1:
     """Find the confidence with the best mean F1 and the precision and recall there.
 
     For each class, precision and recall are curves over confidence, sampled at 1000 points by linear
@@ -63,7 +63,7 @@ def best_f1(found: Boxes, truth: Boxes) -> OperatingPoint:
     objects = truth.labels[truth.values == 0]
     classes, counts = np.unique(objects, return_counts=True)
     if not len(classes) or ignored.all():
-        return OperatingPoint(0.0, 0.0, 0.0)
+        return BestF1(0.0, 0.0, 0.0)
     axis = np.linspace(0, 1, NUM_CONFIDENCES)
     precisions, recalls = np.zeros((2, len(classes), NUM_CONFIDENCES))
     for row, (label, count) in enumerate(zip(classes, counts, strict=True)):
@@ -79,39 +79,48 @@ def best_f1(found: Boxes, truth: Boxes) -> OperatingPoint:
         precisions[row] = np.interp(-axis, -scores, hits / np.arange(1, len(hits) + 1), left=1)
     f1 = 2 * precisions * recalls / (precisions + recalls + 1e-16)
     best = int(np.argmax(_smooth(f1.mean(axis=0))))
-    return OperatingPoint(
-        float(precisions[:, best].mean()), float(recalls[:, best].mean()), float(axis[best])
-    )
+    return BestF1(float(precisions[:, best].mean()), float(recalls[:, best].mean()), float(axis[best]))
 
 
 def match(found: Boxes, truth: Boxes) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Assign detections to objects of the same image and class.
-
-    Each detection proposes to the object that it overlaps most, if their IoU is at least 0.5; each object accepts the
-    proposal with the highest score. Crowd regions are nobody's match: a detection that is not correct and lies with
-    at least half of its own area in one is ignored, neither right nor wrong, as in the COCO rules.
+    """Which detections are correct: those that `assign` gives an object, at an IoU of at least 0.5.
 
     Returns:
         correct: bool [M].
         ignored: bool [M], never where `correct`.
     """
+    partners, ignored = assign(found, truth, IOU)
+    return partners >= 0, ignored
+
+
+def assign(found: Boxes, truth: Boxes, iou: float) -> tuple[Integers, NDArray[np.bool_]]:
+    """Assign detections to objects of the same image and class.
+
+    Each detection proposes to the object that it overlaps most, if their IoU is at least `iou`; each object accepts the
+    proposal with the highest score. Crowd regions are nobody's match: a detection that is not correct and lies with
+    at least half of its own area in one is ignored, neither right nor wrong, as in the COCO rules.
+
+    Returns:
+        partners: [M], index of the object in `truth`, -1 without one.
+        ignored: bool [M], never where there is a partner.
+    """
     num_found = len(found.labels)
-    correct, ignored = np.zeros(num_found, bool), np.zeros(num_found, bool)
+    partners, ignored = np.full(num_found, -1, np.int64), np.zeros(num_found, bool)
     detections, objects = _pairs(found, truth)
     intersection, found_area, truth_area = _overlap(found.boxes[detections], truth.boxes[objects])
     crowd = truth.values[objects] > 0
     union = np.where(crowd, found_area, found_area + truth_area - intersection)
     overlap = intersection / np.maximum(union, 1e-12)
-    reached = overlap >= IOU
+    reached = overlap >= iou
 
     proposals = np.flatnonzero(reached & ~crowd)
     order = proposals[np.lexsort((-overlap[proposals], detections[proposals]))]
     order = order[np.unique(detections[order], return_index=True)[1]]  # each detection's best object
     order = order[np.lexsort((-found.values[detections[order]], objects[order]))]
     order = order[np.unique(objects[order], return_index=True)[1]]  # each object's best detection
-    correct[detections[order]] = True
+    partners[detections[order]] = objects[order]
     ignored[detections[reached & crowd]] = True
-    return correct, ignored & ~correct
+    return partners, ignored & (partners < 0)
 
 
 def _pairs(found: Boxes, truth: Boxes) -> tuple[Integers, Integers]:

@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from configs.schema import EvaluateConfig
-from data import Batch, Found, Predict, evaluate
-from pipeline.evaluation.measuring import Metrics, measure_custom
+from configs.evaluate_schema import EvaluateConfig
+from core.operating_point import OperatingPoint
+from data import (
+    Batch,
+    Detections,
+    Found,
+    Predict,
+    collect,
+    compute_metrics,
+    evaluate,
+    measure_operating_point,
+)
+from pipeline.evaluation.measuring import Metrics, describe, measure_custom
 from pipeline.evaluation.suppression import suppress_overlaps
 from pipeline.run.progress import track
 from pipeline.splits import Splits
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured for a row.
+
+    Attributes:
+        metrics: COCO figures, or the user's metric.
+        operating_point: at the user's confidence threshold; None under a metric of the user's own.
+        detections: above that threshold, to compare other models with; None as before.
+    """
+
+    metrics: Metrics
+    operating_point: OperatingPoint | None = None
+    detections: Detections | None = None
+
+    def describe(self) -> str:
+        """The figures in one line, for the log."""
+        point = "" if self.operating_point is None else f"; {self.operating_point.describe()}"
+        return describe(self.metrics) + point
 
 
 class Evaluator:
@@ -61,6 +92,30 @@ class Evaluator:
         return self.measure_batches(
             predict, loader if label is None else track(loader, f"evaluate {label}", len(loader))
         )
+
+    def measure_row(
+        self,
+        predict: Predict,
+        label: str,
+        reference: Detections | None = None,
+        batch_size: int | None = None,
+        limit: int | None = None,
+    ) -> Measured:
+        """As `measure`, with the operating point, beside the detections of the float model where there are any."""
+        if self.metric is not None:
+            return Measured(self.measure(predict, label, batch_size, limit))
+        confidence, truth = self.config.operating_confidence, self.splits.truth
+        found = self.collect(predict, label, batch_size, limit)
+        metrics = compute_metrics(found.rows, found.image_ids, truth, self.config.engine, found.masks)
+        point = measure_operating_point(found, truth, confidence, reference)
+        return Measured(metrics, point, found.above(confidence))
+
+    def collect(
+        self, predict: Predict, label: str, batch_size: int | None = None, limit: int | None = None
+    ) -> Detections:
+        """Detections on the validation split; progress is shown under `label`."""
+        loader = self.splits.val_batches(batch_size or self.config.batch_size, limit)
+        return collect(predict, track(loader, f"evaluate {label}", len(loader)), self.device)
 
     def measure_batches(self, predict: Predict, batches: Iterable[Batch]) -> Metrics:
         """COCO figures, or the user's metric, over validation batches."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from configs.compose import read
-from core.errors import DeployError, RunError
+from core.errors import DataError, DeployError, RunError
 from core.image_size import ImageSize
+from core.names import listing
 from core.runtimes import RUNTIMES
-from data import Found, Rle, decode_mask, letterbox, to_input, to_picture
+from data import Found, Rle, class_positions, decode_mask, letterbox, to_input, to_picture
 from deploy import EngineRequest, Runtime, open_engine
 from deploy.runtimes.engines import find_image_size, runtime_class, runtime_of
 from models import Detector, fold_detector, load_detector
+from pipeline.class_names import is_unnamed
 from pipeline.evaluation.engine_outputs import OutputReader
 from pipeline.evaluation.suppression import suppress_overlaps
 from pipeline.job import Job, choose_device
@@ -196,6 +198,37 @@ def open_float(path: Path, options: Options) -> Predictor:
         )
     job = _job(directory, options)
     return _of_job(job, job.networks.detector.network, "float (torch)", options)
+
+
+def open_other(path: Path, compared: str, options: Options) -> Predictor:
+    """The model that the one at `path` is compared with: `float`, its run's float model, or another model's path.
+
+    Raises:
+        DeployError, RunError, CheckpointError: it cannot be used; the message says why.
+    """
+    if compared == FLOAT:
+        return open_float(path, options)
+    return open_predictor(Path(compared), replace(options, runtime=None))
+
+
+def partner_classes(model: Predictor, other: Predictor) -> Tensor | None:
+    """The class of `model` for each class of `other`, by name; None where their order is the same, or one has no names.
+
+    Raises:
+        DataError: models of different classes.
+    """
+    if len(other.names) == len(model.names) and (is_unnamed(model.names) or is_unnamed(other.names)):
+        return None
+    positions = class_positions(other.names, model.names)
+    if positions is None:
+        raise DataError(
+            f"{model.label} knows {len(model.names)} classes ({listing(model.names, 5)}), {other.label} "
+            f"{len(other.names)} ({listing(other.names, 5)}); compare models of the same classes."
+        )
+    if positions == sorted(positions):
+        return None
+    say(f"classes of {other.label} are in another order: matched by name")
+    return torch.tensor(positions)
 
 
 def find_run(path: Path) -> Path | None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from core.errors import EXIT_TERMINATED
 from core.files import write_json
 from pipeline.run.directory import Run
-from report import format_table
+from report import format_operating, format_table
 
 
 def print_result(run: Run) -> None:
@@ -23,6 +23,8 @@ def print_result(run: Run) -> None:
     rows = run.rows()
     if rows:
         print(format_table(rows))
+    if table := format_operating(rows):
+        print(f"\n{table}")
     if run.path("report.html").exists():
         print(f"report: {run.path('report.html')}")
 

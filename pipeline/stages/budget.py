@@ -109,5 +109,5 @@ def _keep_mixed(job: Job, model: fx.GraphModule, placement: Placement) -> None:
     )
     set_mode(smaller, Mode.QUANTIZE)
     job.networks.save(smaller, placement, MIXED)
-    metrics = job.evaluator.measure(job.predictor(smaller), "mixed")
-    job.record(MIXED, metrics, observer=job.config.quant.observer, float_units=len(placement.kept_float))
+    measured = job.measure(MIXED, job.predictor(smaller))
+    job.record(MIXED, measured, observer=job.config.quant.observer, float_units=len(placement.kept_float))

@@ -48,8 +48,8 @@ def calibrate_stage(job: Job) -> None:
     job.run.write_json(CALIBRATION, result.as_dict())
     job.networks.save(model, placement, PTQ)
     imported = {"imported_groups": len(result.imported.groups)} if result.imported is not None else {}
-    metrics = job.evaluator.measure(job.predictor(model), "ptq")
-    job.record(PTQ, metrics, observer=config.observer, **imported)
+    measured = job.measure(PTQ, job.predictor(model))
+    job.record(PTQ, measured, observer=config.observer, **imported)
 
 
 def imported_ranges(job: Job) -> dict[str, Tensor]:

@@ -59,16 +59,17 @@ def measure_engines(job: Job, engines: list[Runtime]) -> None:
     config = job.config.deploy
     parity = {engine_row(engine): check_parity(job, engine) for engine in engines}
     job.run.write_json("engines/parity.json", parity)
-    metrics = [
-        job.evaluator.measure(engine_predictor(job, engine), engine_row(engine), config.batch)
-        for engine in engines
+    keys = [engine_key(engine.name, engine.precision) for engine in engines]
+    measured = [
+        job.measure(key, engine_predictor(job, engine), config.batch)
+        for key, engine in zip(keys, engines, strict=True)
     ]
     say(f"timing {len(engines)} engines in turns, {config.benchmark_seconds:g} s each")
     shape = (config.batch, 3, *job.config.data.input_size)
     timings = benchmark_alternately(engines, shape, config.benchmark_seconds, warmup=10)
-    for engine, found, timing in zip(engines, metrics, timings, strict=True):
+    for key, engine, found, timing in zip(keys, engines, measured, timings, strict=True):
         job.record(
-            engine_key(engine.name, engine.precision),
+            key,
             found,
             latency_ms_median=timing.median_ms,
             latency_ms_p99=timing.p99_ms,

@@ -66,8 +66,8 @@ def finetune_stage(job: Job) -> None:
     job.run.write_json(
         OUTCOME, {"skipped": False, "epochs": state.epoch, "select": config.select, "kept": kept.label}
     )
-    metrics = job.evaluator.measure(job.predictor(model.eval()), "qat")
-    job.record(QAT, metrics, kept=kept.label)
+    measured = job.measure(QAT, job.predictor(model.eval()))
+    job.record(QAT, measured, kept=kept.label)
 
 
 def fine_tuning_options(config: QatConfig) -> FineTuningOptions:

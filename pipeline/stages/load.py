@@ -19,8 +19,8 @@ def load_stage(job: Job) -> None:
 def float_stage(job: Job) -> None:
     """Measure the float detector; the row `float`."""
     detector = job.networks.detector
-    metrics = job.evaluator.measure(job.predictor(detector.network), "float")
-    job.record(FLOAT, metrics, architecture=detector.architecture, activation=detector.activation)
+    measured = job.measure(FLOAT, job.predictor(detector.network))
+    job.record(FLOAT, measured, architecture=detector.architecture, activation=detector.activation)
 
 
 LOAD = Stage(

@@ -51,7 +51,12 @@ def test_report_holds_every_row_and_stage(finished_run: Path) -> None:
         is_engine = name.startswith("engine:")
         assert (row["latency_ms_median"] is not None) == is_engine
         assert (row["size_bytes"] is not None) == is_engine
+        point = row["operating_point"]
+        assert point["confidence"] == 0.25
+        assert (point["overall"]["agreement"] is None) == (name == "float")
     assert rows["engine:openvino:int8"]["size_bytes"] < rows["engine:openvino:fp32"]["size_bytes"]
+    agreement = rows["engine:openvino:fp32"]["operating_point"]["overall"]["agreement"]
+    assert agreement["drop_in"] in ((True,) if agreement["reference"] else (None,))
     assert [stage["name"] for stage in report["stages"]] == STAGES[:-1]
     assert all(stage["seconds"] > 0 for stage in report["stages"])
     assert report["image_size"] == 96
@@ -64,7 +69,7 @@ def test_the_report_draws_every_chart(finished_run: Path, tmp_path: Path, width:
     with report_page(tmp_path / "profile") as page:
         counts = page.open(finished_run / "runs/demo/latest/report.html", width)
         assert {place.removeprefix("chart-") for place in counts["places"]} == {
-            "accuracy", "loss-0", "gradient-0", "rate-0", "loss-1", "gradient-1", "ap-1", "share-1", "rate-1",
+            "accuracy", "f1", "loss-0", "gradient-0", "rate-0", "loss-1", "gradient-1", "ap-1", "share-1", "rate-1",
             "sensitivity", "placement", "stages",
         }  # fmt: skip
         assert counts["drawn"] == counts["places"]

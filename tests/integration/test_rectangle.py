@@ -31,6 +31,7 @@ RECTANGLE = (
     "qat.augment=heavy",
     "augment.mosaic=1",
     "deploy.fixed_point_images=1",
+    "evaluate.user_confidence=0.001",
     "stages=[float,calibrate,finetune,export,engine,report]",
 )
 
@@ -118,8 +119,12 @@ def test_engines_give_what_torch_gives(job: Job, runtime: str, file: str) -> Non
 def test_the_commands_take_the_size_from_the_engine(job: Job, tmp_path: Path) -> None:
     folder, run = job[0], job[0] / "run"
     row = json.loads((run / "rows/engine-openvino-int8.json").read_text())
-    assert evaluate.main([str(run), "--json", str(tmp_path / "figures.json")]) == 0
-    assert json.loads((tmp_path / "figures.json").read_text())["ap"] == row["ap"]
+    assert evaluate.main([str(run), "--compare", "float", "--json", str(tmp_path / "figures.json")]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["ap"] == row["ap"]
+    mine, kept = (found["operating_point"]["overall"]["agreement"] for found in (figures, row))
+    assert mine["reference"] == kept["reference"] > 100
+    assert mine["matched"] == pytest.approx(kept["matched"], abs=0.02), "float in batches of another size"
     pictures = next((folder / "data").rglob("*.png")).parent
     chosen = [str(pictures), "--size", "64x96", "--out", str(tmp_path / "shown")]
     assert predict.main([str(run / "model.onnx"), *chosen]) == 0

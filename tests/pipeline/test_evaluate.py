@@ -76,6 +76,46 @@ def test_figures_are_those_of_torch(data, tmp_path, capsys, runtime):
     assert capsys.readouterr().out.splitlines()[-1] == f"{figures['ap']:.4f}"
 
 
+class Dimmed(Wide):
+    """The same boxes with lower scores, so that some fall below the threshold."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        rows = super().forward(images)
+        return torch.cat([rows[:, :4], rows[:, 4:] * 0.9], 1)
+
+
+def test_agreement_with_another_model_is_counted(data, tmp_path, capsys):
+    """Each detection of the reference is there with 0.9 of its score: found again where that is above 0.25."""
+    classes = len(open_dataset(data, "val").names)
+    paths = [
+        export_onnx(module, tmp_path / name, (SIZE, SIZE), "openvino", quantized=False).path
+        for module, name in ((Dimmed(classes), "dim.onnx"), (Wide(classes), "bright.onnx"))
+    ]
+    arguments = [
+        str(paths[0]),
+        "--compare",
+        str(paths[1]),
+        "--data",
+        str(data),
+        "--json",
+        str(tmp_path / "f"),
+    ]
+    assert command.main(arguments) == 0
+    scores = []
+    for batch in build_loader(open_dataset(data, "val"), SIZE, 1):
+        (found,) = non_max_suppression(Wide(classes)(batch.images.float() / 255), 0.25, 0.7, 300)
+        scores += found[:, 4].tolist()
+    kept = [score for score in scores if 0.9 * score > 0.25]
+    agreement = json.loads((tmp_path / "f").read_text())["operating_point"]["overall"]["agreement"]
+    assert agreement["reference"] == len(scores)
+    assert 0 < len(kept) < len(scores)
+    assert agreement["matched"] == pytest.approx(len(kept) / len(scores), abs=1e-9)
+    assert agreement["faded"] == pytest.approx(1 - len(kept) / len(scores), abs=1e-9)
+    assert agreement["score_shift"] == pytest.approx(-0.1 * sum(kept) / len(kept), abs=1e-5)
+    assert agreement["drop_in"] is False
+    assert "not drop-in" in capsys.readouterr().err
+
+
 def test_a_model_in_a_run_is_measured_with_the_settings_of_the_run(data, tmp_path, capsys):
     module = module_for(data)
     settings = [

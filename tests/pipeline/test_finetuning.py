@@ -54,12 +54,14 @@ class SmallJob:
             qat=QatConfig(**settings),
             augment=Config(experiment="x").augment,
             metric=SimpleNamespace(factory="m:f"),
+            quant=SimpleNamespace(recalibrate_scores=False),
         )
         self.run, self.device = Run(directory), torch.device("cpu")
         torch.manual_seed(0)
         self.detector = SimpleNamespace(network=Network().eval())
         self.values, self.measured, self.rows = values, list[tuple[str, Any]](), dict[str, Any]()
-        self.splits = self.networks = self.evaluator = self
+        self.splits = self.networks = self
+        self.evaluator = SimpleNamespace(measure=self.validate)
 
     def load(self, key: RowKey) -> nn.Module:
         network = self.detector.network
@@ -84,7 +86,10 @@ class SmallJob:
     def predictor(self, model: nn.Module) -> nn.Module:
         return model
 
-    def measure(self, model: nn.Module, label: str, limit: int | None = None) -> CustomMetrics:
+    def measure(self, key: RowKey, model: nn.Module) -> CustomMetrics:
+        return self.validate(model, key.name)
+
+    def validate(self, model: nn.Module, label: str, limit: int | None = None) -> CustomMetrics:
         self.measured.append((label, limit))
         return CustomMetrics(self.values[len(self.measured) - 1])
 

@@ -125,6 +125,9 @@ def test_a_video_and_a_comparison(world: Path, tmp_path: Path, capsys: pytest.Ca
     number = len(content["annotations"])
     assert number > 0
     assert content["info"]["matched"] == content["info"]["their_detections"] == number
+    agreement = content["info"]["agreement"]
+    assert (agreement["reference"], agreement["matched"], agreement["drop_in"]) == (number, 1.0, True)
+    assert abs(agreement["score_shift"]) < 1e-4
     assert f"{number} of them match one of the {number} detections" in capsys.readouterr().err
     video = cv2.VideoCapture(str(tmp_path / "v.mp4"))
     assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 3

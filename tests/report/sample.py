@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from core.operating_point import Agreement, OperatingPoint, PointFigures
 from core.rows import ResultRow, RowKey, RowKind
 from report import DetectionPanel, ReportData, draw_detections
 
@@ -23,13 +24,44 @@ def picture(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(60, 190, (120, 160, 3), dtype=np.uint8)
 
 
+def sample_point(matched: float | None = None, shift: float = 0.0) -> OperatingPoint:
+    """An operating point with two classes, beside the float model where `matched` is given."""
+    agreement = None if matched is None else Agreement(200, matched, 0.015, shift, abs(shift))
+    curve = tuple(round(0.9 - abs(step - 30) / 100, 6) for step in range(101))
+    overall = PointFigures(220, 210, 0.8, 0.75, 0.7742, agreement)
+    nothing = PointFigures(4, 0, None, 0.0, 0.0, agreement and Agreement(0, None, None, None, None))
+    return OperatingPoint(0.25, overall, {"cell": overall, EVIL: nothing}, curve, 0.3)
+
+
 def sample_rows() -> list[ResultRow]:
     return [
-        make_row("float", 0.5984, 0.8879, 0.83, 0.84, size_bytes=8_000_000, extras={"ap_small": 0.31}),
-        make_row("ptq", 0.5973, 0.8861, 0.82, 0.84, size_bytes=8_000_000),
+        make_row(
+            "float",
+            0.5984,
+            0.8879,
+            0.83,
+            0.84,
+            size_bytes=8_000_000,
+            extras={"ap_small": 0.31},
+            operating_point=sample_point(),
+        ),
+        make_row(
+            "ptq", 0.5973, 0.8861, 0.82, 0.84, size_bytes=8_000_000, operating_point=sample_point(0.93, -0.02)
+        ),
         make_row("qat", 0.5991, 0.8884, 0.84, 0.84, size_bytes=8_000_000),
         make_row("engine:openvino:f32", 0.5984, 0.8879, 0.83, 0.84, 20.0, 24.0, 50.0, 8_000_000),
-        make_row("engine:openvino:int8", 0.5990, 0.8882, 0.84, 0.84, 10.0, 11.0, 100.0, 2_000_000),
+        make_row(
+            "engine:openvino:int8",
+            0.5990,
+            0.8882,
+            0.84,
+            0.84,
+            10.0,
+            11.0,
+            100.0,
+            2_000_000,
+            operating_point=sample_point(0.995, 0.001),
+        ),
     ]
 
 

@@ -72,7 +72,7 @@ def test_json_holds_what_is_promised(written: tuple[dict, str, str]) -> None:
         "latency_ms_median", "latency_ms_p99", "images_per_second", "size_bytes",
     }  # fmt: skip
     for row in content["rows"]:
-        assert set(row) == {*row_keys, "extras"}
+        assert set(row) == {*row_keys, "extras", "operating_point"}
     assert [row["name"] for row in content["rows"]] == [
         "float", "ptq", "qat", "engine:openvino:f32", "engine:openvino:int8",
     ]  # fmt: skip
@@ -107,6 +107,30 @@ def test_model_facts_stand_in_every_report(written: tuple[dict, str, str], page:
     assert "layer19" not in section, "the cheap ones are left out here"
 
 
+def test_the_operating_point_stands_in_every_report(written: tuple[dict, str, str], page: Page) -> None:
+    content, markdown, _ = written
+    points = {row["name"]: row["operating_point"] for row in content["rows"]}
+    assert points["qat"] is None
+    assert points["float"]["overall"]["agreement"] is None
+    assert points["ptq"]["overall"]["agreement"]["drop_in"] is False
+    assert points["engine:openvino:int8"]["overall"]["agreement"]["drop_in"] is True
+    assert (points["ptq"]["confidence"], points["ptq"]["best_confidence"]) == (0.25, 0.3)
+    assert len(points["ptq"]["f1_curve"]) == 101
+    line = "| ptq | 0.8000 | 0.7500 | 0.7742 | 0.9000 | 0.30 | 93.00% | 1.50% | -0.0200 | no |"
+    assert line in markdown
+    assert "| 99.50% | 1.50% | +0.0010 | yes |" in markdown
+    assert "| float | cell | 220 | 210 | 0.8000 | 0.7500 | 0.7742 | - | - | - |" in markdown
+    assert "At confidence 0.25, IoU 0.5." in markdown
+    assert "Would users notice" in page.texts["h2"]
+    assert {"93.00%", "-0.0200", "yes", "no"} <= set(page.texts["td"])
+
+
+def test_a_report_without_operating_points_has_no_such_section(tmp_path: Path) -> None:
+    paths = write_report(tmp_path, ReportData("x", None, 320, [make_row("float", ap=0.5)]))
+    assert "Would users notice" not in paths.html.read_text(encoding="utf-8")
+    assert "Would users notice" not in paths.markdown.read_text(encoding="utf-8")
+
+
 def test_html_is_well_formed(page: Page) -> None:
     assert page.unbalanced == []
     assert len(page.all("h1")) == 1
@@ -136,7 +160,7 @@ def test_html_holds_plotly_once_and_draws_every_chart(page: Page) -> None:
     places = {attributes["id"] for attributes in page.all("div") if attributes.get("class") == "plot"}
     assert places == {f"chart-{chart['key']}" for chart in charts}
     assert {chart["key"] for chart in charts} == {
-        "accuracy", "loss-0", "gradient-0", "rate-0", "loss-1", "gradient-1", "ap-1", "share-1", "rate-1",
+        "accuracy", "f1", "loss-0", "gradient-0", "rate-0", "loss-1", "gradient-1", "ap-1", "share-1", "rate-1",
         "sensitivity", "placement", "calibration", "stages",
     }  # fmt: skip
     settling = next(chart for chart in charts if chart["key"] == "calibration")
