@@ -106,12 +106,6 @@ class TorchArchive:
             raise CheckpointError(
                 f"{self.path} is a zip file without exactly one data.pkl; expected a torch checkpoint"
             )
-        if any(
-            name.startswith(f"{roots[0]}code/") or name == f"{roots[0]}constants.pkl" for name in self.entries
-        ):
-            raise CheckpointError(
-                f"{self.path} is a TorchScript archive; expected a checkpoint written by torch.save"
-            )
         return roots[0]
 
     def read(self, name: str) -> bytes:

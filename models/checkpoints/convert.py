@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from core.families import FamilyEntry
 from core.names import listing
 from models.blocks import ConvNorm, RepConvBlock
+from models.checkpoints.foreign import MAX_KEYS_SHOWN
 from models.detector import MAX_CLASSES, Detector, build_detector
 from models.families.family import Family
 from models.families.registry import load_family
@@ -27,6 +28,8 @@ _LAYER_KEY = re.compile(r"^(?:module\.|model\.)*(\d+\..+)$")
 _UNDERSCORED = ("running_mean", "running_var", "num_batches_tracked")
 CLASS_BIAS = "network.head.cls.0.output.bias"
 _OPTIONAL = "num_batches_tracked"
+COMPILED_PREFIX = "_orig_mod."  # what torch.compile puts before the names of what it wraps
+PROFILER_BUFFERS = ("total_ops", "total_params")  # what the profiler thop leaves in each module
 
 
 @dataclass(frozen=True)
@@ -65,22 +68,24 @@ class Match:
         """The differences, for a message; `name` gives the name that a key has in the file."""
         parts = []
         if self.missing:
-            parts.append(f"missing: {listing(sorted(map(name, self.missing)))}")
+            parts.append(f"missing: {listing(sorted(map(name, self.missing)), MAX_KEYS_SHOWN)}")
         if self.unexpected:
-            parts.append(f"left over: {listing(sorted(map(name, self.unexpected)))}")
+            parts.append(f"left over: {listing(sorted(map(name, self.unexpected)), MAX_KEYS_SHOWN)}")
         if self.misshapen:
             texts = (f"{name(key)} {found} instead of {shape}" for key, found, shape in self.misshapen)
-            parts.append(f"of another shape: {listing(sorted(texts))}")
+            parts.append(f"of another shape: {listing(sorted(texts), MAX_KEYS_SHOWN)}")
         return "; ".join(parts)
 
 
 def normalise_key(key: str) -> str:
     """Bring an official key to the form `model.<layer>.<rest>`; ours (`network.`, `decode.`) stays as it is.
 
-    Leading `module.` and repeated `model.` are dropped, and `_` for `.` (as `.npz` files have it) is undone:
-    `model_4_cv1_bn_running_mean` -> `model.4.cv1.bn.running_mean`.
+    `_orig_mod.`, leading `module.` and repeated `model.` are dropped, and `_` for `.` (as `.npz` files have it) is
+    undone: `model_4_cv1_bn_running_mean` -> `model.4.cv1.bn.running_mean`.
     """
-    name = key
+    name = key.replace(COMPILED_PREFIX, "")
+    if name.startswith("module.network."):
+        name = name.removeprefix("module.")
     if "." not in key:
         name = key.replace("_", ".")
         for word in _UNDERSCORED:

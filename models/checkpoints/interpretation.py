@@ -5,7 +5,9 @@ quantizers' ranges apart, drop the auxiliary branch of a training checkpoint; th
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,16 @@ from torch import Tensor
 from core.errors import CheckpointError
 from core.families import FAMILIES
 from core.names import listing
-from models.checkpoints.convert import CLASS_BIAS, Match, normalise_key, normalise_tensor, recognise
+from models.checkpoints.convert import (
+    CLASS_BIAS,
+    PROFILER_BUFFERS,
+    Match,
+    normalise_key,
+    normalise_tensor,
+    recognise,
+)
+from models.checkpoints.foreign import describe_unknown, name_foreign, supported
+from models.checkpoints.multimedia import has_multimedia_names, official_key
 from models.checkpoints.reading import Checkpoint
 from models.families.registry import family_of, load_family
 from models.families.training_forms import Conversion, to_deployed_form
@@ -21,6 +32,7 @@ from models.heads import REG_MAX
 
 PROJECTION_TOLERANCE = 0.06  # half a step of 0 .. 15 in 8 bits, for weights that were quantized once
 PROJECTION_KEYS = (".dfl.conv.weight", ".dfl2.conv.weight")
+MAX_DIFFERENCE = 0.25  # of the keys: beyond it, a list of what differs says nothing
 _QUANTIZERS = {"_input_quantizer": "input", "_weight_quantizer": "weight"}
 _logger = logging.getLogger(__name__)
 
@@ -71,21 +83,14 @@ def interpret(checkpoint: Checkpoint, source: str, architecture: str | None = No
 
 
 def _interpret(checkpoint: Checkpoint, source: str, architecture: str | None) -> Interpretation:
-    original: dict[str, str] = {}
-    state: dict[str, Tensor] = {}
-    for key, tensor in checkpoint.state.items():
-        name = normalise_key(key)
-        if name in state:
-            raise CheckpointError(
-                f"{key} and {original[name]} are the same entry of the network; the file is inconsistent"
-            )
-        state[name], original[name] = normalise_tensor(tensor), key
+    state, original, note = _normalise(checkpoint.state)
     own_ranges = {key.removeprefix("amax."): state.pop(key) for key in list(state) if key.startswith("amax.")}
     ranges = {key: state.pop(key) for key in list(state) if "_quantizer." in key}
-    stated = checkpoint.metadata.get("manifest", {}).get("architecture")
-    match, state, conversion = _recognise(state, original, architecture, stated)
+    match, state, conversion = _recognise(state, original, architecture, checkpoint.metadata)
     if conversion is not None:
-        _logger.info("%s: %s", source, conversion.describe())
+        note = conversion.describe()
+    if note:
+        _logger.info("%s: %s", source, note)
     amax, unmatched = _match_ranges(ranges, match, conversion)
     if ranges:
         _logger.info("%s: quantized; %d ranges of convolutions read", source, len(amax))
@@ -96,8 +101,31 @@ def _interpret(checkpoint: Checkpoint, source: str, architecture: str | None) ->
     return Interpretation(match, state, conversion, amax, tuple(original.get(key, key) for key in unmatched))
 
 
+def _normalise(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str], str]:
+    """Tensors by official (or our) names, the file's key for each of them, and what was left out (or "")."""
+    names = {key: normalise_key(key) for key in tensors if key.rpartition(".")[2] not in PROFILER_BUFFERS}
+    dropped = 0
+    if has_multimedia_names(names.values()):
+        renamed = {key: official_key(name) for key, name in names.items()}
+        names = {key: name for key, name in renamed.items() if name is not None}
+        dropped = len(renamed) - len(names)
+    original: dict[str, str] = {}
+    state: dict[str, Tensor] = {}
+    for key, name in names.items():
+        if name in state:
+            raise CheckpointError(
+                f"{key} and {original[name]} are the same entry of the network; the file is inconsistent"
+            )
+        state[name], original[name] = normalise_tensor(tensors[key]), key
+    note = f"names of MultimediaTechLab/YOLO; left out the auxiliary branch ({dropped} tensors)"
+    return state, original, note if dropped else ""
+
+
 def _recognise(
-    state: dict[str, Tensor], original: dict[str, str], architecture: str | None, stated: str | None
+    state: dict[str, Tensor],
+    original: dict[str, str],
+    architecture: str | None,
+    metadata: Mapping[str, Any],
 ) -> tuple[Match, dict[str, Tensor], Conversion | None]:
     """The network that fits, of all families, with the state in its deployed form.
 
@@ -105,13 +133,13 @@ def _recognise(
         state: With normalised keys.
         original: Normalised key -> the file's key.
         architecture: What it must be.
-        stated: What the file says it is; tried first.
+        metadata: What else the file says; an architecture that it states is tried first.
 
     Raises:
         CheckpointError: If none fits (with the differences to the closest), or if another than the wanted one does.
     """
     candidates: list[tuple[Match, dict[str, Tensor], Conversion | None]] = []
-    first = architecture or stated
+    first = architecture or metadata.get("manifest", {}).get("architecture")
     for entry in sorted(FAMILIES, key=lambda entry: first not in (*entry.detectors, *entry.segmenters)):
         conversion = to_deployed_form(state, load_family(entry).training_forms)
         deployed = dict(state) if conversion is None else conversion.state
@@ -121,27 +149,40 @@ def _recognise(
             candidates.append((match, deployed, conversion))
             if match.fits:
                 break
-    if not candidates:
-        raise CheckpointError(
-            "The checkpoint has no class branch of a head that is known (of YOLOv9: model.<last>.cv3.0.2.bias); its "
-            f"keys start with: {listing(sorted(state), 6)}"
-        )
-    best = min(candidates, key=lambda candidate: candidate[0].num_differences)
-    match, _, conversion = best
-    if match.fits and architecture in (None, match.architecture):
+    best = min(candidates, key=lambda candidate: candidate[0].num_differences, default=None)
+    if best is not None and best[0].fits and architecture in (None, best[0].architecture):
         return best
-    if match.fits:
-        raise CheckpointError(
-            f"The checkpoint does not fit {architecture}; its keys and shapes are those of {match.architecture}: "
+    raise CheckpointError(_explain(best, state, original, architecture, metadata.get("model_class")))
+
+
+def _explain(
+    best: tuple[Match, dict[str, Tensor], Conversion | None] | None,
+    state: Mapping[str, Tensor],
+    original: Mapping[str, str],
+    architecture: str | None,
+    model_class: str | None,
+) -> str:
+    """Why a checkpoint is refused: what it is instead, or how it differs from the closest network."""
+    if best is not None and best[0].fits:
+        return (
+            f"The checkpoint does not fit {architecture}; its keys and shapes are those of {best[0].architecture}: "
             "choose that, or leave the choice out"
         )
+    foreign = name_foreign(state, model_class)
+    if foreign is not None:
+        return f"The checkpoint is {foreign}, which is not loaded: {supported()}"
+    if best is None:
+        return describe_unknown(state, None, 0)
+    match, _, conversion = best
+    if match.num_differences > MAX_DIFFERENCE * len(state):
+        return describe_unknown(state, match.architecture, match.num_differences)
 
     def file_name(key: str) -> str:
         training = conversion.form.training_key(key) if conversion is not None else key
         return original.get(training, training)
 
     wanted = architecture or f"any known architecture; the closest is {match.architecture}"
-    raise CheckpointError(f"The checkpoint does not fit {wanted}: {match.explain(file_name)}")
+    return f"The checkpoint does not fit {wanted}: {match.explain(file_name)}"
 
 
 def _take_projections(state: dict[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from models.blocks import ACTIVATIONS
 from models.checkpoints.convert import build_empty
 from models.checkpoints.interpretation import interpret
 from models.checkpoints.reading import Checkpoint, manifest_path, read_checkpoint
+from models.checkpoints.statements import check_statements
 from models.detector import Detector, placeholder_names
 from models.heads import REG_MAX
 
@@ -91,6 +92,7 @@ def detector_from_checkpoint(
     chosen = _choose_activation(checkpoint.metadata, manifest, activation, source)
     detector = build_empty(match.architecture, len(names), chosen, match.folded, match.head_style)
     detector.names, detector.amax = names, meaning.amax
+    check_statements(detector, checkpoint.metadata, meaning.conversion, source)
     _set_batch_norm_eps(
         detector, manifest.get("batch_norm_eps") or checkpoint.metadata.get("batch_norm_eps"), source
     )

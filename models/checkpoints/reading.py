@@ -14,6 +14,7 @@ from torch import Tensor
 
 from core.errors import CheckpointError
 from models.checkpoints.archive import TorchArchive, read_json, read_npz, read_safetensors
+from models.checkpoints.containers import find_format
 from models.checkpoints.inert_records import Record, TensorRecord
 
 MAX_MODULES = 50_000
@@ -24,6 +25,9 @@ MAX_NAME = 200
 MAX_NAMES = 10_000
 ENTRIES_BY_PREFERENCE = ("ema", "model", "state_dict", "model_state_dict")
 BATCH_NORM_CLASS = "torch.nn.modules.batchnorm.BatchNorm2d"
+IDENTITY_CLASS = "torch.nn.modules.linear.Identity"
+MAX_LEVELS = 8
+MAX_STRIDE = 1024
 ACTIVATION_CLASSES = {"torch.nn.modules.activation.SiLU": "silu", "torch.nn.modules.activation.ReLU": "relu"}
 
 
@@ -34,7 +38,8 @@ class Checkpoint:
     Attributes:
         state: Parameters and buffers.
         metadata: `format` (`torch`, `npz` or `safetensors`), and where known `entry` (which of the file's models),
-            `model_class`, `names` (class names), `activation`, `epoch`, `manifest` (what `save_detector` wrote).
+            `model_class`, `names` (class names), `activation`, `activated` (path of a convolution's block -> whether
+            an activation follows), `strides`, `epoch`, `manifest` (what `save_detector` wrote).
     """
 
     state: dict[str, Tensor]
@@ -63,9 +68,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"Checkpoint {path} does not exist or is not a file; give the path of a weights file"
         )
-    if path.suffix == ".safetensors":
+    found = find_format(path)
+    if found == "safetensors":
         return _read_safetensors(path)
-    if path.suffix == ".npz":
+    if found == "npz":
         return Checkpoint(read_npz(path), {"format": "npz"})
     with TorchArchive(path) as archive:
         return _read_torch(archive)
@@ -117,7 +123,7 @@ def _read_torch(archive: TorchArchive) -> Checkpoint:
         chosen = _attributes(chosen).get("ema", chosen)
     if isinstance(chosen, Record):
         records = dict(_module_tensors(chosen))
-        metadata.update(_describe_model(chosen))
+        metadata.update(_describe_model(chosen), strides=_strides(archive, chosen))
     elif type(chosen) is dict:
         records = {
             key: value
@@ -184,9 +190,13 @@ def _module_tensors(root: Record) -> Iterator[tuple[str, TensorRecord]]:
 
 def _describe_model(root: Record) -> dict[str, Any]:
     facts: dict[str, Any] = {"model_class": root.kind, "names": _class_names(_attributes(root).get("names"))}
-    kinds = {child.kind for path, child in _walk(root) if path.rpartition(".")[2] == "act"} - {
-        "torch.nn.modules.linear.Identity"
+    behind = {
+        path.removesuffix(".act"): child.kind
+        for path, child in _walk(root)
+        if path.rpartition(".")[2] == "act"
     }
+    facts["activated"] = {path: kind != IDENTITY_CLASS for path, kind in behind.items()}
+    kinds = set(behind.values()) - {IDENTITY_CLASS}
     unknown = kinds - set(ACTIVATION_CLASSES)
     if unknown or len(kinds) > 1:
         raise CheckpointError(
@@ -204,6 +214,15 @@ def _describe_model(root: Record) -> dict[str, Any]:
     facts["batch_norm_eps"] = next(iter(epsilons), None)
     facts["activation"] = ACTIVATION_CLASSES[kinds.pop()] if kinds else None
     return facts
+
+
+def _strides(archive: TorchArchive, root: Record) -> tuple[int, ...] | None:
+    """Input pixels per cell of each level, fine to coarse, if the model states them."""
+    record = _attributes(root).get("stride")
+    if not isinstance(record, TensorRecord):
+        return None
+    strides = archive.tensors({"stride": record})["stride"].flatten()[:MAX_LEVELS]
+    return tuple(int(stride) for stride in strides.tolist() if stride == stride and abs(stride) < MAX_STRIDE)
 
 
 def _class_names(names: Any) -> tuple[str, ...] | None:

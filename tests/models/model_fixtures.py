@@ -24,8 +24,8 @@ def fixture_state(folder: Path, name: str) -> dict[str, Tensor]:
             state[key] = torch.from_numpy(recorded[f"stats:{key}"])
         elif kind == "fill":
             state[key] = torch.from_numpy(_fill(key, shape))
-        elif key.endswith("dfl.conv.weight") or key.endswith("dfl2.conv.weight"):
-            state[key] = torch.arange(16, dtype=torch.float32).reshape(1, 16, 1, 1)
+        elif key.endswith(("dfl.conv.weight", "dfl2.conv.weight", "anc2vec.weight")):
+            state[key] = torch.arange(16, dtype=torch.float32).reshape(shape)
         else:
             state[key] = torch.zeros((), dtype=torch.int64)
     return state

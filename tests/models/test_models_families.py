@@ -4,12 +4,13 @@ import re
 
 import pytest
 import torch
+from model_fixtures import official_state
 from torch import Tensor, nn
 
 from core import families
 from core.choices import ACTIVATIONS
 from core.errors import CheckpointError
-from models import blocks, build_detector
+from models import blocks, build_detector, fold_detector
 from models.boxes import Decode
 from models.checkpoints import interpretation
 from models.checkpoints.convert import official_name
@@ -34,6 +35,16 @@ def test_each_architecture_has_one_family() -> None:
 
 def test_names_of_activations_are_those_implemented() -> None:
     assert set(ACTIVATIONS) == set(blocks.ACTIVATIONS)
+
+
+@pytest.mark.parametrize("architecture", families.ARCHITECTURES)
+def test_each_size_is_found_by_its_shapes(architecture: str) -> None:
+    with torch.device("meta"):
+        detector = build_detector(architecture, 3)
+        folded = fold_detector(detector)
+    for model, is_folded in ((detector, False), (folded, True)):
+        match = interpretation.interpret(Checkpoint(official_state(model)), "x.pt").match
+        assert (match.architecture, match.folded) == (architecture, is_folded)
 
 
 # -- a second family: an entry, and a module with a `Family`

@@ -12,6 +12,7 @@ from models.checkpoints.reading import Checkpoint
 
 SMALL = {
     **{f"{form}-{size}": f"yolov9{size}" for form in ("gelan", "yolov9") for size in "tsmce"},
+    **{f"mit-v9-{size}": f"yolov9{size}" for size in "tsc"},
     "yolov5n": "yolov5nu",
     **{name: name for name in ("yolov8n", "yolo11n")},
 }

@@ -1,0 +1,58 @@
+"""What a pickled model says beside its tensors, held against the network that its keys and shapes show.
+
+A network may have all keys and shapes of a known one and still compute something else: no activation behind a
+convolution, other strides. Such a file is refused, since its figures would be wrong without a sign.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from core.errors import CheckpointError
+from core.names import listing
+from models.blocks import ConvBlock, ConvNorm
+from models.checkpoints.convert import normalise_key, official_name
+from models.checkpoints.foreign import MAX_KEYS_SHOWN
+from models.detector import Detector
+from models.families.training_forms import Conversion
+
+
+def check_statements(
+    detector: Detector, metadata: Mapping[str, Any], conversion: Conversion | None, source: str
+) -> None:
+    """Compare the strides, and which convolutions an activation follows.
+
+    Raises:
+        CheckpointError: If the file says otherwise than the network has it.
+    """
+    strides = metadata.get("strides")
+    if strides is not None and tuple(strides) != detector.strides:
+        raise CheckpointError(
+            f"{source} states strides {tuple(strides)}; {detector.architecture} has {detector.strides}"
+        )
+    stated = _deployed(metadata.get("activated", {}), conversion)
+    wrong = []
+    for name, module in detector.network.named_modules():
+        if isinstance(module, ConvNorm):
+            key = f"model.{official_name(detector.network, name)}"
+            wrong += (
+                [key]
+                if stated.get(key, isinstance(module, ConvBlock)) != isinstance(module, ConvBlock)
+                else []
+            )
+    if wrong:
+        raise CheckpointError(
+            f"{source} has an activation where {detector.architecture} has none, or none where it has one, behind "
+            f"{listing(wrong, MAX_KEYS_SHOWN)}: a changed network, see model=custom in docs/custom.md"
+        )
+
+
+def _deployed(activated: Mapping[str, bool], conversion: Conversion | None) -> dict[str, bool]:
+    """Paths in the file's model to paths in the deployed form."""
+    result = {}
+    for path, is_activated in activated.items():
+        name: str | None = normalise_key(f"{path}.act").removesuffix(".act")
+        if conversion is not None:
+            name = conversion.form.deployed_key(str(name))
+        if name is not None:
+            result[name] = is_activated
+    return result
