@@ -18,7 +18,7 @@ from configs.data_schema import DataConfig
 from configs.deploy_schema import DeployConfig, GraphConfig
 from configs.evaluate_schema import EvaluateConfig, MetricConfig
 from configs.setting import setting
-from core.choices import ACTIVATIONS, GRIDS, INTEGER, OBSERVERS, SENSITIVITY_METHODS
+from core.choices import ACTIVATIONS, ATTENTION, GRIDS, INTEGER, OBSERVERS, SENSITIVITY_METHODS
 from core.families import ARCHITECTURES
 
 MODELS = ("auto", *ARCHITECTURES, "custom")
@@ -126,6 +126,11 @@ class QuantConfig:
         INTEGER,
         "Kind of the codes: integers, or FP8 E4M3 for TensorRT on SM89, SM120 and SM121",
         choices=GRIDS,
+    )
+    attention: str = setting(
+        ATTENTION[0],
+        "Of attention, beside its convolutions: float quantizes nothing, matmul both operands of its matrix products",
+        choices=ATTENTION,
     )
     observer: str = setting("mse", "How a scale is chosen from observed values", choices=OBSERVERS)
     percentile: float = setting(99.99, "For observer=percentile", unit="percent", above=50, maximum=100)

@@ -10,6 +10,7 @@ GRIDS = (INTEGER, FP8)  # core.grid
 INT8 = "int8"
 QUANTIZED = (INT8, FP8, "int8-fp8")  # precisions of quantized graphs and engines; the last has codes of both
 OBSERVERS = ("minmax", "percentile", "mse", "entropy")  # quant.calibration.observers
+ATTENTION = ("float", "matmul")  # quant.placement.placer: what runs in INT8 of attention beside convolutions
 SENSITIVITY_METHODS = {  # quant.sensitivity and the stage
     "fisher": "one backward pass (arXiv:2210.08502)",
     "sqnr": "output error",

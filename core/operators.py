@@ -25,6 +25,9 @@ class Kind(enum.Enum):
     CONCAT = "concat"  # transparent where its inputs share one scale
     ADD = "add"  # reads INT8, makes a new tensor with a scale of its own
     AVERAGE = "average"  # as a sum
+    MATMUL = (
+        "matmul"  # multiplies two computed tensors: in INT8 where asked for, each with a scale of its own
+    )
     FLOAT = "float"  # everything else
 
 
@@ -68,6 +71,10 @@ OPERATORS: Mapping[Kind, Names] = {
         modules=("nn.AvgPool2d", "nn.AdaptiveAvgPool2d"),
         functions=("F.avg_pool2d", "F.adaptive_avg_pool2d"),
         onnx=("AveragePool", "GlobalAveragePool"),
+    ),
+    # in ONNX, a MatMul with a constant operand is a layer
+    Kind.MATMUL: Names(
+        functions=("torch.matmul", "torch.bmm", "operator.matmul"), methods=("matmul", "bmm"), onnx=("MatMul",)
     ),
 }  # fmt: skip
 

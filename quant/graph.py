@@ -95,10 +95,14 @@ def kind_of(node: fx.Node, modules: dict[str, nn.Module]) -> Kind:
     if node.op == "call_module":
         return _kind_of_module(modules[str(node.target)])
     if node.op == "call_function":
-        return _kind_of_function(node)
-    if node.op == "call_method":
-        return _KINDS_OF_METHODS.get(str(node.target), Kind.FLOAT)
-    return Kind.FLOAT
+        kind = _kind_of_function(node)
+    elif node.op == "call_method":
+        kind = _KINDS_OF_METHODS.get(str(node.target), Kind.FLOAT)
+    else:
+        return Kind.FLOAT
+    if kind is Kind.MATMUL and any(operand.op == "get_attr" for operand in inputs_of(node)):
+        return Kind.FLOAT  # a parameter that is no layer's
+    return kind
 
 
 def _kind_of_module(module: nn.Module) -> Kind:
@@ -128,12 +132,13 @@ def is_nonnegative(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 
 def inputs_of(node: fx.Node) -> list[fx.Node]:
-    """Tensor inputs of a weighted, transparent, concat, add or average node, in order.
+    """Tensor inputs of a weighted, transparent, concat, add, average or matmul node, in order.
 
-    Only concats and sums have several; what else a node is given (sizes, indices) is not data.
+    Only concats, sums and matrix products have several; what else a node is given (sizes, indices) is not data.
     """
     arguments = [*node.args, *node.kwargs.values()]
-    if node.op == "call_function" and _KINDS_OF_FUNCTIONS.get(node.target) is Kind.ADD:
+    names: Any = {"call_function": _KINDS_OF_FUNCTIONS, "call_method": _KINDS_OF_METHODS}.get(node.op, {})
+    if names.get(node.target) in (Kind.ADD, Kind.MATMUL):
         return [argument for argument in arguments if isinstance(argument, fx.Node)]
     data = next((a for a in arguments if isinstance(a, (fx.Node, list, tuple))), ())
     parts = [data] if isinstance(data, fx.Node) else data

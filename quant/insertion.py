@@ -11,8 +11,8 @@ from core.errors import PlacementError
 from core.names import closest_hint
 from core.operators import Kind
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
-from quant.graph import inputs_of, kind_of, trace
-from quant.layers import QuantizedLayer, quantize_layer
+from quant.graph import inputs_of, kind_of, paths_of, trace
+from quant.layers import QuantizedLayer, QuantizedMatMul, quantize_layer
 from quant.placement.placement import Group, Placement
 
 ACTIVATION_QUANTIZERS = "activation_quantizers"
@@ -22,7 +22,8 @@ def insert(network: nn.Module, placement: Placement, learn_scales: bool = True) 
     """Return a copy of the network with fake quantizers at the places of the placement.
 
     Module and parameter names stay as they are; a quantized layer gains `.weight_quantizer`, and each group's one
-    quantizer stands under `activation_quantizers.<number>`. All quantizers start switched off: the copy then
+    quantizer stands under `activation_quantizers.<number>`. A product of two quantized tensors becomes a module under
+    the path that the placement gives it. All quantizers start switched off: the copy then
     computes bit for bit what the network computes.
 
     Args:
@@ -58,6 +59,11 @@ def insert(network: nn.Module, placement: Placement, learn_scales: bool = True) 
         except TypeError as error:
             raise PlacementError(f"the placement quantizes the weights of {site.layer!r}: {error}") from error
     _link_grids(model)
+    paths = paths_of(model.graph)
+    for product in placement.matmuls:
+        if product.node not in nodes:
+            raise PlacementError(_unknown("node", product.node, list(nodes)))
+        _quantize_matmul(model, nodes[product.node], paths[nodes[product.node]])
     model.graph.lint()
     model.recompile()
     model.meta["placement"] = placement
@@ -101,6 +107,22 @@ def _link_grids(model: fx.GraphModule) -> None:
         if len(targets) == 1 and isinstance(quantizer, FakeQuantize):
             assert isinstance(layer, QuantizedLayer)
             layer.input_grid = (quantizer,)
+
+
+def _quantize_matmul(model: fx.GraphModule, node: fx.Node, path: str) -> None:
+    """Let a product of two tensors, each of which comes from one quantizer, multiply codes."""
+    modules = dict(model.named_modules())
+    operands = inputs_of(node)
+    found = [_grids_of(operand, modules) for operand in operands]
+    quantizers = [modules.get(next(iter(targets))) for targets in found if len(targets) == 1]
+    first, second = quantizers if len(quantizers) == 2 else (None, None)
+    if not (isinstance(first, FakeQuantize) and isinstance(second, FakeQuantize)):
+        raise PlacementError(
+            f"the placement quantizes the product {path!r}, but not each of its operands with one scale: put the "
+            "tensors that it reads into groups, or take it out of `matmuls`"
+        )
+    model.add_submodule(path, QuantizedMatMul(first, second))
+    node.op, node.target, node.args, node.kwargs = "call_module", path, tuple(operands), {}
 
 
 def _grids_of(node: fx.Node, modules: dict[str, nn.Module]) -> set[str]:

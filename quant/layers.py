@@ -162,6 +162,37 @@ class QuantizedLinear(nn.Linear):
         return _compute(self, input, F.linear, axis=-1)
 
 
+class QuantizedMatMul(nn.Module):
+    """`torch.matmul` of two tensors that come quantized by the graph, in the place of the function.
+
+    Args:
+        first: the quantizer that the first operand has passed.
+        second: that of the second operand.
+    """
+
+    def __init__(self, first: FakeQuantize, second: FakeQuantize) -> None:
+        super().__init__()
+        self.input_grids: InputGrid = (first, second)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Multiply [..., N, K] with [..., K, M]; on codes where layers do so, see the module's text."""
+        autocast = torch.is_autocast_enabled(first.device.type)
+        off = any(quantizer.mode is not Mode.QUANTIZE for quantizer in self.input_grids)
+        if off or torch.onnx.is_in_onnx_export() or (torch.is_grad_enabled() and not autocast):
+            return torch.matmul(first, second)
+        if any(quantizer.grid.is_fp8 for quantizer in self.input_grids):
+            # float32 even under autocast, whose types would move the values off their grid
+            with torch.autocast(first.device.type, enabled=False):
+                return torch.matmul(first, second)
+        codes, steps = [], []
+        for values, quantizer in zip((first, second), self.input_grids, strict=True):
+            unit = 1 / (quantizer.grid.high + 1) if autocast else 1.0
+            dtype = torch.get_autocast_dtype(first.device.type) if autocast else torch.float32
+            codes.append(_Codes.apply(values, quantizer.scale, unit, dtype))
+            steps.append(quantizer.scale / unit)
+        return torch.matmul(*codes).float().mul_(steps[0] * steps[1])
+
+
 QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: QuantizedConv1d,
     nn.Conv2d: QuantizedConv2d,

@@ -87,6 +87,10 @@ def format_report(report: CheckReport) -> str:
             lines.append(
                 f"{number} of {summary.num_convs} convs in {name} ({summary.num_output_convs} at the outputs); {work}"
             )
+    if summary.num_matmuls:
+        lines.append(
+            f"{summary.num_quantized_matmuls} of {summary.num_matmuls} products of two tensors read quantized data"
+        )
     lines.append(
         f"{summary.num_quantize} Q, {summary.num_dequantize} DQ, "
         f"{summary.precision_changes} precision changes predicted"
@@ -118,6 +122,10 @@ def format_build(build: CompileReport) -> str:
             f"{label}: {engine.num_kernels} kernels, convolutions: {convolutions}; kernels read and write "
             f"{engine.moved_bytes / 1e6:.1f} MB"
         )
+    if build.matmuls:
+        precisions = Counter(layer.precision or "unknown" for layer in build.matmuls)
+        listed = ", ".join(f"{count} {name}" for name, count in sorted(precisions.items()))
+        lines.append(f"products of two tensors: {listed}")
     return "\n".join(lines)
 
 

@@ -57,7 +57,8 @@ def useless(view: View, node: NodeProto) -> Findings:
         return
     if not all(is_known_operator(reader) for reader in reached(view, node.output[0])):
         return  # what is not known may run in integers
-    kinds = ", ".join(sorted({reader.op_type for reader in behind(view, node)}))
+    readers = _readers_behind(view, node)
+    kinds = ", ".join(sorted({reader.op_type for reader in readers}))
     if _is_behind_last_conv(view, node.input[0]):
         scale = view.quantization(node).scale
         step = "" if scale is None or scale.size != 1 else f" of {format_scale(float(scale.reshape(-1)[0]))}"
@@ -69,8 +70,21 @@ def useless(view: View, node: NodeProto) -> Findings:
         return
     yield Finding(
         node.name, f"only {kinds} reads the result, in float: accuracy is lost and nothing is gained",
-        "remove this Q/DQ", "useless-q", 2,
+        "quantize both operands, each with one scale, or remove this Q/DQ"
+        if any(view.is_matmul(reader) for reader in readers) else "remove this Q/DQ", "useless-q", 2,
     )  # fmt: skip
+
+
+def _readers_behind(view: View, quantize: NodeProto) -> list[NodeProto]:
+    """Readers of the dequantized values of a Q, through operators that only move them."""
+    pending, found = behind(view, quantize), []
+    while pending:
+        node = pending.pop()
+        if view.is_moving(node):
+            pending += [reader for name in node.output for reader in view.readers(name)]
+        else:
+            found.append(node)
+    return found
 
 
 def at_output(view: View, quantize: NodeProto) -> bool:
@@ -89,7 +103,9 @@ def _serves_integer_kernel(view: View, quantize: NodeProto) -> bool:
         seen.add(name)
         for node in view.readers(name):
             if node.op_type in WEIGHTED:
-                return True
+                if view.is_quantized(node) or not view.is_matmul(node):
+                    return True
+                continue
             if node.op_type in ("Add", *AVERAGE_POOLS) and leads_to_conv(view, node.output[0]):
                 return True
             if node.op_type in ("DequantizeLinear", "QuantizeLinear") or view.is_moving(node):

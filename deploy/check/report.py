@@ -25,8 +25,10 @@ class Summary:
         num_nodes, num_quantize, num_dequantize: nodes in the file.
         num_convs, num_int8_convs, num_fp8_convs: weighted nodes, and those that run in INT8 and in FP8.
         num_output_convs: weighted nodes at the outputs, float by design.
+        num_matmuls, num_quantized_matmuls: products of two computed tensors (attention), and those with INT8 or FP8
+            operands.
         num_unmeasured: those whose multiply-accumulates are not known, because a shape is not.
-        macs, int8_macs: multiply-accumulates at batch 1 of all of them; None where some are not known.
+        macs, int8_macs: multiply-accumulates at batch 1 of all of these; None where some are not known.
         int8_share, fp8_share: share of the multiply-accumulates in INT8 and in FP8; None where some are not known.
         inner_int8_share, inner_fp8_share: the same without the output convs: of backbone, neck and head towers.
         precision_changes: places where a kernel has to change type or scale on its own.
@@ -39,6 +41,8 @@ class Summary:
     num_int8_convs: int
     num_fp8_convs: int
     num_output_convs: int
+    num_matmuls: int
+    num_quantized_matmuls: int
     num_unmeasured: int
     macs: int | None
     int8_macs: int | None
@@ -105,11 +109,11 @@ def inspect_model(
 def summarize_view(view: View, model: ModelProto) -> Summary:
     """Count convs, multiply-accumulates and precision changes."""
     num_quantize, num_dequantize = count_qdq(model)
-    weighted = view.weighted()
-    number, macs, inner = Counter[str](), Counter[str](), Counter[str]()  # by precision
-    for node in weighted:
+    weighted, matmuls = view.weighted(), view.matmuls()
+    number = Counter(view.node_precision(node) for node in weighted)
+    macs, inner = Counter[str](), Counter[str]()  # by precision
+    for node in [*weighted, *matmuls]:
         precision, count = view.node_precision(node), view.multiply_accumulates(node) or 0
-        number[precision] += 1
         macs[precision] += count
         if id(node) not in view.output_convs:
             inner[precision] += count
@@ -126,6 +130,8 @@ def summarize_view(view: View, model: ModelProto) -> Summary:
         num_int8_convs=number["int8"],
         num_fp8_convs=number["fp8"],
         num_output_convs=sum(id(node) in view.output_convs for node in weighted),
+        num_matmuls=len(matmuls),
+        num_quantized_matmuls=sum(view.is_quantized(node) for node in matmuls),
         num_unmeasured=len(view.unmeasured()),
         macs=macs.total() if is_known else None,
         int8_macs=macs["int8"] if is_known else None,

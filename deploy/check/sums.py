@@ -59,6 +59,8 @@ class _Tensors:
             return Kind.FLOAT
         if node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in self.view.fixed:
             return Kind.WEIGHTED
+        if self.view.is_matmul(node):
+            return Kind.MATMUL
         if self.view.is_moving(node):
             return Kind.CONCAT if node.op_type in CONCATS else Kind.TRANSPARENT
         is_sum = node.op_type in ADDS and len(self.sources(tensor)) == 2

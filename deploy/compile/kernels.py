@@ -35,7 +35,7 @@ _TENSOR = re.compile(
     r" ?\{ Name: (?P<name>.*?), Dimensions: \[(?P<dimensions>[-\d,]*)\], Strides: \[[-\d,]*\], "
     r"StrideOrder: \[[\d,]*\], Datatype: (?P<type>\w+), Format: (?P<format>[^}]*?) ?\}(?:,|$)"
 )
-_LAYER = re.compile(r"\[ONNX Layer: (?P<name>.*)\]")
+_LAYER = re.compile(r"\[ONNX Layer: (?P<name>.*)\](?:__gemm_from_conv1x1)?")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""What an engine does with a graph's convolutions: precision, fusions, bytes moved; and an FP16 build beside it."""
+"""What an engine does with a graph's convolutions and matrix products: precision, fusions, bytes moved.
+
+An FP16 build of the same graph stands beside it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from core.operators import RESIZE
 from deploy.compile.compiler import WITHOUT_INT8_CONVOLUTIONS, Compiled, Shapes, compile_graph
-from deploy.compile.kernels import Kernel, total_bytes
+from deploy.compile.kernels import BYTES, Kernel, total_bytes
 from deploy.graph.finding import Finding
 from deploy.graph.model import Graph, attributes
 from deploy.graph.passes import PassResult, fold_constants, run_pass
@@ -23,7 +26,7 @@ from deploy.targets.typed import strongly_typed
 
 PRECISIONS = {"Int8": "int8", "FP8": "fp8", "Half": "fp16", "BFloat16": "bf16", "Float": "fp32"}
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
-COMPUTING = frozenset({"correlation", "runtime_fusion"})  # kinds of kernels that convolutions run in
+COMPUTING = frozenset({"correlation", "gemm", "runtime_fusion"})  # kinds of kernels that layers run in
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class CompileReport:
         capability: the compute capability.
         version: of TensorRT for RTX.
         layers: every convolution and matrix product with weights, in the order of the graph.
+        matmuls: every product of two computed tensors, in the order of the graph.
         engine: the whole engine.
         fp16: the engine of the same graph without quantizers, in FP16.
         findings: where the compiler does not do what the file says.
@@ -72,6 +76,7 @@ class CompileReport:
     capability: str
     version: str
     layers: tuple[LayerBuild, ...]
+    matmuls: tuple[LayerBuild, ...]
     engine: BuildSummary
     fp16: BuildSummary
     findings: tuple[Finding, ...]
@@ -98,15 +103,17 @@ def inspect_build(
     shapes = _fixed(view)
     built = compile_graph(model, [capability], shapes)
     half = compile_graph(half_precision(model), [capability], shapes)
-    layers = tuple(_layers(view, built.kernels))
+    layers = tuple(_layers(view, view.weighted(), built.kernels))
+    matmuls = tuple(_layers(view, view.matmuls(), built.kernels))
     names = [node.name for node in view.weighted()]
     return CompileReport(
         capability,
         built.version,
         layers,
+        matmuls,
         _summary(built, [layer.precision for layer in layers]),
         _summary(half, [_precision(_kernel_of(name, half.kernels)) for name in names]),
-        tuple(_findings(view, layers, capability)),
+        tuple(_findings(view, (*layers, *matmuls), capability)),
     )
 
 
@@ -161,18 +168,22 @@ def _kernel_of(node: str, kernels: Sequence[Kernel]) -> Kernel | None:
     return next((k for k in kernels if k.kind in COMPUTING and node in k.nodes), None)
 
 
-def _precision(kernel: Kernel | None) -> str:
-    return "" if kernel is None else PRECISIONS.get(kernel.inputs[0].type, kernel.inputs[0].type.lower())
+def _precision(kernel: Kernel | None, num_operands: int = 1) -> str:
+    """Precision of the data that a kernel multiplies: the widest of its first inputs, the others are converted."""
+    if kernel is None:
+        return ""
+    read = max((tensor.type for tensor in kernel.inputs[:num_operands]), key=BYTES.__getitem__)
+    return PRECISIONS.get(read, read.lower())
 
 
-def _layers(view: View, kernels: Sequence[Kernel]) -> Iterator[LayerBuild]:
-    for node in view.weighted():
+def _layers(view: View, nodes: Sequence[NodeProto], kernels: Sequence[Kernel]) -> Iterator[LayerBuild]:
+    for node in nodes:
         kernel = _kernel_of(node.name, kernels)
         involved = [one for one in kernels if node.name in one.nodes]
         fused = dict.fromkeys(name for one in involved for name in one.nodes if name != node.name)
         yield LayerBuild(
             name=module_path(node.name) if view.is_ours else node.name,
-            precision=_precision(kernel),
+            precision=_precision(kernel, 2 if view.is_matmul(node) else 1),
             result=""
             if kernel is None
             else PRECISIONS.get(kernel.outputs[0].type, kernel.outputs[0].type.lower()),
@@ -188,7 +199,7 @@ def _summary(built: Compiled, precisions: Sequence[str]) -> BuildSummary:
 
 
 def _findings(view: View, layers: Sequence[LayerBuild], capability: str) -> Iterator[Finding]:
-    for node, layer in zip(view.weighted(), layers, strict=True):
+    for node, layer in zip([*view.weighted(), *view.matmuls()], layers, strict=True):
         if not layer.precision:
             yield Finding(
                 layer.name,

@@ -23,6 +23,7 @@ from deploy.graph.model import Array, Graph, attributes, stored_metadata, stored
 from deploy.graph.passes import drop_identities
 
 WEIGHTED = frozenset(OPERATORS[Kind.WEIGHTED].onnx)
+MATMULS = OPERATORS[Kind.MATMUL].onnx
 AVERAGE_POOLS = OPERATORS[Kind.AVERAGE].onnx
 CONCATS = OPERATORS[Kind.CONCAT].onnx
 MOVING = frozenset((*OPERATORS[Kind.TRANSPARENT].onnx, *CONCATS))
@@ -135,6 +136,19 @@ class View:
             if node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in self.fixed
         ]
 
+    def matmuls(self) -> list[NodeProto]:
+        """Products of two computed tensors inside the network: a layer comes behind them."""
+        return [
+            node
+            for node in self.graph.nodes
+            if self.is_matmul(node)
+            and any(reader.op_type in WEIGHTED for reader in reached(self, node.output[0]))
+        ]
+
+    def is_matmul(self, node: NodeProto) -> bool:
+        """Whether a node multiplies two computed tensors."""
+        return node.op_type in MATMULS and not any(name in self.fixed for name in node.input)
+
     def quantization(self, node: NodeProto) -> Quantization:
         """Parameters of a Q or DQ node."""
         axis = attributes(node).get("axis", 1)
@@ -204,18 +218,29 @@ class View:
     def is_quantized(self, node: NodeProto) -> bool:
         """Whether a weighted node runs in INT8 or FP8: its weights are, one scale is on all of its data, and see below.
 
-        Data and weights have codes of one known kind. ONNX Runtime's convs also ask for a Q on their result.
+        Data and weights have codes of one known kind. ONNX Runtime's convs also ask for a Q on their result. A product
+        of two computed tensors has one scale on each of them.
         """
         kinds = self.code_kinds(node)
         if len(kinds) != 1 or not kinds <= KNOWN_KINDS or self.lacks_result_quantizer(node):
             return False
-        found = [self.dequantizer(root) for root in self.roots(node.input[0])]
+        return all(len(self.scales_of(name)) == 1 for name in self.data_of(node))
+
+    def data_of(self, node: NodeProto) -> list[str]:
+        """The computed tensors that a weighted node or a product of two tensors multiplies."""
+        return list(node.input[:2]) if self.is_matmul(node) else [node.input[0]]
+
+    def scales_of(self, tensor: str) -> set[tuple[float, int]]:
+        """Scales of the DQ that a tensor comes from; empty where one is missing or has no single scale."""
+        found = [self.dequantizer(root) for root in self.roots(tensor)]
         keys = {self.quantization(dq).key if dq is not None else None for dq in found}
-        return len(keys) == 1 and None not in keys
+        return {key for key in keys if key is not None} if None not in keys else set()
 
     def code_kinds(self, node: NodeProto) -> set[str]:
-        """Kinds of codes of a weighted node's data and weight; empty where one is not quantized."""
-        found = [self.weight_dequantizer(node), *map(self.dequantizer, self.roots(node.input[0]))]
+        """Kinds of codes of what a node multiplies; empty where one of the two is not quantized."""
+        found = [self.dequantizer(root) for name in self.data_of(node) for root in self.roots(name)]
+        if not self.is_matmul(node):
+            found.append(self.weight_dequantizer(node))
         return set() if None in found else {self.code_kind(dq) for dq in found if dq is not None}
 
     def code_kind(self, dequantize: NodeProto) -> str:
@@ -234,7 +259,7 @@ class View:
 
     # ------------------------------------------------------------------------------------------------------ numbers
     def multiply_accumulates(self, node: NodeProto) -> int | None:
-        """Products of one weighted node at batch 1; None where a shape is unknown."""
+        """Products of one weighted node, or of two tensors, at batch 1; None where a shape is unknown."""
         weight, result = self.shapes.get(node.input[1]), self.shapes.get(node.output[0])
         if not weight or result is None or None in weight or None in result:
             return None
@@ -252,8 +277,9 @@ class View:
         return outputs * shared
 
     def unmeasured(self) -> list[NodeProto]:
-        """Weighted nodes whose products cannot be counted."""
-        return [node for node in self.weighted() if self.multiply_accumulates(node) is None]
+        """Weighted nodes, and products of two tensors, whose multiply-accumulates cannot be counted."""
+        nodes = [*self.weighted(), *self.matmuls()]
+        return [node for node in nodes if self.multiply_accumulates(node) is None]
 
     def float_type(self, tensor: str) -> str:
         """Float type of a tensor, such as "fp32"; empty for integers and unknown types."""
@@ -261,7 +287,7 @@ class View:
 
     def node_precision(self, node: NodeProto) -> str:
         """Precision an engine will run a node in: int8, fp8, fp16, bf16, fp32 or other."""
-        if node.op_type in WEIGHTED and node.input[1] in self.fixed:
+        if node.op_type in WEIGHTED and (node.input[1] in self.fixed or self.is_matmul(node)):
             kinds = self.code_kinds(node)
             if self.is_quantized(node):
                 return kinds.pop()

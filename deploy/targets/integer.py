@@ -10,16 +10,17 @@ missing:
 3. conv -> SiLU: the conv's result x gets 8 bits of its own, the sigmoid 1/256 steps, so that conv, sigmoid and
    product are integer kernels. This is one rounding more than torch saw. The range of x comes from images where they
    are given.
-4. the conv branch of a residual sum: the grid of the sum;
-5. conv -> activation in front of a layer that stays float (the last hidden ones of a head): the conv's result gets 8
-   bits, what follows is float. Only where images give the range; without them these convs run in float.
+4. the conv branch of a residual sum, with or without activation: the grid of the sum;
+5. conv -> activation in front of a layer that stays float (the last hidden ones of a head), or conv without activation
+   in front of a float operator (the queries and keys of float attention): the conv's result gets 8 bits, what follows
+   is float. Only where images give the range; without them these convs run in float.
 
 Steps 3 and 5 change results by a rounding; the export's report says by how much, against the graph without this pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,7 @@ from onnx import ModelProto, NodeProto, helper
 from core.operators import OPERATORS, RESIZE, Kind
 from deploy.graph.model import Graph
 from deploy.graph.passes import GraphPass, PassRequest, PassResult
+from deploy.targets.typed import tail_nodes
 from deploy.targets.unsigned import unsigned_activations
 
 TRANSPARENT = frozenset((*OPERATORS[Kind.TRANSPARENT].onnx, *OPERATORS[Kind.CONCAT].onnx, *RESIZE.onnx))
@@ -83,11 +85,12 @@ def integer_operators(histograms: Mapping[str, Histogram] | None = None) -> Grap
     def integer_operators(graph: Graph) -> PassResult:
         editor = _Editor(graph)
         editor.carry_scales()
+        tail = tail_nodes(graph)
         for conv in [node for node in graph.nodes if is_quantized_conv(graph, node)]:
-            activation = _activation_of(graph, conv)
+            activation = _activation_of(graph, conv, tail)
             if activation is None:
                 continue
-            grid = editor.result_grid(activation.result)
+            grid = editor.result_grid(activation)
             if grid is None:
                 if conv.output[0] in known:
                     editor.quantize_result(conv, activation, known[conv.output[0]])
@@ -96,7 +99,7 @@ def integer_operators(histograms: Mapping[str, Histogram] | None = None) -> Grap
                 histogram = known.get(conv.output[0]) or assumed_histogram(grid.scale)
                 editor.quantize(conv.output[0], choose_grid(histogram, grid.scale))
                 editor.quantize(activation.sigmoid, SIGMOID_GRID)
-            else:
+            elif activation.result != conv.output[0]:
                 editor.clip_codes(conv.output[0], activation.result, grid)
             editor.quantize_unless_quantized(activation.result, grid)
         editor.carry_scales()
@@ -108,14 +111,15 @@ def integer_operators(histograms: Mapping[str, Histogram] | None = None) -> Grap
 def preactivations(graph: Graph) -> list[str]:
     """Names of the conv outputs whose histograms this pass asks for: those before a SiLU, or with a float reader."""
     editor = _Editor(graph)
+    tail = tail_nodes(graph)
     names = []
     for node in graph.nodes:
         if node.op_type != "Conv" or not all(_is_behind_quantizers(graph, name) for name in node.input[:2]):
             continue
-        activation = _activation_of(graph, node)
+        activation = _activation_of(graph, node, tail)
         if activation is None:
             continue
-        if activation.sigmoid is not None or editor.result_grid(activation.result) is None:
+        if activation.sigmoid is not None or editor.result_grid(activation) is None:
             names.append(node.output[0])
     return names
 
@@ -142,11 +146,13 @@ def _is_dequantized(graph: Graph, tensor: str) -> bool:
 # ----------------------------------------------------------------------------------------------------- activations
 @dataclass(frozen=True)
 class _Activation:
-    result: str
-    sigmoid: str | None  # output of the Sigmoid for a SiLU, None for a ReLU
+    result: str  # the conv's own result where there is no activation
+    sigmoid: str | None  # output of the Sigmoid for a SiLU, else None
+    is_read_in_float: bool = False  # without activation: some operator but a sum reads the result in float
 
 
-def _activation_of(graph: Graph, conv: NodeProto) -> _Activation | None:
+def _activation_of(graph: Graph, conv: NodeProto, tail: Container[int]) -> _Activation | None:
+    """The activation behind a conv; None for one that this pass does not know, and for convs at the outputs."""
     readers = graph.consumers.get(conv.output[0], [])
     kinds = sorted(reader.op_type for reader in readers)
     if kinds == ["Relu"]:
@@ -157,7 +163,24 @@ def _activation_of(graph: Graph, conv: NodeProto) -> _Activation | None:
             sigmoid.output[0]
         ] == [product]:
             return _Activation(product.output[0], sigmoid.output[0])
+    if conv.output[0] in graph.outputs or any(id(reader) in tail for reader in readers):
+        return None
+    if kinds == ["Add"]:
+        return _Activation(conv.output[0], None)
+    if kinds and set(kinds) <= TRANSPARENT:
+        return _Activation(conv.output[0], None, _is_read_in_float(graph, conv.output[0]))
     return None
+
+
+def _is_read_in_float(graph: Graph, tensor: str) -> bool:
+    """Whether an operator behind a tensor, moving ones aside, is no Q."""
+    for node in graph.consumers.get(tensor, []):
+        if node.op_type in TRANSPARENT:
+            if any(_is_read_in_float(graph, result) for result in node.output):
+                return True
+        elif node.op_type != "QuantizeLinear":
+            return True
+    return False
 
 
 def silu(values: Floats) -> Floats:
@@ -200,6 +223,14 @@ def choose_positive_grid(histogram: Histogram) -> Grid:
     return Grid(float(ends[int(np.argmin(errors))]) / 255, 0)
 
 
+def choose_signed_grid(histogram: Histogram) -> Grid:
+    """The grid on both sides of zero that changes x least in the mean square."""
+    x, weight = histogram.centres, histogram.counts
+    end = max(abs(histogram.low), abs(histogram.high), 1e-3)
+    grids = [Grid(float(high) / 127, 128) for high in np.geomspace(0.02, 1, NUM_CANDIDATES**2) * end]
+    return min(grids, key=lambda grid: float(weight @ (grid.round(x) - x) ** 2))
+
+
 # ------------------------------------------------------------------------------------------------------------ edits
 class _Editor:
     """Adds Q/DQ pairs to a graph and counts them."""
@@ -222,8 +253,11 @@ class _Editor:
                 for result in node.output:
                     self.quantize_unless_quantized(result, grid)
 
-    def result_grid(self, tensor: str) -> Grid | None:
+    def result_grid(self, activation: _Activation) -> Grid | None:
         """The one grid that a result is quantized to, behind moving operators or the sum it enters; or None."""
+        if activation.is_read_in_float:
+            return None
+        tensor = activation.result
         grids = self._grids_behind(tensor)
         readers = self.graph.consumers.get(tensor, [])
         if not grids and len(readers) == 1 and readers[0].op_type == "Add":
@@ -245,6 +279,8 @@ class _Editor:
         """Step 5."""
         if activation.sigmoid is not None:
             self.quantize(conv.output[0], choose_grid(histogram))
+        elif activation.result == conv.output[0]:
+            self.quantize(conv.output[0], choose_signed_grid(histogram))
         else:
             self.clip_codes(conv.output[0], activation.result, choose_positive_grid(histogram))
 

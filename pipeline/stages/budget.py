@@ -82,7 +82,12 @@ def _write(job: Job, model: fx.GraphModule, result: BudgetResult, target: float)
     macs: Counter[str] = Counter()
     for layer in facts.layers:  # a layer that runs several times is listed as often
         macs[layer.name] += layer.macs
-    layers = {group.name: group.layers for group in placement_of(model).groups}
+    placement = placement_of(model)
+    layers = {
+        group.name: (*group.layers, *(site.name for site in placement.matmuls if group.name in site.groups))
+        for group in placement.groups
+    }
+    floating = {layer for unit in result.units for layer in layers[unit]}
     costs = {unit: sum(macs[layer] for layer in layers[unit]) for unit in result.units}
     content = {
         "target_ap": target,
@@ -91,7 +96,7 @@ def _write(job: Job, model: fx.GraphModule, result: BudgetResult, target: float)
         "float_units": [
             {"unit": unit, "layers": list(layers[unit]), "macs": cost} for unit, cost in costs.items()
         ],
-        "float_macs_share": sum(costs.values()) / facts.macs,
+        "float_macs_share": sum(macs[layer] for layer in floating) / facts.macs,
         "trials": [vars(trial) for trial in result.trials],
     }
     job.run.write_json(BUDGET, content)

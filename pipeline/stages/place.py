@@ -60,6 +60,7 @@ def make_placement(job: Job) -> Placement:
         activation_bits=config.activations.bits,
         edge_bits=config.edge_bits,
         unsigned=config.activations.unsigned,
+        attention=config.attention,
         share_concat_scales=config.share_concat_scales != "none",
         grid=config.grid,
     )
@@ -156,7 +157,8 @@ def placement_settings(config: Config) -> Sequence[str]:
     return tuple(
         f"quant.{name}"
         for name in (
-            "grid", "share_concat_scales", "weights", "activations", "edge_bits", "float_patterns", "policy",
+            "grid", "attention", "share_concat_scales", "weights", "activations", "edge_bits", "float_patterns",
+            "policy",
         )
     )  # fmt: skip
 

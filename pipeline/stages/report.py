@@ -127,7 +127,7 @@ def _model_facts(job: Job) -> dict[str, Any] | None:
     if not job.run.path(FLOAT_MODEL).exists():
         return None
     path = job.run.path("placement.yaml")
-    grids = {site.layer: site.grid.name for site in load_placement(path).weights} if path.exists() else {}
+    grids = _grids(load_placement(path)) if path.exists() else {}
     facts = measure_network(job.networks.detector.network, job.config.data.input_size)
     layers: dict[str, dict[str, Any]] = {}
     shares: dict[str, float] = {}
@@ -152,6 +152,13 @@ def _model_facts(job: Job) -> dict[str, Any] | None:
         "shares": dict(sorted(shares.items())),
         "layers": list(layers.values()),
     }
+
+
+def _grids(placement: Placement) -> dict[str, str]:
+    """Layers and products of two tensors that are quantized -> name of their grid."""
+    of_group = {group.name: group.grid.name for group in placement.groups}
+    grids = {site.layer: site.grid.name for site in placement.weights}
+    return grids | {site.name: of_group[site.groups[0]] for site in placement.matmuls}
 
 
 def _findings(job: Job) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import yaml
 from core.choices import INTEGER
 from core.errors import PlacementError
 from core.grid import Grid
-from quant.placement.placement import Group, Placement, TensorSite, WeightSite
+from quant.placement.placement import Group, MatmulSite, Placement, TensorSite, WeightSite
 from quant.placement.policy import Rule
 
 
@@ -60,7 +60,8 @@ def parse_placement(text: str, path: str) -> Placement:
     try:
         groups = tuple(_group(entry) for entry in content["groups"])
         weights = tuple(_weight(entry) for entry in content["weights"])
-        return Placement(groups, weights, dict(content["kept_float"]), dict(content["concats"]))
+        matmuls = tuple(_matmul(entry) for entry in content.get("matmuls", ()))
+        return Placement(groups, weights, dict(content["kept_float"]), dict(content["concats"]), matmuls)
     except (KeyError, TypeError, ValueError) as error:
         raise PlacementError(
             f"{path} is not a placement ({error}): start from the placement.yaml of a run"
@@ -87,6 +88,11 @@ def _weight(entry: dict[str, Any]) -> WeightSite:
     bits, kind = entry.pop("bits"), entry.pop("grid", INTEGER)
     Rule(entry["layer"], bits=bits, grid=kind)
     return WeightSite(grid=Grid(bits, symmetric=True, kind=kind), **entry)
+
+
+def _matmul(entry: dict[str, Any]) -> MatmulSite:
+    first, second = entry["groups"]
+    return MatmulSite(entry["name"], entry["node"], (first, second))
 
 
 def _sites(sites: list[dict[str, Any]]) -> tuple[TensorSite, ...]:

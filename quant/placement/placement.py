@@ -48,20 +48,31 @@ class WeightSite:
 
 
 @dataclass(frozen=True)
+class MatmulSite:
+    """One quantized product of two tensors: its readable name, its node, and the groups that feed its operands."""
+
+    name: str
+    node: str
+    groups: tuple[str, str]
+
+
+@dataclass(frozen=True)
 class Placement:
     """The whole placement; plain data.
 
     Attributes:
         groups: activation groups in graph order.
         weights: layers with quantized weights in graph order.
-        kept_float: weighted layers left in float, with the reason.
+        kept_float: weighted layers and products of two tensors left in float, with the reason.
         concats: every concat that quantized data passes, and whether its inputs share one scale.
+        matmuls: products of two tensors that are quantized, in graph order.
     """
 
     groups: tuple[Group, ...]
     weights: tuple[WeightSite, ...]
     kept_float: dict[str, str] = field(default_factory=dict)
     concats: dict[str, bool] = field(default_factory=dict)
+    matmuls: tuple[MatmulSite, ...] = ()
 
     def describe(self) -> str:
         """As a tree: one line per group, its tensors and layers below; then what is float, and the concats."""
@@ -73,6 +84,7 @@ class Placement:
             lines.append(f"{group.name}  ({width}{scale}, {len(group.tensors)} tensors)")
             lines += [f"  tensor {tensor.name} -> {', '.join(tensor.users)}" for tensor in group.tensors]
             lines += [f"  layer  {layer}" for layer in group.layers]
+            lines += [f"  matmul {site.name}" for site in self.matmuls if group.name in site.groups]
         lines += [f"float: {name} ({reason})" for name, reason in self.kept_float.items()]
         lines += [
             f"concat {name}: {'one scale over its inputs' if shared else 'own scale'}"

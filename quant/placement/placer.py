@@ -21,11 +21,11 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from core.choices import INTEGER
+from core.choices import ATTENTION, INTEGER
 from core.grid import FP8_E4M3, FP8_WEIGHTS, Grid
 from core.operators import Kind, fused_summand, narrow_reason
 from quant.graph import WEIGHTED_MODULES, inputs_of, is_nonnegative, kind_of, paths_of, trace
-from quant.placement.placement import Group, Placement, TensorSite, WeightSite
+from quant.placement.placement import Group, MatmulSite, Placement, TensorSite, WeightSite
 from quant.placement.policy import Policy, Rule
 
 
@@ -45,6 +45,8 @@ class PlacementOptions:
         unsigned: whether groups that are never negative (behind a ReLU or sigmoid; images, which are in [0, 1]) use
             codes from 0 to 255: half the step for the same range. CPU engines run it, TensorRT takes signed codes only.
             FP8 groups are signed.
+        attention: of products of two tensors `float` leaves all in float, `matmul` quantizes both operands. Their
+            convolutions are quantized in either case.
         grid: kind of the grids, `integer` or `fp8`. Weights take the kind of the group that their layer reads; FP8 has
             no use for the widths above.
     """
@@ -56,6 +58,7 @@ class PlacementOptions:
     quantize_outputs: bool = False
     quantize_narrow: bool = False
     unsigned: bool = False
+    attention: str = ATTENTION[0]
     grid: str = INTEGER
 
 
@@ -97,7 +100,9 @@ class _Placer:
         for node in weighted:
             self._decide(node)
         quantized = [node for node in weighted if str(node.target) not in self.kept_float]
+        matmuls = self._matmuls()
         pending: list[tuple[fx.Node, fx.Node]] = [(node, inputs_of(node)[0]) for node in quantized]
+        pending += [(node, operand) for node in matmuls for operand in inputs_of(node)]
         expanded: set[fx.Node] = set()
         while pending:
             reader, tensor = pending.pop(0)
@@ -113,15 +118,17 @@ class _Placer:
         layers = dict.fromkeys(str(node.target) for node in quantized)
         edges = {str(node.target) for node in quantized if self._is_edge(node)}
         weights = tuple(self._weight_site(layer, owner[layer], layer in edges) for layer in layers)
-        return Placement(tuple(groups), weights, self.kept_float, self.concats)
+        sites = tuple(self._matmul_site(node, groups) for node in matmuls)
+        return Placement(tuple(groups), weights, self.kept_float, self.concats, sites)
 
     def _check_policy(self, groups: list[Group]) -> None:
         layers = [str(node.target) for node in self.nodes if self.kinds[node] is Kind.WEIGHTED]
+        layers += [self.paths[node] for node in self.nodes if self.kinds[node] is Kind.MATMUL]
         concats = [self.paths[node] for node in self.nodes if self.kinds[node] is Kind.CONCAT]
         producers = [
             self.paths[node]
             for node in self.nodes
-            if self.kinds[node] in {Kind.FLOAT, Kind.ADD, Kind.AVERAGE}
+            if self.kinds[node] in {Kind.FLOAT, Kind.ADD, Kind.AVERAGE, Kind.MATMUL}
         ]
         self.policy.check(
             layers, producers + [site.name for group in groups for site in group.tensors], concats
@@ -143,6 +150,28 @@ class _Placer:
             reason = self._narrow(node)
         if reason:
             self.kept_float[path] = reason
+
+    def _matmuls(self) -> list[fx.Node]:
+        """Products of two tensors that are quantized; notes the reason of each other one."""
+        found = []
+        for node in self.nodes:
+            if self.kinds[node] is not Kind.MATMUL:
+                continue
+            path = self.paths[node]
+            tensors = [self.paths[s] for operand in inputs_of(node) for s in self._peek(operand)]
+            rule = self.policy.decisive("keep_float", [path, *tensors])
+            reason = None
+            if rule is not None:
+                reason = f"policy rule {rule.match}" if rule.keep_float else None
+            elif self.options.attention == "float":
+                reason = "a product of two tensors"
+            elif not self.options.quantize_outputs and self._is_output(node):
+                reason = "its result leaves the network"
+            if reason:
+                self.kept_float[path] = reason
+            else:
+                found.append(node)
+        return found
 
     def _is_output(self, node: fx.Node) -> bool:
         """Whether the result is an answer of the network.
@@ -300,6 +329,11 @@ class _Placer:
             observer=self.policy.lookup("observer", names),
             scale=self.policy.lookup("scale", names),
         )
+
+    def _matmul_site(self, node: fx.Node, groups: list[Group]) -> MatmulSite:
+        feeding = {site.node: group.name for group in groups for site in group.tensors}
+        first, second = (feeding[next(self._walk(node, operand)).name] for operand in inputs_of(node))
+        return MatmulSite(self.paths[node], node.name, (first, second))
 
     def _is_nonnegative(self, node: fx.Node) -> bool:
         """Whether no value of a tensor can be below 0, images being in [0, 1]."""

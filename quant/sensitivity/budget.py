@@ -106,7 +106,14 @@ def without_units(placement: Placement, units: Sequence[str], reason: str) -> Pl
         for site in placement.weights
         if site.layer in feeding
     )
+    names = {group.name for group in groups}
+    matmuls = tuple(site for site in placement.matmuls if names.issuperset(site.groups))
     lost = {site.layer: reason for site in placement.weights if site.layer not in feeding}
+    lost |= {site.name: reason for site in placement.matmuls if site not in matmuls}
     return dataclasses.replace(
-        placement, groups=groups, weights=weights, kept_float={**placement.kept_float, **lost}
+        placement,
+        groups=groups,
+        weights=weights,
+        kept_float={**placement.kept_float, **lost},
+        matmuls=matmuls,
     )

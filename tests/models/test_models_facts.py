@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import build_detector, fold_detector, measure_network
 from models.facts import count_parameters
+from quant import place
 
 
 def test_counts_of_a_small_network_by_hand() -> None:
@@ -24,7 +25,20 @@ def test_counts_of_a_small_network_by_hand() -> None:
     assert facts.strides == (1,)
 
 
-@pytest.mark.parametrize("architecture", ["yolov9t", "yolov9e"])
+def test_products_of_two_tensors_are_counted_under_their_placements_names() -> None:
+    """YOLO11n has one attention block: 2 heads, 2 x 3 cells at 64 x 96, 32 channels for keys and 64 for values."""
+    with torch.device("meta"):
+        network = build_detector("yolo11n", 80).network.eval()
+    products = [layer for layer in measure_network(network, (64, 96)).layers if layer.kind == "MatMul"]
+    name = "neck.spp.attention.blocks.0.attention.matmul"
+    assert [(layer.name, layer.macs) for layer in products] == [
+        (f"{name}_0", 2 * 6 * 6 * 32),
+        (f"{name}_1", 2 * 6 * 6 * 64),
+    ]
+    assert {layer.name for layer in products} <= set(place(network).kept_float)
+
+
+@pytest.mark.parametrize("architecture", ["yolov9t", "yolov9e", "yolo11n"])
 def test_counts_equal_torchs_counter(architecture: str) -> None:
     with torch.device("meta"):
         network = build_detector(architecture, 80).network.eval()
