@@ -11,6 +11,7 @@ from core.errors import DataError
 from core.names import MAX_SHOWN
 
 FAULTS_SHOWN = 5  # in one message
+DUPLICATES = "Left out {number} objects that repeat another of the same image exactly"
 
 _log = logging.getLogger(__name__)
 

@@ -18,9 +18,8 @@ from core.errors import DataError
 from core.names import listing
 from data.formats import coco_fields as fields
 from data.formats.corners import Corners
-from data.formats.yolo_labels import DUPLICATES
 from data.images import ImageHeader, scan_images
-from data.inventory import Inventory
+from data.inventory import DUPLICATES, Inventory
 from data.masks import Segmentation, parse_segmentation
 from data.samples import ImageRecord
 from data.text import read_text
@@ -34,24 +33,24 @@ FRACTIONS = 0.5  # share of boxes within 0 to 1 from which on they are taken for
 
 
 class _Entry(NamedTuple):
-    """One annotation: class, box as x y width height, crowd, area, its mask as the file has it, and its place."""
+    """One annotation: class, box as x y width height, crowd, area, its mask as in the file, and its position there."""
 
     label: int
     box: list[float]
     crowd: bool
     area: float
     segmentation: Any
-    place: str
+    position: int
 
 
 @dataclass
 class _Image:
-    """One image as the file describes it; height and width are None where it does not say."""
+    """One image as the file describes it, and its index there; height and width are None where it does not say."""
 
     name: str
     height: int | None
     width: int | None
-    place: str
+    index: int
     entries: list[_Entry] = field(default_factory=list)
 
 
@@ -107,9 +106,9 @@ def read_coco(
     reader = _Reader(annotation_file, inventory)
     names = reader.categories(content["categories"])
     images = reader.images(content["images"])
+    inventory.refuse()
     if not images or not names:
         raise DataError(f"{annotation_file} is empty: {len(images)} images, {len(names)} categories.")
-    inventory.refuse()
     reader.annotations(content["annotations"])
     inventory.refuse()
     ids, order = fields.number_images(list(images), inventory)
@@ -120,7 +119,7 @@ def read_coco(
     headers = scan_images(paths, verify, cache_dir, inventory)
     corners = Corners("x, y, width, height")
     records = [
-        _record(path, number, image, header, segments, corners, inventory)
+        _record(path, number, image, header, annotation_file, segments, corners, inventory)
         for path, number, image, header in zip(paths, ids, chosen, headers, strict=True)
         if header is not None
     ]
@@ -160,7 +159,7 @@ class _Reader:
         """Class names, by sorted id, or in the file's order where an id is a text."""
         found = [
             (fields.read_id(entry.get("id"), f"{place}: id", self.inventory), entry.get("name"), place)
-            for place, entry in self._entries("categories", table)
+            for _, place, entry in self._entries("categories", table)
         ]
         for twice in fields.repeated([key for key, *_ in found]):
             names = [repr(name) for key, name, _ in found if repr(key) == twice]
@@ -175,7 +174,7 @@ class _Reader:
     def images(self, table: list[Any]) -> dict[fields.Id, _Image]:
         """Images by id, in the file's order."""
         place_of: dict[str, str] = {}
-        for place, entry in self._entries("images", table):
+        for index, place, entry in self._entries("images", table):
             key = fields.read_id(entry.get("id"), f"{place}: id", self.inventory)
             name = fields.read_text(entry.get("file_name"), f"{place}: file_name", self.inventory)
             height, width = (
@@ -192,7 +191,7 @@ class _Reader:
                     "time with a part of its objects; give both one entry."
                 )
             place_of.setdefault(name, place.removeprefix(f"{self.file}: "))
-            self.image_of[key] = _Image(name, height, width, place)
+            self.image_of[key] = _Image(name, height, width, index)
         return self.image_of
 
     def annotations(self, table: list[Any]) -> None:
@@ -200,7 +199,7 @@ class _Reader:
         seen: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
         tiny = 0
         first = ""
-        for place, entry in self._entries("annotations", table):
+        for index, place, entry in self._entries("annotations", table):
             label = self._find(entry, "category_id", place, self.class_of, "categories")
             image = self._find(entry, "image_id", place, self.image_of, "images")
             box = fields.read_box(entry.get("bbox"), f"{place}: bbox", self.inventory)
@@ -216,7 +215,7 @@ class _Reader:
             if 0 < max(box) <= 1:
                 tiny += 1
                 first = first or f"{place}: bbox is {box}"
-            image.entries.append(_Entry(label, box, crowd, area, entry.get("segmentation"), place))
+            image.entries.append(_Entry(label, box, crowd, area, entry.get("segmentation"), index))
         if tiny and tiny >= FRACTIONS * len(table):
             self.inventory.fault(
                 f"{first}. {tiny} of {len(table)} boxes lie within 0 to 1: these are fractions of the image size, "
@@ -239,12 +238,12 @@ class _Reader:
             return None
         return known[value]
 
-    def _entries(self, name: str, table: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(place, entry) of a table; an entry that is no JSON object is a fault."""
+    def _entries(self, name: str, table: list[Any]) -> Iterator[tuple[int, str, dict[str, Any]]]:
+        """(index, place, entry) of a table; an entry that is no JSON object is a fault."""
         for index, entry in enumerate(table):
             place = f"{self.file}: {name}[{index}]"
             if isinstance(entry, dict):
-                yield place, entry
+                yield index, place, entry
             else:
                 self.inventory.fault(f"{self.file} is not COCO JSON: {name}[{index}] is {entry!r}.")
 
@@ -283,6 +282,7 @@ def _record(
     number: int,
     image: _Image,
     header: ImageHeader,
+    file: Path,
     segments: bool,
     corners: Corners,
     inventory: Inventory,
@@ -292,30 +292,35 @@ def _record(
     size = header.size(apply_orientation)
     if any(side not in (None, found) for side, found in zip(declared, size, strict=True)):
         inventory.fault(
-            f"{image.place}: {path} is declared {declared[0]} high and {declared[1]} wide, but the file has "
-            f"{size[0]} and {size[1]}. The boxes refer to another version of the image; correct one of the two."
+            f"{file}: images[{image.index}]: {path} is declared {declared[0]} high and {declared[1]} wide, but the "
+            f"file has {size[0]} and {size[1]}. The boxes refer to another version of the image; correct one of them."
         )
     entries = image.entries
     for entry in entries:
         x, y, width, height = entry.box
         leaves = x + width > 1.02 * size[1] + 1 or y + height > 1.02 * size[0] + 1
-        corners.add(entry.box, leaves, f"{entry.place}: bbox")
+        corners.add(entry.box, leaves, f"{file}: annotations[{entry.position}]: bbox")
     labels = np.array([entry.label for entry in entries], np.int64)
     boxes = np.array([entry.box for entry in entries], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     crowd = np.array([entry.crowd for entry in entries], bool)
     areas = np.array([entry.area for entry in entries], np.float64)
-    masks = [_segmentation(entry, size, path.name, inventory) for entry in entries] if segments else None
+    masks = (
+        [_segmentation(entry, size, path.name, file, inventory) for entry in entries] if segments else None
+    )
     return ImageRecord(path, number, size, boxes, labels, crowd, areas, apply_orientation, masks)
 
 
-def _segmentation(entry: _Entry, size: tuple[int, int], name: str, inventory: Inventory) -> Segmentation:
+def _segmentation(
+    entry: _Entry, size: tuple[int, int], name: str, file: Path, inventory: Inventory
+) -> Segmentation:
     try:
         return parse_segmentation(entry.segmentation, size)
     except ValueError as error:
         box = ", ".join(f"{value:g}" for value in entry.box)
         inventory.fault(
-            f"{entry.place}: the object of {name} with bbox [{box}] has as segmentation {error}. A segmentation "
-            "network needs a mask for every object; correct the annotation, or use a detection network."
+            f"{file}: annotations[{entry.position}]: the object of {name} with bbox [{box}] has as segmentation "
+            f"{error}. A segmentation network needs a mask for every object; correct the annotation, or use a "
+            "detection network."
         )
         return []

@@ -68,19 +68,21 @@ def read_yolo(
     files.account(sources)
     inventory.refuse()
     headers = scan_images(paths, verify, cache_dir, inventory)
-    records = []
-    for number, (path, objects, header) in enumerate(zip(paths, labels, headers, strict=True), start=1):
-        if header is None:
-            continue
-        size = header.size()
-        classes, boxes = (objects or Labels()).in_pixels(size)
-        outlines = (objects or Labels()).outlines(size) if segments else None
-        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        if outlines is not None:
-            areas = np.array([polygon_area(outline) for outline in outlines], np.float64)
-        crowd = np.zeros(len(classes), bool)
-        records.append(ImageRecord(path, number, size, boxes, classes, crowd, areas, segments=outlines))
-    return names, records
+    return names, [
+        _record(path, number, objects or Labels(), header.size(), segments)
+        for number, (path, objects, header) in enumerate(zip(paths, labels, headers, strict=True), start=1)
+        if header is not None
+    ]
+
+
+def _record(path: Path, number: int, labels: Labels, size: tuple[int, int], segments: bool) -> ImageRecord:
+    classes, boxes = labels.in_pixels(size)
+    outlines = labels.outlines(size) if segments else None
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    if outlines is not None:
+        areas = np.array([polygon_area(outline) for outline in outlines], np.float64)
+    crowd = np.zeros(len(classes), bool)
+    return ImageRecord(path, number, size, boxes, classes, crowd, areas, segments=outlines)
 
 
 def names_split(yaml_file: Path, split: str) -> bool:
@@ -118,6 +120,12 @@ def _class_names(config: dict[str, Any], yaml_file: Path) -> tuple[str, ...]:
     if count is not None and count != len(names):
         raise DataError(
             f"{yaml_file}: nc is {count!r} but names has {len(names)} entries; remove nc or correct names."
+        )
+    odd = [name for name in names if isinstance(name, bool) or not isinstance(name, str | int | float)]
+    if odd:
+        raise DataError(
+            f"{yaml_file}: names has {odd[0]!r}, which YAML makes of yes, no, on, off, null or a nested list; write "
+            "class names in quotes."
         )
     return tuple(str(name) for name in names)
 

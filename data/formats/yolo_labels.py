@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from core.errors import DataError
 from data.formats.corners import Corners
-from data.inventory import Inventory
+from data.inventory import DUPLICATES, Inventory
 from data.masks import Outlines
 from data.text import read_text
 
@@ -24,7 +24,6 @@ BOX = 5  # columns: class, centre x, centre y, width, height
 TRACKER = 7  # a box, confidence, identity
 KEYPOINT_SHARE = 0.8  # of the long lines that must read as keypoints before they are taken for such
 LEAST_AMONG_BOXES = 3  # one outline in six reads as keypoints by chance
-DUPLICATES = "Left out {number} objects that repeat another of the same image exactly"
 LENGTHS_SHOWN = 6
 PLACES_SHOWN = 3
 
@@ -40,13 +39,11 @@ class Labels:
         classes: of each.
         boxes: x1, y1, x2, y2 of each.
         points: outline x, y, x, y, ... of each; empty for a box.
-        places: file and line of each.
     """
 
     classes: list[int] = field(default_factory=list)
     boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
     points: list[list[float]] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
 
     def in_pixels(self, size: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Classes [N] and boxes [N, 4], clipped to an image of that (height, width)."""
@@ -111,7 +108,6 @@ class LabelReader:
             labels.classes.append(label)
             labels.boxes.append(box)
             labels.points.append(points)
-            labels.places.append(place)
         return labels
 
     def _parse(self, line: str, place: str) -> Parsed | None:

@@ -75,6 +75,8 @@ def test_bad_label_line(yolo_root: Path, line: str, message: str):
         ("val: images/val\nnames: cat", "expected a list of class names"),
         ("val: images/val\nnames: [cat, cat]", "class names cat occur more than once"),
         ("names: [cat, dog]", "val is None"),
+        ("val: images/val\nnames: [yes, no]", "names has True, which YAML makes of yes.*in quotes"),
+        ("val: images/val\nnames: {0: cat, 1: null}", "names has None, which YAML makes of"),
         ("val: images/nothing\nnames: [cat, dog]", "neither a folder nor"),
         ("path: gone\nval: images/val\nnames: [cat, dog]", "path leads to .*gone"),
         ("val: !!python/object/apply:os.system ['touch owned']\nnames: [cat]", "cannot be read as YAML"),
