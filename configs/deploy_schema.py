@@ -19,7 +19,7 @@ class NMSConfig:
     confidence: float = setting(0.25, "Lowest class score kept", unit="0..1", minimum=0, maximum=1)
     iou: float = setting(0.7, "Class-wise NMS threshold", unit="IoU, 0..1", above=0, maximum=1)
     max_detections: int = setting(
-        300, "Boxes kept per image (efficient_nms), or per class of an image (onnx_nms)", minimum=1
+        300, "Boxes kept per image (efficient_nms, end2end), or per class of an image (onnx_nms)", minimum=1
     )
 
 
@@ -32,7 +32,8 @@ class GraphConfig:
     dynamic_size: bool = setting(False, "Leave height and width open in the ONNX graph")
     outputs: str = setting(
         "decoded",
-        "What the graph gives: decoded boxes, raw level maps, or detections after NMS in the graph",
+        "What the graph gives: decoded boxes, raw level maps, the best detections of a head that needs no NMS "
+        "(end2end), or detections after NMS in the graph",
         choices=OUTPUTS,
     )
     nms: NMSConfig = field(default_factory=NMSConfig)

@@ -18,7 +18,7 @@ from configs.data_schema import DataConfig
 from configs.deploy_schema import DeployConfig, GraphConfig
 from configs.evaluate_schema import EvaluateConfig, MetricConfig
 from configs.setting import setting
-from core.choices import ACTIVATIONS, ATTENTION, GRIDS, INTEGER, OBSERVERS, SENSITIVITY_METHODS
+from core.choices import ACTIVATIONS, ATTENTION, GRIDS, HEADS, INTEGER, OBSERVERS, SENSITIVITY_METHODS
 from core.families import ARCHITECTURES
 
 MODELS = ("auto", *ARCHITECTURES, "custom")
@@ -32,6 +32,12 @@ class ModelConfig:
     name: str = setting("auto", "Architecture; auto recognises it from the checkpoint's keys", choices=MODELS)
     activation: str | None = setting(
         None, "Activation of every conv; none takes what the checkpoint says, else silu", choices=ACTIVATIONS
+    )
+    head: str | None = setting(
+        None,
+        "For networks with two heads, which one is quantized and deployed: one2one needs no NMS; none takes one2one "
+        "where the checkpoint has it",
+        choices=HEADS,
     )
     num_classes: int | None = setting(
         None, "Class count; none takes it from the weights or the data", minimum=1

@@ -17,6 +17,8 @@ SENSITIVITY_METHODS = {  # quant.sensitivity and the stage
     "map": "AP of each unit",
 }
 ACTIVATIONS = ("silu", "relu")  # models.blocks
+ONE2MANY, ONE2ONE = "one2many", "one2one"
+HEADS = (ONE2ONE, ONE2MANY)  # models.dual_heads
 CAPABILITIES = (
     "SM75",
     "SM80",

@@ -50,6 +50,22 @@ FAMILIES = (
         "models.families.yolov5u:YOLOV5U",
         detectors=("yolov5nu", "yolov5su", "yolov5mu", "yolov5lu", "yolov5xu"),
     ),
+    FamilyEntry(
+        "yolov10",
+        "models.families.yolov10:YOLOV10",
+        detectors=("yolov10n", "yolov10s", "yolov10m", "yolov10b", "yolov10l", "yolov10x"),
+    ),
+    FamilyEntry(
+        "yolo12",
+        "models.families.yolo12:YOLO12",
+        detectors=("yolo12n", "yolo12s", "yolo12m", "yolo12l", "yolo12x"),
+    ),
+    FamilyEntry(
+        "yolo26",
+        "models.families.yolo26:YOLO26",
+        detectors=("yolo26n", "yolo26s", "yolo26m", "yolo26l", "yolo26x"),
+        segmenters=("yolo26n-seg", "yolo26s-seg", "yolo26m-seg", "yolo26l-seg", "yolo26x-seg"),
+    ),
 )
 DETECTORS = tuple(name for family in FAMILIES for name in family.detectors)
 SEGMENTERS = tuple(name for family in FAMILIES for name in family.segmenters)

@@ -45,7 +45,7 @@ class RuntimeEntry:
     suffixes: tuple[str, ...]
     companions: tuple[str, ...] = ()
     float_precisions: tuple[str, ...] = ("f32",)
-    outputs: tuple[str, ...] = ("decoded", "raw", "onnx_nms")
+    outputs: tuple[str, ...] = ("decoded", "raw", "end2end", "onnx_nms")
     fixes_precision: bool = False
     automatic_precision: str | None = None
     built_by: str | None = None
@@ -109,7 +109,7 @@ RUNTIMES: Registry[RuntimeEntry] = Registry(
             suffixes=(".engine",),
             companions=(".engine.json",),
             float_precisions=("f32", "f16"),
-            outputs=("decoded", "raw", "efficient_nms"),
+            outputs=("decoded", "raw", "end2end", "efficient_nms"),
             fixes_precision=True,
             built_by="scripts/val_trt.sh in NVIDIA's container",
         ),
@@ -122,7 +122,7 @@ RUNTIMES: Registry[RuntimeEntry] = Registry(
             suffixes=(".plan",),
             companions=(".plan.json",),
             float_precisions=("f32", "f16"),
-            outputs=("decoded", "raw"),
+            outputs=("decoded", "raw", "end2end"),
             fixes_precision=True,
         ),
     ),

@@ -12,7 +12,7 @@ from core.choices import GRIDS, INTEGER
 from core.errors import DeployError
 from core.registry import Registry
 
-OUTPUTS = ("decoded", "raw", "onnx_nms", "efficient_nms")
+OUTPUTS = ("decoded", "raw", "end2end", "onnx_nms", "efficient_nms")
 SCALE_TYPES = ("fp16", "fp32")
 LOWEST_OPSET, HIGHEST_OPSET = 13, 23
 FP8_OPSET = 19  # the first with E4M3 codes
@@ -47,7 +47,7 @@ class Target:
     signed_only: bool = False
     widths: tuple[int, ...] = (8,)
     grids: tuple[str, ...] = (INTEGER,)
-    outputs: tuple[str, ...] = ("decoded", "raw", "onnx_nms")
+    outputs: tuple[str, ...] = ("decoded", "raw", "end2end", "onnx_nms")
     wants_images: bool = False
     result_quantizers: bool = False
     half: bool = False
@@ -109,7 +109,7 @@ TARGETS: Registry[Target] = Registry(
             passes="deploy.targets.typed:passes",
             signed_only=True,
             grids=GRIDS,
-            outputs=("decoded", "raw"),
+            outputs=("decoded", "raw", "end2end"),
             half=True,
             float_target="trt10",
         ),

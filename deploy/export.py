@@ -107,8 +107,8 @@ def export_onnx(
         images: batches for targets that measure ranges, float32 [B, 3, H, W] in [0, 1]: conv results get the range
             they have there (a normal distribution is assumed without images), and the first batch measures the parity.
         scale_type: for trt11, type of the scale tensors, "fp16" or "fp32"; see `deploy.targets.typed`.
-        outputs: "decoded" (default), "raw", "onnx_nms" or "efficient_nms"; see `deploy.targets.outputs`.
-        nms: thresholds for the last two.
+        outputs: "decoded" (default), "raw", "end2end", "onnx_nms" or "efficient_nms"; see `deploy.targets.outputs`.
+        nms: thresholds for the last two; the number of detections for the last three.
         opset: operator set version; None takes the target's own.
         names: paths for what runs in submodules of `module`, see `deploy.naming.rename_scopes`.
 
@@ -124,7 +124,8 @@ def export_onnx(
     model = _trace(module, image_size, opset, tuple(output_names), dynamic_batch, dynamic_size)
     rename_scopes(model, names or {})
     counts = [run_pass(model, graph_pass) for graph_pass in (*COMMON_PASSES, change_outputs)]
-    request = PassRequest(scale_type, images if quantized and entry.wants_images else (), record_histograms)
+    measured = images if quantized and entry.wants_images else ()
+    request = PassRequest(scale_type, measured, record_histograms, outputs == "decoded")
     target_counts, parity = _run_target_passes(model, entry, request)
     counts += target_counts
     _check_result(model, target, opset, quantized)
@@ -162,7 +163,13 @@ def _run_target_passes(
     images = request.images[0] if request.images else None
     before = None if images is None else run_model(model, images)
     counts = [run_pass(model, graph_pass) for graph_pass in target_passes(model, request)]
-    if images is None or before is None or len(model.graph.output) != 1 or before.ndim != 3:
+    if (
+        images is None
+        or before is None
+        or len(model.graph.output) != 1
+        or not request.decoded
+        or before.ndim != 3
+    ):
         return counts, None
     return counts, compare_arrays(run_model(model, images), before, label=f"the {target.name} graph")
 

@@ -1,22 +1,28 @@
 """Float detectors: networks, decode, loss, and loading of checkpoints without running anything they name."""
 
-from models.boxes import Decode, non_max_suppression
-from models.checkpoints.loading import find_names, find_task, load_detector, save_detector
+from models.boxes import Decode, best_pairs, non_max_suppression
+from models.checkpoints.loading import find_head, find_names, find_task, load_detector, save_detector
 from models.checkpoints.reading import read_checkpoint
-from models.detector import Detector, build_detector, placeholder_names
+from models.detector import Detector, build_detector, placeholder_names, select_head
 from models.facts import measure_network
 from models.folding import fold_detector
 from models.losses.detection import DetectionLoss
+from models.losses.dual import DualLoss, detector_loss
 from models.losses.segmentation import SegmentationLoss, SegmentTargets
-from models.segmentation import soft_masks, suppress_segments
+from models.segmentation import best_segments, soft_masks, suppress_segments
 
 __all__ = [
     "Decode",
     "DetectionLoss",
     "Detector",
+    "DualLoss",
     "SegmentTargets",
     "SegmentationLoss",
+    "best_pairs",
+    "best_segments",
     "build_detector",
+    "detector_loss",
+    "find_head",
     "find_names",
     "find_task",
     "fold_detector",
@@ -26,6 +32,7 @@ __all__ = [
     "placeholder_names",
     "read_checkpoint",
     "save_detector",
+    "select_head",
     "soft_masks",
     "suppress_segments",
 ]

@@ -84,20 +84,41 @@ class ConvBlock(ConvNorm):
 class RepConvBlock(nn.Module):
     """Two convolutions side by side, 3x3 and 1x1, summed before the activation (RepVGG, arXiv:2101.03697).
 
-    Folding replaces the whole block by one 3x3 `ConvBlock` under the same name.
+    Folding replaces the whole block by one `ConvBlock` with the larger kernel under the same name.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the result.
+        activation: `silu` or `relu`.
+        kernels: Sizes of the kernels, the larger one first.
+        groups: Groups of both convolutions.
     """
 
     OFFICIAL_NAMES: ClassVar[dict[str, str]] = {"conv1": "dense", "conv2": "pointwise"}
+    BRANCHES: ClassVar[tuple[str, str]] = ("dense", "pointwise")
 
-    def __init__(self, in_channels: int, out_channels: int, activation: str) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        activation: str,
+        kernels: tuple[int, int] = (3, 1),
+        groups: int = 1,
+    ) -> None:
         super().__init__()
-        self.dense = ConvNorm(in_channels, out_channels, 3)
-        self.pointwise = ConvNorm(in_channels, out_channels, 1)
+        for name, kernel in zip(self.BRANCHES, kernels, strict=True):
+            self.add_module(name, ConvNorm(in_channels, out_channels, kernel, groups=groups))
         self.act = make_activation(activation)
+
+    @property
+    def branches(self) -> tuple[ConvNorm, ConvNorm]:
+        """The two convolutions, the larger kernel first."""
+        return getattr(self, self.BRANCHES[0]), getattr(self, self.BRANCHES[1])
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C', H', W']."""
-        return self.act(self.dense(x) + self.pointwise(x))
+        large, small = self.branches
+        return self.act(large(x) + small(x))
 
 
 class RepBottleneck(nn.Module):

@@ -5,12 +5,14 @@ detections. Boxes are "xyxy, input pixels" unless a name says otherwise.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
+from core.choices import ONE2MANY, ONE2ONE
 from models.heads import REG_MAX, Raw
 
 MAX_CANDIDATES = 30_000
@@ -67,33 +69,50 @@ class Decode(nn.Module):
 
     Args:
         strides: Input pixels per cell for each level, fine to coarse.
-        reg_max: R, the number of bins per box side.
+        reg_max: R, the number of bins per box side; with 1 the maps are the distances themselves.
+        head: Which head's maps are decoded, `one2many` or `one2one` (see `models.dual_heads`).
     """
 
     projection: Tensor
 
-    def __init__(self, strides: Sequence[int], reg_max: int = REG_MAX) -> None:
+    def __init__(self, strides: Sequence[int], reg_max: int = REG_MAX, head: str = ONE2MANY) -> None:
         super().__init__()
         self.strides = tuple(strides)
-        self.register_buffer("projection", torch.arange(reg_max, dtype=torch.float32))
+        self.reg_max = reg_max
+        self.head = head
+        if reg_max > 1:
+            self.register_buffer("projection", torch.arange(reg_max, dtype=torch.float32))
 
-    def forward(self, raw: Raw) -> Tensor:
+    @property
+    def nms_free(self) -> bool:
+        """Whether each object has one box, so that nothing is to be suppressed."""
+        return self.head == ONE2ONE
+
+    def chosen(self, raw: Any) -> Any:
+        """The maps of `head`, of a network that gives those of both."""
+        return raw[self.head] if isinstance(raw, dict) else raw
+
+    def forward(self, raw: Raw | Mapping[str, Raw]) -> Tensor:
         """Per level (box [B, 4R, h, w], cls [B, K, h, w]) to [B, 4 + K, A]."""
-        shapes = [(box.shape[2], box.shape[3]) for box, _ in raw]
-        box = torch.cat([level_box.flatten(2) for level_box, _ in raw], dim=2)
-        cls = torch.cat([level_cls.flatten(2) for _, level_cls in raw], dim=2)
+        levels: Raw = self.chosen(raw)
+        shapes = [(box.shape[2], box.shape[3]) for box, _ in levels]
+        box = torch.cat([level_box.flatten(2) for level_box, _ in levels], dim=2)
+        cls = torch.cat([level_cls.flatten(2) for _, level_cls in levels], dim=2)
         if box.dtype in (torch.float16, torch.bfloat16):
             box, cls = box.float(), cls.float()
         points_A2, stride_A1 = make_anchor_points(shapes, self.strides, box.device, box.dtype)
-        bins = self.projection.numel()
-        logits_B4RA = box.reshape(box.shape[0], 4, bins, -1)
-        weights = self.projection.to(box.dtype).reshape(1, 1, bins, 1)
-        distance_B4A = (logits_B4RA.softmax(dim=2) * weights).sum(dim=2)
+        distance_B4A = box if self.reg_max == 1 else self._expected(box)
         left_top, right_bottom = distance_B4A[:, :2], distance_B4A[:, 2:]
         points_2A, stride_1A = points_A2.t(), stride_A1.t()
         centre = points_2A + (right_bottom - left_top) / 2
         size = left_top + right_bottom
         return torch.cat((centre * stride_1A, size * stride_1A, cls.sigmoid()), dim=1)
+
+    def _expected(self, box_BCA: Tensor) -> Tensor:
+        """Box logits [B, 4R, A] to expected distances [B, 4, A], in cells."""
+        logits_B4RA = box_BCA.reshape(box_BCA.shape[0], 4, self.reg_max, -1)
+        weights = self.projection.to(box_BCA.dtype).reshape(1, 1, self.reg_max, 1)
+        return (logits_B4RA.softmax(dim=2) * weights).sum(dim=2)
 
 
 def distances_to_boxes(distances_BA4: Tensor, points_A2: Tensor) -> Tensor:
@@ -168,14 +187,9 @@ def suppress(
     decoded: Tensor, confidence: float, iou: float, max_detections: int
 ) -> list[tuple[Tensor, Tensor]]:
     """As `non_max_suppression`, with the anchor index [N] of each detection."""
-    if decoded.ndim != 3 or decoded.shape[1] < 5:
-        raise ValueError(
-            f"Decoded output has shape {tuple(decoded.shape)}; expected [B, 4 + classes, anchors]"
-        )
-    if not 0 <= confidence < 1 or not 0 < iou <= 1:
-        raise ValueError(
-            f"Thresholds confidence={confidence}, iou={iou}; expected 0 <= confidence < 1 and 0 < iou <= 1"
-        )
+    _check_decoded(decoded, confidence)
+    if not 0 < iou <= 1:
+        raise ValueError(f"Threshold iou={iou}; expected 0 < iou <= 1")
     return [_suppress_image(image.t(), confidence, iou, max_detections) for image in decoded.detach()]
 
 
@@ -192,3 +206,41 @@ def _suppress_image(
     kept = batched_nms(boxes.float(), scores.float(), label, iou)[:max_detections]
     detections = torch.cat((boxes[kept], scores[kept, None], label[kept, None].to(boxes.dtype)), dim=1)
     return detections, anchor[kept]
+
+
+def best_pairs(decoded: Tensor, confidence: float, max_detections: int = 300) -> list[tuple[Tensor, Tensor]]:
+    """The best (anchor, class) pairs of a head that gives each object one box; nothing is suppressed.
+
+    Args:
+        decoded: [B, 4 + K, A]: cx, cy, w, h in input pixels, then class scores in [0, 1].
+        confidence: Scores must be greater than this, in [0, 1).
+        max_detections: Kept per image, best scores first.
+
+    Returns:
+        For each image detections [N, 6] (x1, y1, x2, y2 in input pixels, score, class), by falling score, and the
+        anchor index [N] of each.
+
+    Raises:
+        ValueError: If `decoded` has fewer than 5 rows or the threshold is out of range.
+    """
+    _check_decoded(decoded, confidence)
+    scores_BKA = decoded.detach()[:, 4:]
+    num_anchors = scores_BKA.shape[2]
+    results = []
+    for rows, scores_KA in zip(decoded.detach(), scores_BKA, strict=True):
+        best = scores_KA.flatten().topk(min(max_detections, scores_KA.numel()))
+        kept = best.values > confidence
+        scores, index = best.values[kept], best.indices[kept]
+        anchor, label = index % num_anchors, index // num_anchors
+        boxes = centre_to_corners(rows[:4, anchor].t())
+        results.append((torch.cat((boxes, scores[:, None], label[:, None].to(boxes.dtype)), dim=1), anchor))
+    return results
+
+
+def _check_decoded(decoded: Tensor, confidence: float) -> None:
+    if decoded.ndim != 3 or decoded.shape[1] < 5:
+        raise ValueError(
+            f"Decoded output has shape {tuple(decoded.shape)}; expected [B, 4 + classes, anchors]"
+        )
+    if not 0 <= confidence < 1:
+        raise ValueError(f"Threshold confidence={confidence}; expected 0 <= confidence < 1")

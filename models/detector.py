@@ -1,11 +1,15 @@
 """A detector: a network, its float decode, and what a user must know about both."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from core.choices import ONE2MANY, ONE2ONE
 from core.families import SEGMENTERS
+from models.boxes import Decode
+from models.dual_heads import DualHead, keep_head
 from models.families.registry import family_of
 from models.segmentation import SegmentationDecode
 
@@ -60,6 +64,28 @@ class Detector(nn.Module):
         return "segment" if isinstance(self.decode, SegmentationDecode) else "detect"
 
     @property
+    def heads(self) -> tuple[str, ...]:
+        """Which heads the network has: `one2many`, `one2one` (see `models.dual_heads`), or both."""
+        head = getattr(self.network, "head", None)
+        return head.heads if isinstance(head, DualHead) else (ONE2MANY,)
+
+    @property
+    def deployed_head(self) -> str:
+        """The head that `decode` takes the maps of."""
+        return str(getattr(self.decode, "head", ONE2MANY))
+
+    def deploy_head(self, head: str) -> None:
+        """Let `decode` take the maps of this head."""
+        assert isinstance(self.decode, Decode)
+        self.decode.head = head
+
+    @property
+    def reg_max(self) -> int:
+        """R, bins of a box side's distribution; 1 where the maps are the distances."""
+        assert isinstance(self.decode, Decode)
+        return self.decode.reg_max
+
+    @property
     def num_classes(self) -> int:
         """K, the number of classes."""
         return len(self.names)
@@ -108,13 +134,36 @@ def build_detector(
         raise ValueError(
             f"{len(chosen)} names were given for {num_classes} classes; give one name for each class"
         )
-    decode = family.segmentation_decode if segments else family.decode
-    return Detector(
+    detector = Detector(
         family.builders[architecture](num_classes, activation, heads[head_style]),
-        decode(family.strides),
+        (family.segmentation_decode if segments else family.decode)(family.strides),
         names=chosen,
         strides=family.strides,
         architecture=architecture,
         activation=activation,
         head_style=head_style,
     )
+    if ONE2ONE in detector.heads:
+        detector.deploy_head(ONE2ONE)
+    return detector
+
+
+def select_head(detector: Detector, head: str) -> Detector:
+    """The detector with one of its heads alone; itself where it has no other.
+
+    Args:
+        detector: Any detector; it is not changed.
+        head: `one2many` or `one2one`.
+
+    Raises:
+        ValueError: If it does not have this head.
+    """
+    if head not in detector.heads:
+        raise ValueError(f"{detector.architecture} has the head {', '.join(detector.heads)}, not {head}")
+    if detector.heads == (head,):
+        return detector
+    chosen = copy.deepcopy(detector)
+    keep_head(chosen.network.get_submodule("head"), head)
+    chosen.head_style = head
+    chosen.deploy_head(head)
+    return chosen

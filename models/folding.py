@@ -1,8 +1,8 @@
 """Batch-normalisation folding and RepConv merging: what a deployed network computes, in fewer layers.
 
-A normalisation becomes part of the convolution before it (core/folding.py). A 1x1 convolution beside a 3x3 one is a 3x3
-kernel that is zero except at its centre, so both add up to one kernel. The sums are done in float64 whatever the
-weights' type.
+A normalisation becomes part of the convolution before it (core/folding.py). A smaller kernel beside a larger one is a
+kernel of the larger size that is zero around its centre, so both add up to one kernel. The sums are done in float64
+whatever the weights' type.
 """
 
 import copy
@@ -23,7 +23,7 @@ def fold_detector(detector: Detector) -> Detector:
     """Return a folded copy in evaluation mode; the detector itself is not changed.
 
     In the copy each `ConvBlock` is conv (with bias) + activation (its `bn` is an `nn.Identity`), and each
-    `RepConvBlock` is one 3x3 `ConvBlock` under the same name. The output is equal up to rounding. Imported ranges go
+    `RepConvBlock` is one `ConvBlock` under the same name. The output is equal up to rounding. Imported ranges go
     with the layers; those of two merged kernels say nothing about their sum and are left out (and logged).
     """
     folded = copy.deepcopy(detector).eval()
@@ -52,7 +52,7 @@ def _folded_ranges(network: nn.Module, amax: Mapping[str, Tensor]) -> dict[str, 
     lost = []
     for name, module in network.named_modules():
         if isinstance(module, RepConvBlock):
-            branches = [f"{name}.{branch}.conv" for branch in ("dense", "pointwise")]
+            branches = [f"{name}.{branch}.conv" for branch in module.BRANCHES]
             inputs = [ranges.pop(f"{branch}.input") for branch in branches if f"{branch}.input" in ranges]
             if inputs:
                 ranges[f"{name}.conv.input"] = torch.stack(inputs).amax()
@@ -97,13 +97,15 @@ def _with_bias(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
 
 
 def _merge(block: RepConvBlock) -> ConvBlock:
-    """One 3x3 `ConvBlock`, already folded, that computes what the two branches compute together."""
-    dense_weight, dense_bias = _folded_weight(block.dense)
-    point_weight, point_bias = _folded_weight(block.pointwise)
-    weight = dense_weight + nn.functional.pad(point_weight, (1, 1, 1, 1))
-    conv = block.dense.conv
-    merged = ConvBlock(conv.in_channels, conv.out_channels, 3)
-    merged.conv = _with_bias(conv, weight, dense_bias + point_bias)
+    """One `ConvBlock`, already folded, that computes what the two branches compute together."""
+    large, small = block.branches
+    large_weight, large_bias = _folded_weight(large)
+    small_weight, small_bias = _folded_weight(small)
+    margin = (large_weight.shape[-1] - small_weight.shape[-1]) // 2
+    weight = large_weight + nn.functional.pad(small_weight, (margin,) * 4)
+    conv = large.conv
+    merged = ConvBlock(conv.in_channels, conv.out_channels, 1, groups=conv.groups)
+    merged.conv = _with_bias(conv, weight, large_bias + small_bias)
     merged.bn = nn.Identity()
     merged.act = block.act
     return merged.train(block.training)

@@ -53,13 +53,14 @@ class HeadBranches(nn.Module):
     """
 
     OFFICIAL_NAMES: ClassVar[dict[str, str]] = {"cv2": "box", "cv3": "cls"}
+    reg_max: ClassVar[int] = REG_MAX
 
     def __init__(
         self, in_channels: Sequence[int], num_classes: int, strides: Sequence[int], activation: str
     ) -> None:
         super().__init__()
         finest = in_channels[0]
-        box_hidden = math.ceil(max(16, finest // 4, REG_MAX * 4) / BOX_GROUPS) * BOX_GROUPS
+        box_hidden = math.ceil(max(16, finest // 4, self.reg_max * 4) / BOX_GROUPS) * BOX_GROUPS
         self.box = nn.ModuleList(
             self.box_branch(channels, box_hidden, activation) for channels in in_channels
         )
@@ -70,7 +71,7 @@ class HeadBranches(nn.Module):
 
     def box_branch(self, in_channels: int, hidden: int, activation: str) -> nn.Module:
         """The box branch of one level: its second and last convolution are in four groups, one for each side."""
-        return HeadBranch(in_channels, hidden, 4 * REG_MAX, BOX_GROUPS, activation)
+        return HeadBranch(in_channels, hidden, 4 * self.reg_max, BOX_GROUPS, activation)
 
     def cls_branch(self, in_channels: int, finest: int, num_classes: int, activation: str) -> nn.Module:
         """The class branch of one level; `finest` is the finest level's number of channels."""
@@ -98,7 +99,7 @@ class UngroupedBoxBranches(HeadBranches):
 
     def box_branch(self, in_channels: int, hidden: int, activation: str) -> nn.Module:
         """The box branch of one level, without groups."""
-        return HeadBranch(in_channels, hidden, 4 * REG_MAX, 1, activation)
+        return HeadBranch(in_channels, hidden, 4 * self.reg_max, 1, activation)
 
 
 class UltralyticsLegacyBranches(UngroupedBoxBranches):

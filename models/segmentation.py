@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import ConvBlock, CSPElan
-from models.boxes import Decode, suppress
+from models.boxes import Decode, best_pairs, suppress
 from models.heads import (
     HeadBranch,
     HeadBranches,
@@ -159,6 +159,7 @@ class SegmentationDecode(Decode):
 
     def forward(self, raw: RawSegmentation) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Coefficients and prototypes pass as they are; half precision is raised to float32."""
+        raw = self.chosen(raw)
         levels, prototypes = raw
         detections = super().forward(detection_maps(raw))
         coefficients = torch.cat([level[2].flatten(2) for level in levels], dim=2).to(detections.dtype)
@@ -189,12 +190,25 @@ def suppress_segments(
     Returns:
         For each image detections [N, 6] (x1, y1, x2, y2 in input pixels, score, class) and coefficients [N, P].
     """
-    results = []
-    for rows, (detections, anchors) in zip(
-        decoded, suppress(decoded[:, :-num_prototypes], confidence, iou, max_detections), strict=True
-    ):
-        results.append((detections, rows[-num_prototypes:, anchors].t()))
-    return results
+    found = suppress(decoded[:, :-num_prototypes], confidence, iou, max_detections)
+    return _with_coefficients(decoded[:, -num_prototypes:], found)
+
+
+def best_segments(
+    decoded: Tensor, confidence: float, max_detections: int = 300, num_prototypes: int = NUM_PROTOTYPES
+) -> list[tuple[Tensor, Tensor]]:
+    """As `suppress_segments`, for a head that gives each object one box: the best (anchor, class) pairs."""
+    found = best_pairs(decoded[:, :-num_prototypes], confidence, max_detections)
+    return _with_coefficients(decoded[:, -num_prototypes:], found)
+
+
+def _with_coefficients(
+    coefficients_BPA: Tensor, found: Sequence[tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    return [
+        (detections, image[:, anchors].t())
+        for image, (detections, anchors) in zip(coefficients_BPA, found, strict=True)
+    ]
 
 
 def soft_masks(prototypes: Tensor, coefficients: Tensor) -> Tensor:

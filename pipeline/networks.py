@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import fx
 
 from configs.schema import Config
+from core.choices import ONE2MANY
 from core.errors import CheckpointError, ConfigError, RunError
 from core.families import ARCHITECTURES, SEGMENTERS
 from core.files import written_atomically
@@ -18,15 +19,16 @@ from core.names import listing
 from core.rows import MIXED, PTQ, QAT, RowKey
 from core.types import TaskLoss
 from models import (
-    DetectionLoss,
     Detector,
-    SegmentationLoss,
     build_detector,
+    detector_loss,
+    find_head,
     find_names,
     find_task,
     fold_detector,
     load_detector,
     save_detector,
+    select_head,
 )
 from pipeline.class_names import ClassNames, is_unnamed
 from pipeline.run.directory import Run
@@ -50,6 +52,17 @@ def task_of(config: Config, run: Run | None = None) -> str:
     kept = None if run is None else run.path(FLOAT_MODEL)
     weights = kept if kept is not None and kept.exists() else config.weights
     return "detect" if weights is None else find_task(weights)
+
+
+def head_of(config: Config, run: Run) -> str:
+    """The head that the run deploys: `model.head`, else what the weights or the architecture deploy."""
+    kept = run.path(FLOAT_MODEL)
+    weights = kept if kept.exists() else config.weights
+    if config.model.head is not None or config.model.factory is not None:
+        return config.model.head or ONE2MANY
+    if weights is not None:
+        return find_head(weights)
+    return build_detector(config.model.name, 1).deployed_head
 
 
 def names_of(config: Config, run: Run) -> ClassNames | None:
@@ -104,8 +117,11 @@ class Networks:
                 raise ConfigError(
                     f"model.name={config.name} has no weights to recognise it by: add weights=FILE or model=yolov9t"
                 )
-            return build_detector(architecture, len(names), config.activation or "silu", names)
+            detector = build_detector(architecture, len(names), config.activation or "silu", names)
+            self._choose_head(detector, architecture)
+            return detector
         detector = load_detector(Path(weights), architecture, config.num_classes, config.activation)
+        self._choose_head(detector, str(weights))
         if detector.num_classes != len(names):
             raise CheckpointError(
                 f"{weights} predicts {detector.num_classes} classes ({listing(detector.names, 5)}), but "
@@ -120,15 +136,34 @@ class Networks:
             detector.names = tuple(names)
         return detector
 
+    def _choose_head(self, detector: Detector, source: str) -> None:
+        """Deploy the head that `model.head` names, or the checkpoint's own.
+
+        Raises:
+            ConfigError: there is no such head.
+        """
+        wanted = self.config.model.head
+        if wanted is None or wanted == detector.deployed_head:
+            return
+        if wanted not in detector.heads:
+            raise ConfigError(
+                f"model.head={wanted}: {source} has the head {', '.join(detector.heads)} only; leave model.head out"
+            )
+        detector.deploy_head(wanted)
+
     @cached_property
     def detector(self) -> Detector:
-        """The float detector, folded, that every stage behind `load` or `train` starts from.
+        """The float detector, folded and with its deployed head alone, that every later stage starts from.
 
         Raises:
             RunError: neither of the two has run.
         """
         path = self.run.need(FLOAT_MODEL, "load")
-        detector = load_detector(path) if self.custom is None else self.custom.restore(path)
+        if self.custom is not None:
+            detector: Detector = self.custom.restore(path)
+        else:
+            detector = load_detector(path)
+            detector = select_head(detector, detector.deployed_head)
         return detector.to(self.device).eval()
 
     def keep(self, detector: Detector) -> None:
@@ -189,5 +224,4 @@ class Networks:
         detector = self.detector if detector is None else detector
         if isinstance(detector, OwnDetector):
             return detector.loss
-        build = SegmentationLoss if detector.task == "segment" else DetectionLoss
-        return build(detector.num_classes, detector.strides)
+        return detector_loss(detector)

@@ -70,11 +70,13 @@ class PassRequest:
         scale_type: type of the scale tensors, one of `core.targets.SCALE_TYPES`.
         images: batches float32 [B, 3, H, W] in [0, 1] to measure ranges on; may be empty.
         record: (model, tensor names, images) -> for each tensor the parts of a histogram of its values.
+        decoded: whether the graph gives boxes and scores of every anchor.
     """
 
     scale_type: str = "fp16"
     images: Sequence[NDArray[np.float32]] = ()
     record: Callable[..., dict[str, tuple[Any, ...]]] = lambda *_: {}
+    decoded: bool = True
 
 
 TargetPasses = Callable[[ModelProto, PassRequest], Iterable[GraphPass]]

@@ -2,6 +2,8 @@
 
 - raw: the maps of the last convs, box_8, class_8, box_16 ...: for deployers who decode on their own;
 - decoded: output0 [B, 4 + K, A]: cx, cy, w, h in input pixels, then class scores. The default, nothing is changed;
+- end2end: output0 [B, N, 6]: x1, y1, x2, y2 in input pixels, score, class: the N best (anchor, class) pairs, by falling
+  score; mask coefficients stand behind. For heads that give each object one box: nothing is suppressed;
 - onnx_nms: detections [N, 7]: image of the batch, x1, y1, x2, y2 in input pixels, score, class; ONNX's own
   NonMaxSuppression;
 - efficient_nms: num_dets [B, 1], det_boxes [B, M, 4] (corners), det_scores [B, M], det_classes [B, M]; TensorRT's
@@ -21,10 +23,10 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from core.errors import DeployError
 from core.targets import OUTPUTS, Target
-from deploy.graph.model import Graph, tensor_shapes
+from deploy.graph.model import Graph, opset_of, tensor_shapes
 from deploy.graph.passes import GraphPass, PassResult
 
-DECODED = "output0"
+DECODED, PROTOTYPES = "output0", "output1"
 PLUGIN_DOMAIN = "TRT"
 PLUGIN = "EfficientNMS_TRT"
 
@@ -36,7 +38,7 @@ class NMSOptions:
     Attributes:
         confidence: lowest score kept.
         iou: boxes of one class that overlap more are dropped.
-        max_detections: for an image (efficient_nms), or for one class of an image (onnx_nms).
+        max_detections: for an image (efficient_nms, end2end), or for one class of an image (onnx_nms).
     """
 
     confidence: float = 0.25
@@ -58,12 +60,16 @@ def output_pass(
     def change_outputs(graph: Graph) -> PassResult:
         if outputs == "decoded":
             return PassResult()
+        if graph.outputs == [DECODED, PROTOTYPES] and outputs == "end2end":
+            return end_to_end(graph, options)
         if graph.outputs != [DECODED]:
             raise DeployError(
                 f"outputs={outputs} starts from '{DECODED}', the graph gives {', '.join(graph.outputs)}."
             )
         if outputs == "raw":
             return raw_maps(graph, strides)
+        if outputs == "end2end":
+            return end_to_end(graph, options)
         if outputs == "onnx_nms":
             return onnx_nms(graph, options)
         return efficient_nms(graph, options)
@@ -83,7 +89,7 @@ def raw_maps(graph: Graph, strides: Sequence[int]) -> PassResult:
     convs.sort(key=lambda node: -(shapes.get(node.output[0], (0, 0, 0))[2] or 0))
     named: dict[str, str] = {}
     for index, node in enumerate(convs):
-        kind = "box" if _reaches(graph, node.output[0], "Softmax") else "class"
+        kind = "class" if _reaches(graph, node.output[0], "Sigmoid") else "box"
         stride = strides[index // 2] if index // 2 < len(strides) else 0
         named[f"{kind}_{stride}"] = node.output[0]
     wanted = [f"{kind}_{stride}" for stride in strides for kind in ("box", "class")]
@@ -144,19 +150,20 @@ def _set_outputs(graph: Graph, values: Sequence[ValueInfoProto]) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- NMS
 class _Writer:
-    """Appends nodes to a graph; names results after what they hold."""
+    """Appends nodes to a graph; names results after what they hold, with a prefix."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, prefix: str = "nms") -> None:
         self.graph = graph
+        self.prefix = prefix
         self.nodes: list[NodeProto] = []
 
     def constant(self, name: str, value: object, dtype: type[np.generic]) -> str:
-        name = self.graph.unique(f"nms/{name}")
+        name = self.graph.unique(f"{self.prefix}/{name}")
         self.graph.constants[name] = np.asarray(value, dtype)
         return name
 
     def add(self, op_type: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
-        result = f"nms/{name}"
+        result = f"{self.prefix}/{name}"
         self.nodes.append(
             helper.make_node(op_type, list(inputs), [result], f"{result}/{op_type}", **attributes)
         )
@@ -169,12 +176,86 @@ class _Writer:
         ]
         return self.add("Slice", [source, *bounds, self.constant(f"{name}_axis", [axis], np.int64)], name)
 
+    def corners(self, centre: str, size: str) -> tuple[str, str]:
+        half = self.add("Mul", [size, self.constant("half", 0.5, np.float32)], "half_size")
+        return self.add("Sub", [centre, half], "low"), self.add("Add", [centre, half], "high")
+
+    def highest(self, source: str, name: str) -> str:
+        """[B, K, A] -> [B, A]: the highest value over K."""
+        if opset_of(self.graph.model) < 18:  # axes became an input
+            return self.add("ReduceMax", [source], name, axes=[1], keepdims=0)
+        return self.add("ReduceMax", [source, self.constant(f"{name}_axes", [1], np.int64)], name, keepdims=0)
+
+    def best(self, source: str, number: int, name: str) -> tuple[str, str]:
+        """[B, A] -> the highest values and where they are, [B, number] each."""
+        values = self.add(
+            "TopK", [source, self.constant(f"{name}_number", [number], np.int64)], f"{name}_score", axis=1
+        )
+        self.nodes[-1].output.append(f"{self.prefix}/{name}")
+        return values, f"{self.prefix}/{name}"
+
+    def pick(self, source: str, index: str, width: int, name: str) -> str:
+        """[B, A, width] and [B, N] -> [B, N, width]: rows by their number."""
+        column = self.add("Unsqueeze", [index, self.constant(f"{name}_axis", [2], np.int64)], f"{name}_index")
+        wide = self.add(
+            "Tile", [column, self.constant(f"{name}_repeats", [1, 1, width], np.int64)], f"{name}_indices"
+        )
+        return self.add("GatherElements", [source, wide], name, axis=1)
+
 
 def _boxes_and_scores(writer: _Writer) -> tuple[str, str]:
     """Boxes [B, A, 4] as centre and size, scores [B, K, A], out of output0."""
     boxes = writer.columns(DECODED, 0, 4, "channels_of_boxes")
     scores = writer.columns(DECODED, 4, np.iinfo(np.int64).max, "scores")
     return writer.add("Transpose", [boxes], "boxes", perm=[0, 2, 1]), scores
+
+
+def end_to_end(graph: Graph, options: NMSOptions) -> PassResult:
+    """Append the choice of the best (anchor, class) pairs; see the module's text.
+
+    The anchors with the best scores come first: N pairs lie on N anchors at most, so both steps choose from few values.
+    """
+    shapes = tensor_shapes(graph.commit())
+    batch, rows, anchors = shapes[DECODED]
+    extra = int(shapes[PROTOTYPES][1] or 0) if PROTOTYPES in graph.outputs else 0
+    classes = int(rows or 0) - 4 - extra
+    chosen = min(options.max_detections, anchors or options.max_detections)
+    pairs = min(options.max_detections, chosen * classes)
+    _rename(graph, DECODED, "decoded")
+    writer = _Writer(graph, "top_k")
+    scores = writer.columns("decoded", 4, 4 + classes, "scores")
+    _, anchor = writer.best(writer.highest(scores, "highest_score"), chosen, "anchor")
+    rows_of_anchors = writer.add("Transpose", ["decoded"], "rows", perm=[0, 2, 1])
+    candidates = writer.pick(rows_of_anchors, anchor, 4 + classes + extra, "candidates")
+    of_candidates = writer.columns(candidates, 4, 4 + classes, "scores_of_candidates", axis=2)
+    flat = writer.add("Reshape", [of_candidates, writer.constant("flat_shape", [0, -1], np.int64)], "flat")
+    score, pair = writer.best(flat, pairs, "pair")
+    number = writer.constant("num_classes", classes, np.int64)
+    place = writer.add("Div", [pair, number], "place")
+    label = writer.add(
+        "Cast", [writer.add("Mod", [pair, number], "label")], "label_number", to=TensorProto.FLOAT
+    )
+    found = writer.pick(candidates, place, 4 + classes + extra, "found")
+    low, high = writer.corners(
+        writer.columns(found, 0, 2, "centre", axis=2), writer.columns(found, 2, 4, "size", axis=2)
+    )
+    last = writer.constant("last", [2], np.int64)
+    columns = [
+        writer.add("Unsqueeze", [name, last], f"{name.split('/')[-1]}_column") for name in (score, label)
+    ]
+    coefficients = (
+        [writer.columns(found, 4 + classes, 4 + classes + extra, "coefficients", axis=2)] if extra else []
+    )
+    result = helper.make_node(
+        "Concat", [low, high, *columns, *coefficients], [DECODED], "top_k/detections", axis=2
+    )
+    graph.insert([*writer.nodes, result])
+    values = [
+        helper.make_tensor_value_info(DECODED, TensorProto.FLOAT, [batch or "batch", pairs, 6 + extra]),
+        *(value for value in graph.model.graph.output if value.name == PROTOTYPES),
+    ]
+    _set_outputs(graph, values)
+    return PassResult(edits=len(writer.nodes) + 1)
 
 
 def onnx_nms(graph: Graph, options: NMSOptions) -> PassResult:
@@ -195,8 +276,7 @@ def onnx_nms(graph: Graph, options: NMSOptions) -> PassResult:
     score = writer.add("GatherND", [scores, chosen], "score")
     score = writer.add("Unsqueeze", [score, writer.constant("last_axis", [1], np.int64)], "score_column")
     centre, size = writer.columns(box, 0, 2, "centre"), writer.columns(box, 2, 4, "size")
-    half = writer.add("Mul", [size, writer.constant("half", 0.5, np.float32)], "half_size")
-    low, high = writer.add("Sub", [centre, half], "low"), writer.add("Add", [centre, half], "high")
+    low, high = writer.corners(centre, size)
     image, label = (
         writer.add("Cast", [n], f"{m}_number", to=TensorProto.FLOAT)
         for n, m in ((image, "image"), (label, "label"))

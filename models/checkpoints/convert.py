@@ -26,7 +26,7 @@ from models.folding import fold_network
 
 _LAYER_KEY = re.compile(r"^(?:module\.|model\.)*(\d+\..+)$")
 _UNDERSCORED = ("running_mean", "running_var", "num_batches_tracked")
-CLASS_BIAS = "network.head.cls.0.output.bias"
+CLASS_BIASES = ("network.head.cls.0.output.bias", "network.head.one2one_cls.0.output.bias")
 _OPTIONAL = "num_batches_tracked"
 COMPILED_PREFIX = "_orig_mod."  # what torch.compile puts before the names of what it wraps
 PROFILER_BUFFERS = ("total_ops", "total_params")  # what the profiler thop leaves in each module
@@ -101,7 +101,7 @@ def normalise_tensor(tensor: Tensor) -> Tensor:
 
 def count_classes(state: Mapping[str, Tensor], family: Family) -> int | None:
     """K as the class branch's bias has it, or None if there is no such key."""
-    biases = [state[key] for key in state if key == CLASS_BIAS or family.class_bias.match(key)]
+    biases = [state[key] for key in state if key in CLASS_BIASES or family.class_bias.match(key)]
     if not biases or biases[0].ndim != 1 or not 1 <= biases[0].numel() <= MAX_CLASSES:
         return None
     return biases[0].numel()
@@ -177,13 +177,15 @@ def _signature(
 def _folded_shapes(network: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Keys and shapes after folding, by rule: no normalisation, a bias for each block, one kernel for parallel ones."""
     blocks = {name for name, module in network.named_modules() if isinstance(module, ConvNorm)}
-    parallel = {name for name, module in network.named_modules() if isinstance(module, RepConvBlock)}
+    parallel = {
+        name: module.BRANCHES for name, module in network.named_modules() if isinstance(module, RepConvBlock)
+    }
     result: dict[str, tuple[int, ...]] = {}
     for key, shape in shapes.items():
         block, _, leaf = key.rpartition(".conv.")
         if block in blocks and leaf == "weight":
             parent, _, branch = block.rpartition(".")
-            if parent in parallel and branch == "pointwise":
+            if parent in parallel and branch == parallel[parent][1]:
                 continue
             owner = parent if parent in parallel else block
             result[f"{owner}.conv.weight"], result[f"{owner}.conv.bias"] = shape, shape[:1]

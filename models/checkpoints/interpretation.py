@@ -16,7 +16,7 @@ from core.errors import CheckpointError
 from core.families import FAMILIES
 from core.names import listing
 from models.checkpoints.convert import (
-    CLASS_BIAS,
+    CLASS_BIASES,
     PROFILER_BUFFERS,
     Match,
     normalise_key,
@@ -59,7 +59,8 @@ class Interpretation:
     @property
     def num_classes(self) -> int:
         """K, as the class branch has it."""
-        return self.state[self.match.keys[CLASS_BIAS]].numel()
+        bias = next(key for key in CLASS_BIASES if key in self.match.keys)
+        return self.state[self.match.keys[bias]].numel()
 
 
 def interpret(checkpoint: Checkpoint, source: str, architecture: str | None = None) -> Interpretation:
@@ -141,8 +142,11 @@ def _recognise(
     candidates: list[tuple[Match, dict[str, Tensor], Conversion | None]] = []
     first = architecture or metadata.get("manifest", {}).get("architecture")
     for entry in sorted(FAMILIES, key=lambda entry: first not in (*entry.detectors, *entry.segmenters)):
-        conversion = to_deployed_form(state, load_family(entry).training_forms)
+        family = load_family(entry)
+        conversion = to_deployed_form(state, family.training_forms)
         deployed = dict(state) if conversion is None else conversion.state
+        if (unused := family.training_only) is not None:
+            deployed = {key: tensor for key, tensor in deployed.items() if not unused.match(key)}
         _take_projections(deployed)
         match = recognise(deployed, entry, first)
         if match is not None:

@@ -61,6 +61,24 @@ def find_task(path: str | Path) -> str:
     return "segment" if architecture in SEGMENTERS else "detect"
 
 
+def find_head(path: str | Path) -> str:
+    """The head that a checkpoint deploys: `one2one` where its network has that head and nothing else was said.
+
+    Raises:
+        CheckpointError: If the file can't be read or fits no known network.
+    """
+    checkpoint = read_checkpoint(path)
+    meaning = interpret(checkpoint, str(path))
+    detector = build_empty(
+        meaning.match.architecture,
+        meaning.num_classes,
+        "silu",
+        meaning.match.folded,
+        meaning.match.head_style,
+    )
+    return str(checkpoint.metadata.get("manifest", {}).get("head") or detector.deployed_head)
+
+
 def find_names(path: str | Path) -> tuple[str, ...] | None:
     """Class names that a checkpoint states; None where it names none.
 
@@ -92,6 +110,8 @@ def detector_from_checkpoint(
     chosen = _choose_activation(checkpoint.metadata, manifest, activation, source)
     detector = build_empty(match.architecture, len(names), chosen, match.folded, match.head_style)
     detector.names, detector.amax = names, meaning.amax
+    if (head := manifest.get("head")) in detector.heads:
+        detector.deploy_head(head)
     check_statements(detector, checkpoint.metadata, meaning.conversion, source)
     _set_batch_norm_eps(
         detector, manifest.get("batch_norm_eps") or checkpoint.metadata.get("batch_norm_eps"), source
@@ -133,6 +153,7 @@ def save_detector(detector: Detector, path: str | Path) -> None:
         "names": list(detector.names),
         "activation": detector.activation,
         "head_style": detector.head_style,
+        "head": detector.deployed_head,
         "folded": detector.folded,
         "batch_norm_eps": next((norm.eps for norm in _batch_norms(detector)), None),
     }

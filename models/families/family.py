@@ -33,6 +33,7 @@ class Family:
         has_masks: Whether a state dict has mask prototypes.
         find_head_style: The head style that a state dict shows, a key of `heads` or of `segmentation_heads`.
         training_forms: Forms of training checkpoints that differ from the deployed form.
+        training_only: Matches the keys of parts that only training uses; they are left out.
         decode: Builds the float module from raw maps to the decoded output, given the strides.
         segmentation_decode: The same for architectures that give masks.
     """
@@ -45,6 +46,7 @@ class Family:
     has_masks: Callable[[Mapping[str, Tensor]], bool]
     find_head_style: Callable[[Mapping[str, Tensor]], str]
     training_forms: tuple[TrainingForm, ...] = ()
+    training_only: re.Pattern[str] | None = None
     decode: Callable[[Sequence[int]], nn.Module] = Decode
     segmentation_decode: Callable[[Sequence[int]], nn.Module] = SegmentationDecode
 

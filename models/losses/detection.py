@@ -1,4 +1,4 @@
-"""The detection loss of YOLOv9's main head: classification, box overlap and box distribution, each normalised.
+"""The detection loss of an anchor-point head: classification, box overlap and box distances, each normalised.
 
 Every term is divided by the sum of the soft class targets (at least 1) and multiplied by its gain, so its size does
 not depend on the batch, the image size or the number of objects, and terms can be compared in a log.
@@ -23,6 +23,7 @@ from models.heads import REG_MAX, Raw
 from models.losses.assigner import Assignment, assign, pad_targets
 
 DEFAULT_GAINS: Mapping[str, float] = {"box": 7.5, "cls": 0.5, "dfl": 1.5}
+L1_GAIN = DEFAULT_GAINS["box"] * 5 / 2  # L1 to overlap as 5 to 2 (arXiv:2005.12872, section A.4)
 
 
 class DetectionLoss(nn.Module):
@@ -31,13 +32,16 @@ class DetectionLoss(nn.Module):
     - `cls`: binary cross-entropy of all points against the soft targets of the assigner (arXiv:2108.07755).
     - `box`: 1 - CIoU (arXiv:1911.08287) of positive points, weighted by their target score.
     - `dfl`: distribution focal loss (arXiv:2006.04388, eq. 6) of positive points, weighted likewise.
+    - `l1`, in its place where R is 1: the distances' errors as shares of the image's sides, summed over the four
+      (arXiv:2005.12872, section 3.1).
 
     Args:
         num_classes: K.
         strides: Input pixels per cell for each level, fine to coarse.
-        reg_max: R, bins per box side.
-        gains: Factors of `box`, `cls` and `dfl`; defaults 7.5, 0.5 and 1.5. A missing one keeps its default.
-        top_k: Points per object in the assigner.
+        reg_max: R, bins per box side; with 1 the box maps are the distances themselves.
+        gains: Factors of `box`, `cls` and `dfl` (or `l1`); defaults 7.5, 0.5 and 1.5 (18.75). A missing one keeps its
+            default.
+        top_k: Points per object in the assigner; 1 for a one-to-one head.
         alpha: The assigner's exponent of the score.
         beta: The assigner's exponent of the overlap.
 
@@ -56,15 +60,17 @@ class DetectionLoss(nn.Module):
         beta: float = 6.0,
     ) -> None:
         super().__init__()
-        unknown = set(gains or {}) - set(DEFAULT_GAINS)
+        defaults = dict(DEFAULT_GAINS)
+        if reg_max == 1:
+            del defaults["dfl"]
+            defaults["l1"] = L1_GAIN
+        unknown = set(gains or {}) - set(defaults)
         if unknown:
-            raise ValueError(
-                f"Unknown loss gains {sorted(unknown)}; expected some of {sorted(DEFAULT_GAINS)}"
-            )
+            raise ValueError(f"Unknown loss gains {sorted(unknown)}; expected some of {sorted(defaults)}")
         self.num_classes = num_classes
         self.strides = tuple(strides)
         self.reg_max = reg_max
-        self.gains = {**DEFAULT_GAINS, **(gains or {})}
+        self.gains = {**defaults, **(gains or {})}
         self.top_k, self.alpha, self.beta = top_k, alpha, beta
 
     def forward(self, raw: Raw, targets: Tensor, image_size: tuple[int, int]) -> dict[str, Tensor]:
@@ -89,8 +95,11 @@ class DetectionLoss(nn.Module):
         logits_BAK = torch.cat([cls.flatten(2) for _, cls in raw], dim=2).transpose(1, 2).float()
         shapes = [(box.shape[2], box.shape[3]) for box, _ in raw]
         points_A2, stride_A1 = make_anchor_points(shapes, self.strides, box_BAC.device, torch.float32)
-        projection = torch.arange(self.reg_max, device=box_BAC.device, dtype=torch.float32)
-        boxes_BA4 = distances_to_boxes(expected_distances(box_BAC, projection), points_A2) * stride_A1
+        distances_BA4 = box_BAC
+        if self.reg_max > 1:
+            projection = torch.arange(self.reg_max, device=box_BAC.device, dtype=torch.float32)
+            distances_BA4 = expected_distances(box_BAC, projection)
+        boxes_BA4 = distances_to_boxes(distances_BA4, points_A2) * stride_A1
         assignment = assign(
             logits_BAK.detach().sigmoid(),
             boxes_BA4.detach(),
@@ -107,12 +116,21 @@ class DetectionLoss(nn.Module):
         iou_P = complete_iou(boxes_BA4[positive], assignment.boxes_BA4[positive])
         box = ((1 - iou_P) * weight_P).sum() / total
         wanted_BA4 = boxes_to_distances(assignment.boxes_BA4 / stride_A1, points_A2)
-        dfl_P = distribution_focal_loss(box_BAC[positive], wanted_BA4[positive], self.reg_max)
-        dfl = (dfl_P * weight_P).sum() / total
+        if self.reg_max > 1:
+            name, side_P = (
+                "dfl",
+                distribution_focal_loss(box_BAC[positive], wanted_BA4[positive], self.reg_max),
+            )
+        else:
+            height, width = (size * self.strides[0] for size in shapes[0])
+            share_A4 = stride_A1 / stride_A1.new_tensor([width, height, width, height])
+            errors_BA4 = (distances_BA4 - wanted_BA4).abs() * share_A4
+            name, side_P = "l1", errors_BA4[positive].sum(dim=-1)
+        side = (side_P * weight_P).sum() / total
         terms = {
             "box": box * self.gains["box"],
             "cls": cls * self.gains["cls"],
-            "dfl": dfl * self.gains["dfl"],
+            name: side * self.gains[name],
         }
         return terms, assignment
 

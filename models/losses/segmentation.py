@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.heads import REG_MAX
 from models.losses.detection import DetectionLoss
 from models.segmentation import RawSegmentation, detection_maps
 
@@ -41,17 +42,24 @@ class SegmentationLoss(DetectionLoss):
     Args:
         num_classes: K.
         strides: Input pixels per cell for each level, fine to coarse.
+        reg_max: R, bins per box side.
         gains: Factors of `mask` (default 6.125) and of the detection terms.
+        top_k: Points per object in the assigner; 1 for a one-to-one head.
 
     Raises:
         ValueError: For a gain of another name.
     """
 
     def __init__(
-        self, num_classes: int, strides: Sequence[int], gains: Mapping[str, float] | None = None
+        self,
+        num_classes: int,
+        strides: Sequence[int],
+        reg_max: int = REG_MAX,
+        gains: Mapping[str, float] | None = None,
+        top_k: int = 10,
     ) -> None:
         detection_gains = {name: gain for name, gain in (gains or {}).items() if name != "mask"}
-        super().__init__(num_classes, strides, gains=detection_gains)
+        super().__init__(num_classes, strides, reg_max, detection_gains, top_k)
         self.gains["mask"] = (gains or {}).get("mask", DEFAULT_MASK_GAIN)
 
     def forward(  # type: ignore[override]

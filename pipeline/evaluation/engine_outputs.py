@@ -1,7 +1,8 @@
 """What engines give, as detections: one reader for every form of output that `deploy.targets.outputs` names.
 
-decoded and raw go through this project's own decode and NMS, with the thresholds of the evaluation. onnx_nms and
-efficient_nms come with their NMS done in the graph, by the thresholds written there; they are only sorted and cut.
+decoded and raw go through this project's own decode and NMS (heads that give each object one box: no NMS), with the
+thresholds of the evaluation. onnx_nms and efficient_nms come with their NMS done in the graph, by the thresholds
+written there, and end2end with its detections chosen; they are only sorted and cut.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from core.errors import DeployError
-from data import Found, Predict
+from data import Found, Instances, Predict
 from deploy.runtimes.base import FloatArray, Runtime
-from models import Decode, non_max_suppression
+from models import Decode, soft_masks
 from pipeline.evaluation.suppression import suppress_overlaps
 
 RAW_NAME = re.compile(r"box_(\d+)")
@@ -30,16 +31,16 @@ class OutputReader:
     """Outputs of an engine to detections.
 
     Attributes:
-        form: "decoded", "raw", "onnx_nms" or "efficient_nms"; see `deploy.targets.outputs`.
+        form: "decoded", "raw", "end2end", "onnx_nms" or "efficient_nms"; see `deploy.targets.outputs`.
         confidence: scores must be greater, 0..1.
-        iou: threshold of the NMS that runs here (decoded, raw).
+        iou: threshold of the NMS that runs here (decoded, raw); None for a head that needs none.
         max_detections: boxes kept in an image.
         masks: whether coefficients stand below the scores, and a second output holds the prototypes (decoded).
     """
 
     form: str
     confidence: float
-    iou: float
+    iou: float | None
     max_detections: int
     masks: bool = False
 
@@ -80,15 +81,27 @@ class OutputReader:
         """
         if not self.masks:
             return self.boxes(outputs, images)
+        if self.form == "end2end":
+            maps = self._prototypes(outputs)[:images]
+            return [
+                Instances(rows[:, :6], soft_masks(prototypes, rows[:, 6:]))
+                for rows, prototypes in zip(self.boxes(outputs, images), maps, strict=True)
+            ]
         decoded = self.decoded(outputs)[:images], self._prototypes(outputs)[:images]
         return suppress_overlaps(decoded, self.confidence, self.iou, self.max_detections)
 
     def boxes(self, outputs: Mapping[str, FloatArray], images: int) -> list[Tensor]:
-        """`detections` of a network without masks."""
+        """`detections` of a network without masks; of one with masks (end2end) with its coefficients behind."""
         if self.is_decodable:
             decoded = self.decoded(outputs)[:images]
-            return non_max_suppression(decoded, self.confidence, self.iou, self.max_detections)
-        per_image = _of_plugin(outputs) if self.form == "efficient_nms" else _of_onnx(outputs, images)
+            return [
+                one.detections if isinstance(one, Instances) else one
+                for one in suppress_overlaps(decoded, self.confidence, self.iou, self.max_detections)
+            ]
+        if self.form == "end2end":
+            per_image = _of_end_to_end(outputs)
+        else:
+            per_image = _of_plugin(outputs) if self.form == "efficient_nms" else _of_onnx(outputs, images)
         return [self._cut(found) for found in per_image[:images]]
 
     def predictor(self, engine: Runtime, batch: int) -> Predict:
@@ -134,6 +147,16 @@ def decode_maps(outputs: Mapping[str, FloatArray]) -> Tensor:
     maps = [[torch.from_numpy(outputs[f"{kind}_{s}"]) for kind in ("box", "class")] for s in strides]
     decode = Decode(strides, maps[0][0].shape[1] // 4)
     return cast(Tensor, decode(tuple((box, score) for box, score in maps)))
+
+
+def _of_end_to_end(outputs: Mapping[str, FloatArray]) -> list[Tensor]:
+    (first, *_) = outputs.values()
+    if first.ndim != 3 or first.shape[2] < 6:
+        raise DeployError(
+            f"The engine's first output has the shape {first.shape}; expected [B, detections, 6]. Export it with "
+            "deploy.outputs=end2end."
+        )
+    return list(torch.from_numpy(first))
 
 
 def _of_onnx(outputs: Mapping[str, FloatArray], images: int) -> list[Tensor]:

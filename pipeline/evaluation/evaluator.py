@@ -22,7 +22,7 @@ from data import (
     measure_operating_point,
 )
 from pipeline.evaluation.measuring import Metrics, describe, measure_custom
-from pipeline.evaluation.suppression import suppress_overlaps
+from pipeline.evaluation.suppression import is_nms_free, suppress_overlaps
 from pipeline.run.progress import track
 from pipeline.splits import Splits
 
@@ -65,22 +65,25 @@ class Evaluator:
         self.splits = splits
         self.device = device
 
-    def detections(self, decoded: Any, confidence: float | None = None) -> Sequence[Found]:
-        """Suppress overlaps in decoded outputs, as every row of the table does.
+    def detections(
+        self, decoded: Any, confidence: float | None = None, nms_free: bool = False
+    ) -> Sequence[Found]:
+        """Choose detections from decoded outputs, as for every row of the table.
 
         Args:
             decoded: what the decode returns: [B, 4 + K, A], or with coefficients and prototypes for segmentation.
             confidence: lowest score kept; the configured one when None.
+            nms_free: whether they are of a head that gives each object one box.
         """
         config = self.config
         lowest = config.confidence if confidence is None else confidence
-        return suppress_overlaps(decoded, lowest, config.iou, config.max_detections)
+        return suppress_overlaps(decoded, lowest, None if nms_free else config.iou, config.max_detections)
 
     def predictor(self, network: nn.Module, decode: nn.Module) -> Predict:
         """Images to detections through a torch network and its decode."""
 
         def predict(images: Tensor) -> Sequence[Found]:
-            return self.detections(decode(network(images)))
+            return self.detections(decode(network(images)), nms_free=is_nms_free(decode))
 
         return predict
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from configs.compose import read
+from core.choices import ONE2ONE
 from core.errors import DataError, DeployError, RunError
 from core.image_size import ImageSize
 from core.names import listing
@@ -25,10 +26,10 @@ from core.runtimes import RUNTIMES
 from data import Found, Rle, class_positions, decode_mask, letterbox, to_input, to_picture
 from deploy import EngineRequest, Runtime, open_engine
 from deploy.runtimes.engines import find_image_size, runtime_class, runtime_of
-from models import Detector, fold_detector, load_detector
+from models import Detector, fold_detector, load_detector, select_head
 from pipeline.class_names import is_unnamed
 from pipeline.evaluation.engine_outputs import OutputReader
-from pipeline.evaluation.suppression import suppress_overlaps
+from pipeline.evaluation.suppression import is_nms_free, suppress_overlaps
 from pipeline.job import Job, choose_device
 from pipeline.run.directory import CONFIG, Run
 from pipeline.run.files import find_engine
@@ -84,9 +85,10 @@ class Options:
     threads: int | None = None
     device: str = "auto"
 
-    def reader(self, form: str, masks: bool) -> OutputReader:
+    def reader(self, form: str, masks: bool, nms_free: bool = False) -> OutputReader:
         """Reader of an engine's outputs with these thresholds."""
-        return OutputReader(form, self.confidence, self.iou, self.max_detections, masks)
+        iou = None if nms_free else self.iou
+        return OutputReader(form, self.confidence, iou, self.max_detections, masks)
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def open_predictor(path: Path, options: Options) -> Predictor:
             f"--runtime {options.runtime} takes runs and {', '.join(ENGINE_SUFFIXES)} files; {path.name} is a "
             "checkpoint for torch: export it first."
         )
-    detector = fold_detector(load_detector(path))
+    detector = load_detector(path)
+    detector = fold_detector(select_head(detector, detector.deployed_head))
     size = options.size or DEFAULT_SIZE
     return _of_torch(f"{path.name} (torch)", detector.network, detector, size, options)
 
@@ -256,10 +259,11 @@ def _of_torch(
 ) -> Predictor:
     device = choose_device(options.device)
     network, decode = network.to(device).eval(), detector.decode.to(device).eval()
+    iou = None if is_nms_free(decode) else options.iou
 
     def detect(images: Tensor) -> Sequence[Found]:
         decoded = decode(network(images.to(device)))
-        return suppress_overlaps(decoded, options.confidence, options.iou, options.max_detections)
+        return suppress_overlaps(decoded, options.confidence, iou, options.max_detections)
 
     return Predictor(label, tuple(detector.names), size, detect, detector.task)
 
@@ -275,7 +279,8 @@ def open_file(path: Path, options: Options, runtime: str | None = None) -> Predi
     request = EngineRequest(batch=1, image_size=size, threads=options.threads)
     engine = _load(path, runtime or options.runtime, request)
     masks = engine.metadata.get("task") == "segment"
-    reader = options.reader(engine.metadata.get("octet.outputs", "decoded"), masks)
+    nms_free = engine.metadata.get("octet.head") == ONE2ONE
+    reader = options.reader(engine.metadata.get("octet.outputs", "decoded"), masks, nms_free)
     names = read_names(engine.metadata.get("names", ""))
     if not names:
         outputs = engine.infer_outputs(np.zeros((1, 3, *size), np.float32))

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from configs.deploy_schema import NMSConfig
+from core.choices import ONE2ONE
 from core.errors import ConfigError, DataError
 from core.runtimes import RUNTIMES
 from core.targets import FP8_OPSET, TARGETS
@@ -26,7 +27,7 @@ from deploy import (
 from deploy.runtimes.base import FloatArray
 from models import Detector
 from pipeline.job import Job
-from pipeline.networks import QUANTIZED
+from pipeline.networks import QUANTIZED, head_of
 from pipeline.run.files import EXPORT_REPORT, FLOAT_ONNX
 from pipeline.run.progress import say
 from pipeline.splits import TRAIN, VAL
@@ -44,7 +45,13 @@ MASK_TEXTS = {
 }
 OUTPUT_TEXTS = {
     "decoded": {"output0": "[B, 4 + classes, anchors]: cx, cy, w, h in input pixels, then class scores"},
-    "raw": {"box_S": "[B, 4 * bins, h, w] of stride S: logits", "class_S": "[B, classes, h, w]: logits"},
+    "raw": {
+        "box_S": "[B, 4 * bins, h, w] of stride S: logits of distances in cells; with one bin the distances",
+        "class_S": "[B, classes, h, w]: logits",
+    },
+    "end2end": {
+        "output0": "[B, N, 6]: x1, y1, x2, y2 in input pixels, score, class: the best (anchor, class) pairs, by score"
+    },
     "onnx_nms": {"detections": "[N, 7]: image, x1, y1, x2, y2 in input pixels, score, class"},
     "efficient_nms": {
         "num_dets": "[B, 1]",
@@ -145,8 +152,11 @@ def check_export(job: Job) -> None:
 
     Raises:
         DeployError: an operator set that a target's graph cannot be written in.
-        ConfigError: a placement with unsigned or FP8 codes for a target that does not take them.
+        ConfigError: a placement with unsigned or FP8 codes for a target that does not take them, or outputs=end2end
+            for a head that needs NMS.
     """
+    if job.config.deploy.outputs == "end2end":
+        check_end_to_end(head_of(job.config, job.run))
     quant = job.config.quant
     kinds = {quant.grid: "quant.grid"} | {
         rule.grid: f"quant.policy, {rule.match}" for rule in quant.policy if rule.grid
@@ -157,6 +167,19 @@ def check_export(job: Job) -> None:
         if job.config.quant.activations.unsigned:
             check_signs(target, "quant.activations.unsigned=true")
         TARGETS[target].opset_for(job.config.deploy.scale_type, job.config.deploy.opset)
+
+
+def check_end_to_end(head: str) -> None:
+    """Refuse the choice of detections without NMS for a head that gives an object several boxes.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if head != ONE2ONE:
+        raise ConfigError(
+            f"outputs=end2end with the head {head}: it gives an object several boxes, which only NMS removes; use "
+            "outputs=onnx_nms or decoded, or model.head=one2one where the network has it"
+        )
 
 
 def export_quantized(job: Job, target: str, path: Path) -> ExportReport:
@@ -193,6 +216,8 @@ def write_onnx(
 ) -> ExportReport:
     """Export one network of the run with the settings of `deploy`; `source` is its row."""
     config = job.config.deploy
+    if config.outputs == "end2end":
+        check_end_to_end(job.networks.detector.deployed_head)
     named, names = with_named_nodes(network)
     try:
         return export_onnx(
@@ -301,10 +326,20 @@ def onnx_metadata(job: Job, detector: Detector, source: str) -> dict[str, str]:
         **stride,
         "imgsz": json.dumps(list(job.config.data.input_size)),
         "preprocessing": "letterbox (pad 114, centred, bilinear), RGB, divided by 255, NCHW float32",
-        **(MASK_TEXTS if job.splits.task == "segment" else OUTPUT_TEXTS[job.config.deploy.outputs]),
+        **_output_texts(job),
+        "octet.head": detector.deployed_head,
         "architecture": detector.architecture,
         "source": source,
     }
+
+
+def _output_texts(job: Job) -> dict[str, str]:
+    outputs = job.config.deploy.outputs
+    if job.splits.task != "segment":
+        return OUTPUT_TEXTS[outputs]
+    if outputs != "end2end":
+        return MASK_TEXTS
+    return {**MASK_TEXTS, "output0": f"{OUTPUT_TEXTS[outputs]['output0']}; mask coefficients behind"}
 
 
 def describe_export(report: ExportReport) -> dict[str, Any]:

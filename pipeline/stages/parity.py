@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from data import to_input
 from deploy import CompareReport, Runtime, compare_arrays, unexplained_variance
 from deploy.runtimes.base import FloatArray
 from pipeline.evaluation.engine_outputs import OutputReader, match_detections
+from pipeline.evaluation.suppression import is_nms_free
 from pipeline.job import Job
 from pipeline.run.progress import say
 
@@ -32,7 +33,8 @@ def reader_of(job: Job) -> OutputReader:
     """How this run's engines are read, with the thresholds of the evaluation."""
     config = job.config.evaluate
     form, masks = job.config.deploy.outputs, job.splits.task == "segment"
-    return OutputReader(form, config.confidence, config.iou, config.max_detections, masks)
+    iou = None if is_nms_free(job.networks.detector.decode) else config.iou
+    return OutputReader(form, config.confidence, iou, config.max_detections, masks)
 
 
 def check_parity(job: Job, engine: Runtime) -> dict[str, object]:
@@ -67,6 +69,8 @@ def check_parity(job: Job, engine: Runtime) -> dict[str, object]:
     if not reader.is_decodable:
         nms = job.config.deploy.nms
         in_graph = OutputReader("decoded", nms.confidence, nms.iou, nms.max_detections)
+        if reader.form == "end2end":
+            in_graph = replace(reader, form="decoded", max_detections=nms.max_detections)
         found = [one for output in results for one in reader.boxes(output, batch)]
         wanted = [one for d in decoded for one in in_graph.boxes({"output0": d.numpy()}, batch)]
         agreement = compare_detections(found, wanted, nms.confidence)

@@ -10,6 +10,7 @@ from core.machine import describe_machine, describe_versions
 from core.rows import PTQ
 from data import decode_mask, to_picture
 from models import measure_network
+from pipeline.evaluation.suppression import is_nms_free
 from pipeline.job import Job
 from pipeline.networks import FLOAT_MODEL, QUANTIZED
 from pipeline.run.progress import say
@@ -69,6 +70,7 @@ def _panels(job: Job) -> list[DetectionPanel]:
     if job.run.path(QUANTIZED[PTQ]).exists():
         model, key = job.networks.best()
         networks[key.name] = model
+    decode = job.networks.detector.decode
     panels = []
     for batch in job.splits.letterboxed(job.splits.val, 1, PICTURES):
         images = batch.to(job.device).images.float() / 255
@@ -76,8 +78,8 @@ def _panels(job: Job) -> list[DetectionPanel]:
         pictures = []
         for name, network in networks.items():
             with torch.inference_mode():
-                decoded = job.networks.detector.decode(network(images))
-            found = job.evaluator.detections(decoded, PICTURE_CONFIDENCE)[0]
+                decoded = decode(network(images))
+            found = job.evaluator.detections(decoded, PICTURE_CONFIDENCE, is_nms_free(decode))[0]
             size = (int(images.shape[2]), int(images.shape[3]))
             boxes, codes = to_picture(found, batch.infos[0], size)
             masks = [decode_mask(code) for code in codes or ()]

@@ -10,7 +10,7 @@ from placed import export_named, quantized
 import deploy.export
 from core.families import ARCHITECTURES
 from deploy import TARGETS, inspect_graph
-from models import build_detector, fold_detector
+from models import build_detector, fold_detector, select_head
 from quant import place
 
 SIZE = (64, 64)
@@ -18,7 +18,8 @@ SIZE = (64, 64)
 
 def detector(name):
     torch.manual_seed(0)
-    return fold_detector(build_detector(name, 3)).eval()
+    built = build_detector(name, 3)
+    return fold_detector(select_head(built, built.deployed_head)).eval()
 
 
 def outputs_of(model):

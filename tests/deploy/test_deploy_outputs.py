@@ -99,6 +99,79 @@ def test_onnx_nms_against_torchvision(module, images, tmp_path, target):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
 
 
+def best_pairs_by_hand(decoded, number, masks=0):
+    """All (anchor, class) pairs of an image, sorted by score: rows (x1, y1, x2, y2, score, class, coefficients)."""
+    rows = []
+    for anchor in range(decoded.shape[1]):
+        cx, cy, w, h, *rest = decoded[:, anchor].tolist()
+        scores, coefficients = rest[: len(rest) - masks], rest[len(rest) - masks :]
+        corners = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
+        rows += [[*corners, score, label, *coefficients] for label, score in enumerate(scores)]
+    return sorted(rows, key=lambda row: -row[4])[:number]
+
+
+@pytest.mark.parametrize("target", ["openvino", "onnxruntime", "trt10"])
+@pytest.mark.parametrize("number", [20, 300])
+def test_end_to_end_is_a_sort_of_all_pairs(module, images, tmp_path, target, number):
+    options = NMSOptions(max_detections=number)
+    path = export_onnx(module, tmp_path / "m.onnx", SIZE, target, outputs="end2end", nms=options).path
+    plain = export_onnx(module, tmp_path / "p.onnx", SIZE, target).path
+    with ONNXRuntime(path, optimize=False) as runtime, ONNXRuntime(plain, optimize=False) as decoded:
+        assert runtime.output_names == ("output0",)
+        found, maps = runtime.infer(images.numpy()), decoded.infer(images.numpy())
+    anchors = 8 * 12 + 4 * 6 + 2 * 3
+    assert found.shape == (2, min(number, CLASSES * min(number, anchors)), 6)
+    for image, all_of_it in zip(found, maps, strict=True):
+        np.testing.assert_allclose(image, best_pairs_by_hand(all_of_it, number), rtol=1e-5, atol=1e-4)
+    assert check_graph(path) == check_graph(plain)
+
+
+def test_end_to_end_runs_in_openvino_with_masks(images, tmp_path):
+    """Coefficients go with their anchors, prototypes pass."""
+
+    class WithMasks(ThreeLevels):
+        def forward(self, images):
+            decoded = super().forward(images)
+            return torch.cat([decoded, decoded[:, :2] - decoded[:, 2:4]], 1), images[:, :2, ::4, ::4]
+
+    path = export_onnx(
+        WithMasks().eval(), tmp_path / "m.onnx", SIZE, "openvino", output_names=("output0", "output1"),
+        outputs="end2end",
+    ).path  # fmt: skip
+    plain = export_onnx(
+        WithMasks().eval(), tmp_path / "p.onnx", SIZE, "openvino", output_names=("output0", "output1")
+    ).path
+    with OpenVINORuntime(path, "f32") as runtime, OpenVINORuntime(plain, "f32") as decoded:
+        found, maps = runtime.infer_outputs(images.numpy()), decoded.infer_outputs(images.numpy())
+    np.testing.assert_allclose(found["output1"], images[:, :2, ::4, ::4], rtol=1e-6)
+    for image, all_of_it in zip(found["output0"], maps["output0"], strict=True):
+        wanted = best_pairs_by_hand(all_of_it, 300, masks=2)
+        np.testing.assert_allclose(image, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_raw_maps_without_bins_are_told_apart(images, tmp_path):
+    """A box map of four distances has no softmax behind it; the class map's sigmoid tells which is which."""
+
+    class Direct(ThreeLevels):
+        def __init__(self):
+            super().__init__()
+            self.boxes = nn.ModuleList([nn.Conv2d(16, 4, 1) for _ in range(3)])
+
+        def forward(self, images):
+            parts = [
+                torch.cat([box.flatten(2), score.flatten(2).sigmoid()], 1) for box, score in self.raw(images)
+            ]
+            return torch.cat(parts, 2)
+
+    module = Direct().eval()
+    path = export_onnx(module, tmp_path / "m.onnx", SIZE, "trt10", outputs="raw").path
+    with torch.no_grad(), ONNXRuntime(path, threads=1, optimize=False) as runtime:
+        found = runtime.infer_outputs(images.numpy())
+        for stride, pair in zip((8, 16, 32), module.raw(images), strict=True):
+            for kind, wanted in zip(("box", "class"), pair, strict=True):
+                np.testing.assert_allclose(found[f"{kind}_{stride}"], wanted.numpy(), atol=0.05)
+
+
 def test_efficient_nms_node(module, tmp_path):
     options = NMSOptions(confidence=0.3, iou=0.6, max_detections=50)
     for target in ("trt10", "trt11"):

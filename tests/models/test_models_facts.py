@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import build_detector, fold_detector, measure_network
+from models import build_detector, fold_detector, measure_network, select_head
 from models.facts import count_parameters
 from quant import place
 
@@ -70,12 +70,29 @@ def test_counts_equal_torchs_counter(architecture: str) -> None:
         ("yolo11m", 20.1e6, 34.0e9),
         ("yolo11l", 25.3e6, 43.45e9),
         ("yolo11x", 56.9e6, 97.45e9),
+        ("yolov10n", 2.3e6, 3.35e9),
+        pytest.param("yolov10s", 7.2e6, 10.8e9, marks=pytest.mark.exhaustive),
+        ("yolov10m", 15.4e6, 29.55e9),
+        pytest.param("yolov10b", 19.1e6, 46.0e9, marks=pytest.mark.exhaustive),
+        pytest.param("yolov10l", 24.4e6, 60.15e9, marks=pytest.mark.exhaustive),
+        pytest.param("yolov10x", 29.5e6, 80.2e9, marks=pytest.mark.exhaustive),
+        ("yolo12n", 2.6e6, 3.25e9),
+        pytest.param("yolo12s", 9.3e6, 10.7e9, marks=pytest.mark.exhaustive),
+        pytest.param("yolo12m", 20.2e6, 33.75e9, marks=pytest.mark.exhaustive),
+        ("yolo12l", 26.4e6, 44.45e9),
+        pytest.param("yolo12x", 59.1e6, 99.5e9, marks=pytest.mark.exhaustive),
+        ("yolo26n", 2.4e6, 2.7e9),
+        pytest.param("yolo26s", 9.5e6, 10.35e9, marks=pytest.mark.exhaustive),
+        pytest.param("yolo26m", 20.4e6, 34.1e9, marks=pytest.mark.exhaustive),
+        ("yolo26l", 24.8e6, 43.2e9),
+        pytest.param("yolo26x", 55.7e6, 96.95e9, marks=pytest.mark.exhaustive),
     ],
 )
 def test_folded_networks_cost_what_is_published(architecture: str, parameters: float, macs: float) -> None:
     """The families' published tables: parameters and FLOPs (2 per multiply-accumulate) as deployed, at 640 px."""
     with torch.device("meta"):
         detector = build_detector(architecture, 80)
+    detector = select_head(detector, detector.deployed_head)
     facts = measure_network(fold_detector(detector).network, (640, 640))
     assert facts.parameters == pytest.approx(parameters, rel=0.02)
     assert facts.macs == pytest.approx(macs, rel=0.02)
@@ -95,11 +112,17 @@ def test_folded_networks_cost_what_is_published(architecture: str, parameters: f
         ("yolo11m-seg", 22.4e6),
         ("yolo11l-seg", 27.6e6),
         ("yolo11x-seg", 62.1e6),
+        ("yolo26n-seg", 2.7e6),
+        pytest.param("yolo26s-seg", 10.4e6, marks=pytest.mark.exhaustive),
+        pytest.param("yolo26m-seg", 23.6e6, marks=pytest.mark.exhaustive),
+        pytest.param("yolo26l-seg", 28.0e6, marks=pytest.mark.exhaustive),
+        ("yolo26x-seg", 62.8e6),
     ],
 )
 def test_segmentation_networks_have_the_published_size(architecture: str, parameters: float) -> None:
     with torch.device("meta"):
         detector = build_detector(architecture, 80)
+    detector = select_head(detector, detector.deployed_head)
     assert count_parameters(detector.network) == pytest.approx(parameters, rel=0.02)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from core.families import DETECTORS
-from models import build_detector, fold_detector
+from models import build_detector, fold_detector, select_head
 
 
 def randomise_statistics(module: nn.Module) -> None:
@@ -22,9 +22,11 @@ def randomise_statistics(module: nn.Module) -> None:
 def test_network_is_traceable_and_has_three_levels(architecture: str, activation: str) -> None:
     with torch.device("meta"):
         detector = build_detector(architecture, 5, activation)
+        detector = select_head(detector, detector.deployed_head)
         graph = torch.fx.symbolic_trace(detector.network)
         raw = graph(torch.zeros(2, 3, 64, 96))
-    assert [tuple(box.shape) for box, _ in raw] == [(2, 64, 8, 12), (2, 64, 4, 6), (2, 64, 2, 3)]
+    sides = 4 if architecture.startswith("yolo26") else 64
+    assert [tuple(box.shape) for box, _ in raw] == [(2, sides, 8, 12), (2, sides, 4, 6), (2, sides, 2, 3)]
     assert [tuple(cls.shape) for _, cls in raw] == [(2, 5, 8, 12), (2, 5, 4, 6), (2, 5, 2, 3)]
     kinds = {type(module) for module in detector.network.modules()}
     assert (nn.SiLU in kinds) == (activation == "silu")

@@ -71,6 +71,36 @@ def test_wrong_outputs_are_named() -> None:
         OutputReader("decoded", 0.1, 0.5, 10).detections({"out": np.zeros((2, 7), np.float32)}, 2)
 
 
+def test_a_head_without_nms_keeps_overlapping_boxes() -> None:
+    """The same maps, nothing suppressed: the best cells and classes of a sort."""
+    maps = raw_maps()
+    reader = OutputReader("raw", confidence=0.6, iou=None, max_detections=20)
+    for image, rows in zip(reader.detections(maps, 2), by_hand(maps), strict=True):
+        pairs = [
+            [*row[:4], score, label] for row in rows for label, score in enumerate(row[4:]) if score > 0.6
+        ]
+        wanted = sorted(pairs, key=lambda pair: -pair[4])[:20]
+        torch.testing.assert_close(image, torch.tensor(wanted).float(), rtol=1e-4, atol=1e-3)
+
+
+def test_end_to_end_detections_are_cut_only() -> None:
+    rows = np.zeros((3, 4, 6 + 2), np.float32)
+    rows[0, :, 4] = [0.9, 0.5, 0.2, 0.0]
+    rows[0, :, 6:] = [[1, 0], [0, 1], [1, 1], [5, 5]]
+    prototypes = np.stack([np.full((3, 2, 2), -1.0), np.full((3, 2, 2), 2.0)], 1).astype(np.float32)
+    reader = OutputReader("end2end", 0.1, None, 2)
+    first, second = reader.detections({"output0": rows[..., :6]}, 2)
+    torch.testing.assert_close(first, torch.from_numpy(rows[0, :2, :6]))
+    assert second.shape == (0, 6)
+    masked = OutputReader("end2end", 0.1, None, 300, masks=True)
+    found = masked.detections({"output0": rows, "output1": prototypes}, 1)[0]
+    assert found.detections.shape == (3, 6)  # type: ignore[union-attr]
+    wanted = torch.tensor([-1.0, 2.0, 1.0]).sigmoid()
+    torch.testing.assert_close(found.masks[:, 0, 0], wanted)  # type: ignore[union-attr]
+    with pytest.raises(DeployError, match=r"\(2, 7\); expected \[B, detections, 6\]"):
+        reader.detections({"output0": np.zeros((2, 7), np.float32)}, 2)
+
+
 ROWS = [  # image, box, score, class
     [1, 0, 0, 10, 10, 0.3, 0],
     [0, 5, 5, 20, 20, 0.9, 1],
