@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from core.choices import ATTENTION, INTEGER
+from core.choices import ATTENTION, FP8, INTEGER
 from core.grid import FP8_E4M3, FP8_WEIGHTS, Grid
 from core.operators import Kind, fused_summand, narrow_reason
 from quant.graph import WEIGHTED_MODULES, inputs_of, is_nonnegative, kind_of, paths_of, trace
@@ -48,7 +48,8 @@ class PlacementOptions:
         attention: of products of two tensors `float` leaves all in float, `matmul` quantizes both operands. Their
             convolutions are quantized in either case.
         grid: kind of the grids, `integer` or `fp8`. Weights take the kind of the group that their layer reads; FP8 has
-            no use for the widths above.
+            no use for the widths above. Layers that read the network's input stay float with `fp8` unless a rule names
+            a kind for the input: images are spread evenly over [0, 1], and FP8 has steps of 1/16 in the upper half.
     """
 
     weight_bits: int = 8
@@ -146,6 +147,8 @@ class _Placer:
             reason = f"policy rule {rule.match}" if rule.keep_float else None
         elif not self.options.quantize_outputs and self._is_output(node):
             reason = "its result leaves the network"
+        elif self.options.grid == FP8 and self._reads_input(node) and not self.policy.lookup("grid", tensors):
+            reason = "reads the network's input, for which FP8 is too coarse"
         elif not self.options.quantize_narrow:
             reason = self._narrow(node)
         if reason:
@@ -205,9 +208,8 @@ class _Placer:
         layer = self.modules[str(node.target)]
         if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
             return None
-        reads_image = any(source.op == "placeholder" for source in self._peek(inputs_of(node)[0]))
         reason = narrow_reason(
-            layer.in_channels, layer.out_channels, layer.groups, layer.kernel_size, reads_image
+            layer.in_channels, layer.out_channels, layer.groups, layer.kernel_size, self._reads_input(node)
         )
         return reason and f"narrow: {reason}"
 
@@ -346,9 +348,10 @@ class _Placer:
 
     def _is_edge(self, node: fx.Node) -> bool:
         """Whether a layer reads the network's input or makes its output."""
-        return any(
-            source.op == "placeholder" for source in self._peek(inputs_of(node)[0])
-        ) or self._is_output(node)
+        return self._reads_input(node) or self._is_output(node)
+
+    def _reads_input(self, node: fx.Node) -> bool:
+        return any(source.op == "placeholder" for source in self._peek(inputs_of(node)[0]))
 
     def _weight_site(self, path: str, group: Group, is_edge: bool) -> WeightSite:
         layer = self.modules[path]

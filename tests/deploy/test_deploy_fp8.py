@@ -54,7 +54,9 @@ IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
 def quantized(*rules: Rule, grid: str = "fp8") -> nn.Module:
+    """Every layer in FP8, that of the image included, unless other rules say otherwise."""
     network = Net().eval()
+    rules = (Rule("input.images", grid="fp8"), *rules) if grid == "fp8" else rules
     model = insert(network, place(network, PlacementOptions(grid=grid), rules)).eval()
     calibrate(model, [IMAGES])
     return model
