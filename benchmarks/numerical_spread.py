@@ -9,7 +9,8 @@ right, and each has its own AP. On a hundred images the APs lie up to 0.004 apar
 tell whether one of two executions is better by 0.001.
 
 The script measures the float network and the run's quantized model: in torch on whole numbers (as every row of the
-report), in torch on floats in several orders, in ONNX Runtime node by node, and in the CPU engines. With `--views N`
+report), in torch on floats in several orders, in ONNX Runtime node by node, and in the CPU engines. No CPU engine runs
+FP8: there it is torch, and ONNX Runtime node by node. With `--views N`
 each is measured on N views of the images, moved by up to three pixels, boxes moved back: the chance of single
 roundings then averages out. Printed are the AP on the first view (the images as they are), the mean over the views, and
 the mean difference to the float network and to torch with its standard error over the views.
@@ -37,7 +38,7 @@ from data import Found, Predict
 from deploy import ONNXRuntime, OpenVINORuntime, Runtime
 from pipeline.job import Job
 from pipeline.run.directory import CONFIG, Run
-from pipeline.stages.export import export_quantized
+from pipeline.stages.export import export_exact, export_quantized, has_fp8
 from quant import quantized_layers
 
 Decoded = Callable[[Tensor], Tensor]
@@ -62,10 +63,13 @@ def executions(job: Job, folder: Path, orders: bool) -> dict[str, Decoded]:
     def engine(runtime: Runtime) -> Decoded:
         return lambda images: torch.from_numpy(runtime.infer(images.numpy()))
 
-    export_quantized(job, "openvino", folder / "openvino.onnx")
-    export_quantized(job, "onnxruntime", folder / "onnxruntime.onnx")
     plain, last = torch.contiguous_format, torch.channels_last
     found = {FLOAT: torch_with(job.networks.detector.network, 1, plain), TORCH: torch_with(whole, 1, plain)}
+    if has_fp8(whole):
+        path = export_exact(job, folder / "exact.onnx")
+        return found | {"ONNX Runtime, node by node": engine(ONNXRuntime(path, optimize=False))}
+    export_quantized(job, "openvino", folder / "openvino.onnx")
+    export_quantized(job, "onnxruntime", folder / "onnxruntime.onnx")
     if orders:
         export_quantized(job, "trt10", folder / "trt10.onnx")
         found |= {

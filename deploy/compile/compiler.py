@@ -78,8 +78,8 @@ def compile_graph(model: ModelProto, capabilities: Sequence[str], shapes: Shapes
 
     Args:
         model: a graph as TensorRT reads it; the types in it are those of the engine. It is not changed.
-        capabilities: names of `core.choices.CAPABILITIES`, at least one. The log of a build for several tells the
-            kernels of each; those of the first are returned.
+        capabilities: names of `core.choices.CAPABILITIES`, at least one. A plan for several has one list of kernels,
+            which all of them run: with SM75 among them, no convolution runs in INT8 on any.
         shapes: of the images, for graphs that leave dimensions open.
 
     Raises:

@@ -61,10 +61,10 @@ class BuildSummary:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """What the compiler makes of a graph for one compute capability.
+    """What the compiler makes of a graph for one compute capability, or for several with one plan.
 
     Attributes:
-        capability: the compute capability.
+        capability: the compute capability, or several with commas.
         version: of TensorRT for RTX.
         layers: every convolution and matrix product with weights, in the order of the graph.
         matmuls: every product of two computed tensors, in the order of the graph.
@@ -87,34 +87,42 @@ class CompileReport:
 
 
 def inspect_build(
-    model: ModelProto, capability: str, image_size: tuple[int, int] | None = None
+    model: ModelProto,
+    capability: str,
+    image_size: tuple[int, int] | None = None,
+    fp16: BuildSummary | None = None,
 ) -> CompileReport:
     """Compile a graph, and the same graph in FP16, and compare the engine with what the file says.
 
     Args:
         model: any graph that TensorRT reads; it is not changed.
-        capability: a compute capability, such as `SM89`.
+        capability: a compute capability, such as `SM89`, or those of one plan, such as `SM86,SM89`. A plan has one
+            graph for all of its GPUs: what one of them does not run in 8 bits, none of them does.
         image_size: (height, width) for graphs that leave it open.
+        fp16: the engine in FP16 where it is known already, so that it is not built again.
 
     Raises:
         DeployError: TensorRT for RTX is missing, or refuses the graph.
     """
     view = View(model, image_size)
     shapes = _fixed(view)
-    built = compile_graph(model, [capability], shapes)
-    half = compile_graph(half_precision(model), [capability], shapes)
+    built = compile_graph(model, capability.split(","), shapes)
     layers = tuple(_layers(view, view.weighted(), built.kernels))
     matmuls = tuple(_layers(view, view.matmuls(), built.kernels))
-    names = [node.name for node in view.weighted()]
     return CompileReport(
         capability,
         built.version,
         layers,
         matmuls,
         _summary(built, [layer.precision for layer in layers]),
-        _summary(half, [_precision(_kernel_of(name, half.kernels)) for name in names]),
+        fp16 or _half_build(view, model, capability, shapes),
         tuple(_findings(view, (*layers, *matmuls), capability)),
     )
+
+
+def _half_build(view: View, model: ModelProto, capability: str, shapes: Shapes) -> BuildSummary:
+    built = compile_graph(half_precision(model), capability.split(","), shapes)
+    return _summary(built, [_precision(_kernel_of(node.name, built.kernels)) for node in view.weighted()])
 
 
 def half_precision(model: ModelProto) -> ModelProto:
@@ -214,8 +222,11 @@ def _findings(view: View, layers: Sequence[LayerBuild], capability: str) -> Iter
 def _why_float(view: View, node: NodeProto, layer: LayerBuild, capability: str) -> tuple[str, str]:
     """Why a layer that the file quantizes runs in float, as far as the graph tells, and what to do."""
     hazard = f"quantized in the file, but the engine for {capability} runs it in {layer.precision}"
-    if capability in WITHOUT_INT8_CONVOLUTIONS:
-        return f"{hazard}: TensorRT for RTX has no INT8 convolutions there", "build an FP16 engine for it"
+    if unable := WITHOUT_INT8_CONVOLUTIONS.intersection(capability.split(",")):
+        return (
+            f"{hazard}: TensorRT for RTX has no INT8 convolutions on {min(unable)}",
+            "build an FP16 engine for it",
+        )
     roots = view.roots(node.input[0])
     dequantizers = [dq for root in roots if (dq := view.dequantizer(root)) is not None]
     scales = [view.graph.constants.get(dq.input[1]) for dq in dequantizers]

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +138,18 @@ def build_tensorrt_rtx(onnx_path: Path, out_dir: Path, request: EngineRequest) -
     if facts.is_quantized:
         for name in WITHOUT_INT8_CONVOLUTIONS.intersection(capabilities):
             LOGGER.warning(
-                "%s: no INT8 convolutions there; they will run in FP16. Build an FP16 engine for it.", name
+                "%s: no INT8 convolutions there; they will run in FP16, on all GPUs of this plan (%s). Build an FP16 "
+                "engine for %s, in a plan of its own.",
+                name,
+                ", ".join(capabilities),
+                name,
             )
     start = time.perf_counter()
     built = compile_graph(model, capabilities, shapes)
-    reports = [inspect_build(model, name, options.best_size) for name in capabilities if facts.is_quantized]
-    for report in reports:
+    reports = []
+    if facts.is_quantized:
+        report = inspect_build(model, ",".join(capabilities), options.best_size)
+        reports = [replace(report, capability=name) for name in capabilities]
         for finding in report.findings:
             LOGGER.warning("%s: %s. %s.", finding.name, finding.hazard, finding.remedy)
     path = out_dir / f"{onnx_path.stem}.plan"

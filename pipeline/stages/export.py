@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from configs.deploy_schema import NMSConfig
 from core.choices import ONE2ONE
@@ -118,17 +118,23 @@ def compare_with_torch(job: Job) -> None:
     if target is not None:
         compare_fixed_point(job, job.run.path(model_name(job, target)))
         return
-    network, row = job.networks.best()
-    has_fp8 = any(group.grid.is_fp8 for group in placement_of(network).groups)
-    # no engine of an exact target runs FP8, but ONNX Runtime executes its graph
-    exact = next(
-        name for name, entry in TARGETS.items() if entry.is_exact and (entry.signed_only or not has_fp8)
-    )
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "exact.onnx"
-        opset = FP8_OPSET if has_fp8 else None
-        write_onnx(job, network.cpu(), exact, row.name, path, opset=opset)
-        compare_fixed_point(job, path)
+        compare_fixed_point(job, export_exact(job, Path(folder) / "exact.onnx"))
+
+
+def export_exact(job: Job, path: Path) -> Path:
+    """Export the best quantized model in FP32 beside its codes, as ONNX Runtime executes it; returns the path."""
+    network, row = job.networks.best()
+    fp8 = has_fp8(network)
+    # no engine of an exact target runs FP8, but ONNX Runtime executes its graph
+    exact = next(name for name, entry in TARGETS.items() if entry.is_exact and (entry.signed_only or not fp8))
+    write_onnx(job, network.cpu(), exact, row.name, path, opset=FP8_OPSET if fp8 else None)
+    return path
+
+
+def has_fp8(network: fx.GraphModule) -> bool:
+    """Whether any group of a quantized model has FP8 codes."""
+    return any(group.grid.is_fp8 for group in placement_of(network).groups)
 
 
 def targets(job: Job) -> list[str]:

@@ -222,6 +222,21 @@ def test_turing_is_warned_of_before_the_build(graph, tmp_path, caplog):
 
 
 @rtx
+def test_a_plan_has_one_graph_for_all_of_its_gpus(graph, tmp_path, caplog):
+    """What is said of each GPU is what this plan does there, not what a plan of its own would do."""
+    with caplog.at_level(logging.WARNING):
+        request = EngineRequest(image_size=SIZE, compute_capabilities=("SM89", "SM75"))
+        path = build_engine("tensorrt_rtx", graph, tmp_path, request)
+    assert "on all GPUs of this plan (SM89, SM75)" in caplog.records[0].message
+    compiled = TensorRTRTXRuntime.stored_details(path)["compiled"]
+    assert list(compiled) == ["SM89", "SM75"]
+    assert all("int8" not in build["convolutions"] for build in compiled.values())
+    sidecar = json.loads(sidecar_path(path).read_text())
+    kernels = [kernel for kernel in sidecar["kernels"] if kernel["kind"] != "shape_call"]  # of the open batch
+    assert len(kernels) == compiled["SM89"]["kernels"]
+
+
+@rtx
 def test_the_command_builds_float_plans(tmp_path, capsys):
     path = export_onnx(FloatDetector(), tmp_path / "float.onnx", SIZE, "trt10", quantized=False).path
     for precision in ("fp16", "fp32"):
