@@ -2,7 +2,7 @@
 
 from data.augment import AugmentOptions
 from data.classes import class_positions, reorder_classes
-from data.dataset import ground_truth, open_dataset
+from data.dataset import LINKS, ground_truth, open_dataset
 from data.formats.synthetic import generate_synthetic
 from data.images import list_images, read_image
 from data.inventory import Inventory
@@ -24,6 +24,7 @@ from data.metrics.detection import (
 from data.samples import Batch, Dataset, Instances, Sample
 
 __all__ = [
+    "LINKS",
     "AugmentOptions",
     "Batch",
     "Dataset",

@@ -117,7 +117,7 @@ def account_for_link(path: Path, inventory: Inventory, links: str) -> None:
         return
     inventory.fault(
         f"{path} is a link to {str(path.readlink())!r}, where nothing is: restore the target, remove the link, or "
-        "leave such links out with data.dangling_links=skip."
+        "leave such links out with data.dangling_links=skip (--dangling-links skip of commands)."
     )
 
 

@@ -24,7 +24,7 @@ from core.command import reports_errors, run_command, size_argument
 from core.errors import DataError
 from core.files import write_json
 from core.runtimes import RUNTIMES
-from data import Detections
+from data import LINKS, Detections
 from pipeline.class_names import BY_NAME, BY_ORDER, ClassNames, is_unnamed
 from pipeline.evaluation.evaluator import Evaluator, Measured
 from pipeline.evaluation.measuring import row_figures, value_of
@@ -122,6 +122,8 @@ def _settings(options: argparse.Namespace) -> tuple[DataConfig, EvaluateConfig, 
         raise DataError(f"{options.model} lies in no run directory: name the dataset with --data FOLDER.")
     if options.class_map is not None:
         data.class_map = options.class_map
+    if options.dangling_links is not None:
+        data.dangling_links = options.dangling_links
     if options.split is not None:
         data.val_split = options.split
     return data, thresholds, metric
@@ -138,6 +140,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--class-map", choices=(BY_NAME, BY_ORDER), help="default: the run's data.class_map, or names"
+    )
+    parser.add_argument(
+        "--dangling-links", choices=LINKS, help="default: the run's data.dangling_links, or error"
     )
     parser.add_argument(
         "--compare", metavar="float|MODEL", help="how many detections of this model are found again"

@@ -57,7 +57,7 @@ class Splits:
         self.device = device
         self.seed = seed
         self.find_names = find_names
-        self.class_notes: list[str] = []
+        self.notes: list[str] = []  # sentences for console and report
         self._digests: dict[str, str] = {}
 
     @cached_property
@@ -82,12 +82,18 @@ class Splits:
     def train(self) -> Dataset:
         """Images for training and calibration, with the classes of the weights, or of the validation split."""
         wanted = self._wanted or ClassNames(f"split {self.config.val_split!r}", tuple(self.val.names))
-        return self._fit(self._open(self.config.train_split), self.config.train_split, wanted)
+        train = self._fit(self._open(self.config.train_split), self.config.train_split, wanted)
+        if "val" in vars(self):
+            self._note_shared(train, self.val)
+        return train
 
     @cached_property
     def val(self) -> Dataset:
         """Images for every reported figure, with the classes of the weights."""
-        return self._fit(self._open(self.config.val_split), self.config.val_split, self._wanted)
+        val = self._fit(self._open(self.config.val_split), self.config.val_split, self._wanted)
+        if "train" in vars(self):
+            self._note_shared(self.train, val)
+        return val
 
     @cached_property
     def _wanted(self) -> ClassNames | None:
@@ -97,10 +103,21 @@ class Splits:
         if wanted is None:
             return dataset
         fitted, note = fit_classes(dataset, f"{self.source}, split {split!r}", wanted, self.config.class_map)
-        if note is not None and note not in self.class_notes:
-            self.class_notes.append(note)
-            say(f"warning: {note}")
+        if note is not None:
+            self._note(note)
         return fitted
+
+    def _note_shared(self, train: Dataset, val: Dataset) -> None:
+        """Say how many images are in both splits: figures on images that were trained with flatter a model."""
+        paths, others = ({record.path for record in getattr(split, "records", ())} for split in (train, val))
+        shared = len(paths & others)
+        if shared:
+            self._note(f"{shared} of the {len(others)} validation images are training images, too.")
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+            say(f"warning: {note}")
 
     @cached_property
     def truth(self) -> dict[str, Any]:

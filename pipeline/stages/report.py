@@ -172,8 +172,10 @@ def _findings(job: Job) -> list[dict[str, Any]]:
 
 
 def _notes(job: Job) -> list[str]:
-    notes = [f"Validation data: {note}" for note in getattr(job.splits.val, "notes", ())]
-    notes += job.splits.class_notes
+    splits = job.splits
+    opened = {"Validation data": splits.val, "Training data": vars(splits).get("train")}
+    notes = [f"{name}: {note}" for name, split in opened.items() for note in getattr(split, "notes", ())]
+    notes += splits.notes
     if job.run.path("qat.json").exists():
         notes.append(_fine_tuning_note(job.run.read_json("qat.json")))
     if job.run.path(FIXED_POINT).exists():

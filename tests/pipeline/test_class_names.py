@@ -273,6 +273,18 @@ def test_a_figure_does_not_depend_on_the_order_of_the_datas_classes(
     assert "by name" in capsys.readouterr().err
 
 
+def test_evaluate_leaves_out_dangling_links_when_told(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_yolo(tmp_path / "set", NAMES)
+    (data / "images/val/gone.jpg").symlink_to("nowhere")
+    arguments = [str(weights), "--data", str(data), "--size", "64", "--limit", "1"]
+    assert evaluate.main(arguments) == 3
+    assert "--dangling-links skip of commands" in capsys.readouterr().err
+    assert evaluate.main([*arguments, "--dangling-links", "skip"]) == 0
+    assert "Left out 1 links that lead nowhere" in capsys.readouterr().err
+
+
 def test_evaluate_refuses_other_names(
     tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

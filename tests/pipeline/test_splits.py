@@ -66,6 +66,22 @@ def test_a_changed_crowd_flag_or_area_is_other_data(tmp_path: Path) -> None:
     assert len(seen) == 3
 
 
+@pytest.mark.parametrize("first", ["train", "val"])
+def test_images_that_are_in_both_splits_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], first: str
+) -> None:
+    root = write_yolo(tmp_path / "set")
+    for source, number in (("images/val", 2), ("train.txt", 1), ("images/train", 0)):
+        (root / "train.txt").write_text("images/train/a.jpg\nimages/val/b.jpg\n")
+        (root / "data.yaml").write_text(f"train: {source}\nval: images/val\nnames: [cat, dog]\n")
+        splits = Splits(DataConfig(root=str(root), workers=0, cache_dir=None), "detect", torch.device("cpu"))
+        for name in (first, "train", "val"):
+            getattr(splits, name)
+        note = f"{number} of the 2 validation images are training images, too."
+        assert splits.notes == ([note] if number else [])
+        assert capsys.readouterr().err.count(note) == bool(number)
+
+
 def test_dangling_links_by_setting(tmp_path: Path) -> None:
     root = write_yolo(tmp_path / "set")
     (root / "images/val/gone.jpg").symlink_to("nowhere.jpg")
