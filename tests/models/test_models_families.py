@@ -37,7 +37,16 @@ def test_names_of_activations_are_those_implemented() -> None:
     assert set(ACTIVATIONS) == set(blocks.ACTIVATIONS)
 
 
-@pytest.mark.parametrize("architecture", families.ARCHITECTURES)
+SMALL = re.compile(r"yolov9t|.*\d+n")
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(name, marks=[] if SMALL.match(name) else pytest.mark.exhaustive)
+        for name in families.ARCHITECTURES
+    ],
+)
 def test_each_size_is_found_by_its_shapes(architecture: str) -> None:
     with torch.device("meta"):
         detector = build_detector(architecture, 3)
