@@ -69,6 +69,15 @@ def test_kernels_are_read_with_types_shapes_and_nodes() -> None:
     assert total_bytes([conv, finish]) == (409_600 + 819_200) + (819_200 + 32 + 204_800)
 
 
+def test_a_1x1_convolution_may_be_a_matrix_product() -> None:
+    """As the compiler writes it for the wide 1x1 convolutions of an FP16 YOLOv9-c."""
+    product = CONV.replace("/network/conv_1/Conv]", "/network/conv_1/Conv]__gemm_from_conv1x1")
+    assert product != CONV
+    assert read_kernels(log(product))[0].nodes == read_kernels(log(CONV))[0].nodes
+    with pytest.raises(DeployError, match="metadata of unknown form"):
+        read_kernels(log(product.replace("__gemm_from_conv1x1", "__gemm_from_conv3x3")))
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
