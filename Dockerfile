@@ -2,8 +2,10 @@
 #
 #   docker build -t octet .
 #   docker build -t octet --build-arg TAG=26.01-py3 .
-#   docker run --rm --gpus all --ipc=host -v "$PWD/runs:/work/runs" -v /path/to/data:/data:ro octet \
+#   docker run --rm --gpus all --ipc=host --user "$(id -u)" -v "$PWD/runs:/work/runs" -v /path/to/data:/data:ro octet \
 #       scripts/val_trt.sh runs/bccd/latest /data 320
+#
+# --user: the owner of runs. Such a user has no name and no home in the image, so that both are set for all.
 #
 # TAG: any container with Python 3.11 or newer and torch 2.10 or newer; the container's release notes tell.
 ARG TAG=25.12-py3
@@ -29,5 +31,6 @@ print('\n'.join(n for n in names if not n.startswith(('torch', 'torchvision'))))
 
 RUN useradd --create-home --shell /bin/bash --uid 10001 octet && mkdir -p runs && chown octet:octet /work runs
 COPY --chown=octet:octet . .
+ENV HOME=/tmp USER=octet
 USER 10001
 CMD ["python", "train_qat.py", "+experiment=demo"]

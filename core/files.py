@@ -46,8 +46,8 @@ def written_atomically(*paths: Path) -> Iterator[tuple[Path, ...]]:
     except WriteError:
         raise
     except OSError as error:
-        raise WriteError(
-            f"{paths[0]} cannot be written ({error.strerror or error}): free some space or choose another folder"
+        raise _refused(
+            f"{paths[0]} cannot be written", error, "free some space or choose another folder"
         ) from error
     finally:
         for part in temporary:
@@ -96,9 +96,7 @@ def make_folder(path: Path) -> bool:
             return False
         raise WriteError(f"{path} cannot be made: a file is in its place") from error
     except OSError as error:
-        raise WriteError(
-            f"{path} cannot be made ({error.strerror or error}): choose a folder that can be written"
-        ) from error
+        raise _refused(f"{path} cannot be made", error) from error
     return True
 
 
@@ -123,11 +121,18 @@ def _temporary_beside(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:60]}.", suffix=path.suffix)
     except OSError as error:
-        raise WriteError(
-            f"{path} cannot be written ({error.strerror or error}): choose a folder that can be written"
-        ) from error
+        raise _refused(f"{path} cannot be written", error) from error
     os.close(handle)
     return Path(name)
+
+
+def _refused(what: str, error: OSError, remedy: str = "choose a folder that can be written") -> WriteError:
+    if isinstance(error, PermissionError) and hasattr(os, "getuid"):
+        remedy = (
+            f"user {os.getuid()} may not write there. Choose another folder, or run as the owner of this one (in a "
+            'container: docker run --user "$(id -u)")'
+        )
+    return WriteError(f"{what} ({error.strerror or error}): {remedy}")
 
 
 def _flush(path: Path) -> None:

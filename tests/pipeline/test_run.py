@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from core.errors import RunError
+from core.errors import RunError, WriteError
 from core.rows import FLOAT, MIXED, PTQ, QAT, ResultRow, engine_key
 from pipeline.run.directory import CONFIG, Run
 from pipeline.run.ledger import Inputs
@@ -43,6 +45,23 @@ def test_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest
         run.write_text("rows.json", "new")
     assert run.path("rows.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_a_folder_of_another_user_is_told_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that runs as another user than the owner of the mounted runs."""
+
+    def refused(*arguments: object, **settings: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    monkeypatch.setattr("core.files.tempfile.mkstemp", refused)
+    words = rf"\(Permission denied\): user {os.getuid()} may not write there.*docker run --user"
+    with pytest.raises(WriteError, match=words):
+        Run.create(None, "bccd", tmp_path / "runs")
+    with pytest.raises(WriteError, match=words):
+        Run(tmp_path).write_json("state.json", {})
 
 
 def test_missing_artifact_names_the_stage_that_makes_it(tmp_path: Path) -> None:
