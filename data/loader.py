@@ -273,9 +273,10 @@ def build_loader(
     indices = choose_subset(len(dataset), limit)
     sampler = EpochSampler(indices, batch_size, shuffle, seed, drop_last, rank, world_size)
     if sampler.num_batches() == 0:
+        remedy = "smaller batches" if drop_last else f"at most {len(indices)} processes"
         raise DataError(
-            f"{len(indices)} images over {world_size} processes make no full batch of {batch_size}: "
-            "lower batch_size, raise limit, or set drop_last to false."
+            f"{len(indices)} images over {world_size} processes make no full batch of {batch_size} for process {rank}: "
+            f"use more images, or {remedy}."
         )
     transport = choose_transport(workers, batch_size * size.height * size.width * (4 if masks else 3))
     is_parallel = transport.workers > 0

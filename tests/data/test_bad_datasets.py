@@ -228,7 +228,14 @@ def test_loader_arguments(yolo_root: Path):
         ({"image_size": 32, "batch_size": 0}, "batch_size is 0"),
         ({"image_size": 32, "batch_size": 1, "workers": -1}, "workers is -1"),
         ({"image_size": 32, "batch_size": 1, "limit": 0}, "limit is 0"),
-        ({"image_size": 32, "batch_size": 3, "drop_last": True}, "no full batch of 3"),
+        (
+            {"image_size": 32, "batch_size": 3, "drop_last": True},
+            r"no full batch of 3 .*, or smaller batches",
+        ),
+        (
+            {"image_size": 32, "batch_size": 3, "rank": 2, "world_size": 4},
+            "for process 2: .*at most 2 processes",
+        ),
     ):
         with pytest.raises(DataError, match=message):
             build_loader(dataset, **arguments)

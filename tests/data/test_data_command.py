@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from data.command import main
+from data.duplicates import find_copies
 from tests.data.test_odd_labels import BOX, POSE2, roboflow
 
 Edit = Callable[[Path], object]
@@ -143,6 +144,27 @@ def test_splits_in_another_order_and_copies_within(tmp_path: Path, write_image, 
     assert "the classes of val are in another order than those of train" in printed
     assert "1 images occur more than once within train" in printed
     assert "1 images occur more than once within val" in printed
+
+
+def test_only_whole_contents_count_as_copies(tmp_path: Path) -> None:
+    long = bytes(range(256)) * 1000
+    contents = {
+        "a": long + b"1",
+        "b": long + b"2",
+        "c": long + b"1",
+        "d": b"short",
+        "e": b"other",
+        "f": b"short",
+    }
+    places = []
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        places.append(("val" if name == "c" else "train", tmp_path / name))
+    found = find_copies(places)
+    assert found == {
+        ("train", "val"): [[tmp_path / "a", tmp_path / "c"]],
+        ("train",): [[tmp_path / "d", tmp_path / "f"]],
+    }
 
 
 def test_facts_as_json_and_roboflows_layout(tmp_path: Path, write_image, capsys) -> None:
