@@ -60,8 +60,8 @@ def import_tensorrt() -> Any:
     except ImportError as error:
         raise DeployError(
             "TensorRT is not installed. Run inside NVIDIA's container: docker build -t octet . and docker run --gpus "
-            "all octet COMMAND (docs/deployment.md); for Jetson see docs/jetson.md; elsewhere pip install tensorrt on a "
-            "machine with an NVIDIA GPU."
+            "all octet COMMAND (docs/deployment.md); for Jetson see docs/jetson.md; elsewhere pip install tensorrt on "
+            "a machine with an NVIDIA GPU."
         ) from error
     return tensorrt
 
