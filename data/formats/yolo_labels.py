@@ -209,9 +209,9 @@ class LabelReader:
 def reads_as_keypoints(values: Sequence[float]) -> bool:
     """Whether the numbers behind a class read as a box inside the image, and then points inside the box.
 
-    Points of three values have a visibility of 0, 1 or 2; a point at 0, 0 is one that nobody marked. The points must
-    span a quarter of the box, in width or height, where there are three or more; two values are also taken for a
-    tracker's confidence and identity where the second is a whole number.
+    Points of three values have a visibility of 0, 1 or 2; a point at 0, 0 is one that nobody marked. Points of two
+    values must span a quarter of the box, in width or height, where there are three or more. Two values are also taken
+    for a tracker's confidence and identity where the second is a whole number.
     """
     x, y, width, height, *rest = values
     if not (width > 0 and height > 0) or _leaves(x, width) or _leaves(y, height):
@@ -224,9 +224,11 @@ def reads_as_keypoints(values: Sequence[float]) -> bool:
         if each == 3 and not all(value in (0, 1, 2) for value in rest[2::3]):
             continue
         points = [point for point in zip(rest[0::each], rest[1::each], strict=True) if any(point)]
-        if points and _within(points, x, width, 0) and _within(points, y, height, 1):
+        if not points:
+            return True
+        if _within(points, x, width, 0) and _within(points, y, height, 1):
             spans = [max(p[axis] for p in points) - min(p[axis] for p in points) for axis in (0, 1)]
-            if len(points) < 3 or spans[0] >= width / 4 or spans[1] >= height / 4:
+            if each == 3 or len(points) < 3 or spans[0] >= width / 4 or spans[1] >= height / 4:
                 return True
     return False
 

@@ -55,6 +55,12 @@ def test_kpt_shape_makes_a_box_and_keypoints(yolo_root: Path, shape: str, line: 
         ),
         (BOX + POSE3, r"c\.txt line 1: 14 values, expected 5.*Keypoints need kpt_shape.*14 in 3 lines"),
         (BOX + " 0.4 0.4 2 0.6 0.6 1", r"11 values that read as a box with keypoints"),
+        (BOX + " 0 0 0 0 0 0", r"11 values that read as a box with keypoints"),  # nobody marked them
+        (BOX + " 0.5 0.31 2 0.52 0.3 2 0 0 0 0 0 0", r"17 values that read as a box with keypoints"),
+        (
+            BOX + " 0.5 0.31 2 0.52 0.3 2 0.51 0.3 1 0.5 0.3 1",
+            r"17 values that read as a box with keypoints",
+        ),  # a face
         (BOX + " 0.93 17", r"7 values that read as tracker output.*7 in 3 lines"),
         (BOX + " 0.93 1", r"7 values that read as tracker output"),
         (BOX + " 0.93", r"6 values, expected 5.*confidence.*6 in 3 lines"),
