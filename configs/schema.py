@@ -211,6 +211,11 @@ class QatConfig:
     )
     clip_norm: float = setting(10.0, "Largest gradient norm; 0 switches clipping off", minimum=0)
     task_weight: float = setting(1.0, "Weight of the detection loss", minimum=0)
+    both_heads: bool = setting(
+        False,
+        "For networks with two heads: train the other head, too, in float; the one-to-one head then reads detached "
+        "features",
+    )
     distill_output: float = setting(1.0, "Weight of output distillation from the float copy", minimum=0)
     distill_features: float = setting(
         0.0,

@@ -32,6 +32,9 @@ class DualHead(UltralyticsBranches):
     """Both detection branches; those of the one-to-one head have `one2one_` before their names and start as copies.
 
     Gives a dictionary of both heads' raw maps, or the maps of the one that `keep_head` has left.
+
+    Attributes:
+        detaches: Whether the one-to-one head reads detached features, where both are there.
     """
 
     OFFICIAL_NAMES: ClassVar[dict[str, str]] = {
@@ -46,6 +49,7 @@ class DualHead(UltralyticsBranches):
         self, in_channels: Sequence[int], num_classes: int, strides: Sequence[int], activation: str
     ) -> None:
         super().__init__(in_channels, num_classes, strides, activation)
+        self.detaches = True
         for part in self.parts:
             setattr(self, PREFIXES[ONE2ONE] + part, copy.deepcopy(self.get_submodule(part)))
 
@@ -58,7 +62,7 @@ class DualHead(UltralyticsBranches):
         """Feature maps [B, C, h, w], fine to coarse, to (box [B, 4R, h, w], cls [B, K, h, w]) for each level."""
         if len(self.heads) == 1:
             return self._maps(self.heads[0], features)
-        detached = [feature.detach() for feature in features]
+        detached = [feature.detach() for feature in features] if self.detaches else features
         return {ONE2MANY: self._maps(ONE2MANY, features), ONE2ONE: self._maps(ONE2ONE, detached)}
 
     def _maps(self, head: str, features: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:

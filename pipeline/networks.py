@@ -152,23 +152,29 @@ class Networks:
         detector.deploy_head(wanted)
 
     @cached_property
+    def whole(self) -> Detector:
+        """The float detector, folded, with every head that it has.
+
+        Raises:
+            RunError: neither `load` nor `train` has run.
+        """
+        path = self.run.need(FLOAT_MODEL, "load")
+        detector = load_detector(path) if self.custom is None else self.custom.restore(path)
+        return detector.to(self.device).eval()
+
+    @cached_property
     def detector(self) -> Detector:
         """The float detector, folded and with its deployed head alone, that every later stage starts from.
 
         Raises:
-            RunError: neither of the two has run.
+            RunError: neither `load` nor `train` has run.
         """
-        path = self.run.need(FLOAT_MODEL, "load")
-        if self.custom is not None:
-            detector: Detector = self.custom.restore(path)
-        else:
-            detector = load_detector(path)
-            detector = select_head(detector, detector.deployed_head)
-        return detector.to(self.device).eval()
+        return self.whole if self.custom is not None else select_head(self.whole, self.whole.deployed_head)
 
     def keep(self, detector: Detector) -> None:
         """Keep a float detector as this run's float model: folded, or a user's own network as it is."""
-        vars(self).pop("detector", None)
+        for name in ("detector", "whole"):
+            vars(self).pop(name, None)
         if self.custom is not None:
             self.custom.keep(detector, self.run.path(FLOAT_MODEL))
         else:

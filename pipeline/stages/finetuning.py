@@ -17,6 +17,7 @@ from pipeline.job import Job
 from pipeline.networks import QUANTIZED, STAGE_OF
 from pipeline.run.progress import say
 from pipeline.splits import TRAIN, VAL
+from pipeline.stages.both_heads import with_other_head, without_other_head
 from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
 from pipeline.stages.stage import Stage
 from pipeline.stages.training import LIGHT, augmentation, loop_options, losses_of
@@ -37,10 +38,12 @@ def finetune_stage(job: Job) -> None:
     if _calibration_suffices(job):
         return
     config = job.config.qat
-    model = job.networks.load(job.networks.calibrated_key)
+    calibrated = job.networks.load(job.networks.calibrated_key)
+    model, teacher, loss = calibrated, copy.deepcopy(job.networks.detector.network), job.networks.loss()
+    if config.both_heads:
+        model, teacher, loss = with_other_head(job.networks, calibrated)
     augments = {"none": None, "light": LIGHT, "heavy": augmentation(job.config.augment)}
     loader = job.splits.train_batches(config.batch_size, augments[config.augment])
-    teacher = copy.deepcopy(job.networks.detector.network)
     extension = QuantizationAware(model, fine_tuning_options(config), teacher)
     state = TrainingState(model, loop_options(config, config.task_weight), extension)
     kept = Kept(job)
@@ -52,7 +55,7 @@ def finetune_stage(job: Job) -> None:
         kept.offer(model, "before fine-tuning")
     batches = job.splits.epochs(loader, "finetune", config.epochs)
     if not kept.exhausted:
-        for _ in train_epochs(state, batches, len(loader), job.networks.loss()):
+        for _ in train_epochs(state, batches, len(loader), loss):
             say(losses_of(state))
             state.records[-1].figures |= kept.offer(state.averaged, f"epoch {state.epoch}")
             job.run.write_lines(LOG, [*earlier, *(record.as_dict() for record in state.records)])
@@ -61,6 +64,8 @@ def finetune_stage(job: Job) -> None:
                 say(f"no better epoch in {config.patience}: fine-tuning stops")
                 break
     model.load_state_dict(kept.weights)
+    if config.both_heads:
+        model = without_other_head(model, calibrated)
     job.networks.save(model, placement_of(model), QAT)
     job.run.path(STATE).unlink(missing_ok=True)
     job.run.write_json(

@@ -15,18 +15,20 @@ from deploy import ONNXRuntime, OpenVINORuntime, export_onnx
 from models import Detector, build_detector, fold_detector, select_head
 from pipeline.evaluation.engine_outputs import OutputReader
 from pipeline.evaluation.suppression import is_nms_free, suppress_overlaps
-from pipeline.networks import head_of
+from pipeline.networks import Networks, head_of
 from pipeline.prediction.predictors import Options, open_predictor
 from pipeline.run.directory import Run
+from pipeline.stages.both_heads import with_other_head, without_other_head
 from pipeline.stages.export import Deployed, check_end_to_end
+from quant import Mode, activation_quantizers, place, quantized_layers, set_mode
+from quant.finetuning.distillation import flatten_maps
 
 SIZE = (64, 96)
 LOWEST = 0.02
 NAMES = {"names": '{"0": "a", "1": "b", "2": "c"}'}
 
 
-@pytest.fixture(scope="module")
-def detector() -> Detector:
+def lively() -> Detector:
     """YOLO26-n with random weights whose scores and boxes differ from cell to cell."""
     torch.manual_seed(0)
     built = build_detector("yolo26n", 3)
@@ -35,7 +37,12 @@ def detector() -> Detector:
             nn.init.kaiming_normal_(module.weight)
             if name.startswith("head.one2one_cls") and module.bias is not None:
                 nn.init.constant_(module.bias, -1.0)
-    return fold_detector(select_head(built, "one2one")).eval()
+    return built.eval()
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    return fold_detector(select_head(lively(), "one2one"))
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +116,37 @@ def test_end_to_end_needs_a_head_without_nms(tmp_path: Path) -> None:
         (["model=yolo12n"], "one2many"),
     ):
         assert head_of(compose(["+experiment=demo", *overrides]), run) == head
+
+
+def test_fine_tuning_trains_both_heads_and_keeps_one(images: Tensor, tmp_path: Path) -> None:
+    """The student answers as the quantized model does; the other head alone moves what lies before the heads."""
+    config = compose(["+experiment=demo", "model=yolo26n"])
+    networks = Networks(config, Run(tmp_path), None, torch.device("cpu"))  # type: ignore[arg-type]
+    networks.keep(lively())
+    placement = place(networks.detector.network)
+    calibrated = networks.insert(placement)
+    for quantizer in activation_quantizers(calibrated).values():
+        quantizer.set_scale(0.02)
+    for layer in quantized_layers(calibrated).values():
+        layer.weight_quantizer.set_scale(layer.weight_quantizer.amax_scale(layer.weight), layer.weight)
+    set_mode(calibrated, Mode.QUANTIZE)
+    student, teacher, loss = with_other_head(networks, calibrated)
+    raw = student(images)
+    assert set(raw) == set(teacher(images)) == {"one2many", "one2one"}
+    for found, wanted in zip(flatten_maps(raw["one2one"]), flatten_maps(calibrated(images)), strict=True):
+        assert torch.equal(found, wanted)
+    terms = loss(raw, torch.tensor([[0.0, 1, 8.0, 8.0, 56.0, 40.0]]), SIZE)
+    assert {"cls", "one2one_cls"} <= set(terms)
+    stem = student.get_submodule("backbone.stem1.conv").weight
+    own = student.get_submodule("head.one2one_cls.0.output").weight
+    assert torch.autograd.grad(terms["one2one_cls"], stem, retain_graph=True, allow_unused=True)[0] is None
+    assert torch.autograd.grad(terms["one2one_cls"], own, retain_graph=True)[0].abs().sum() > 0
+    assert torch.autograd.grad(terms["cls"], stem)[0].abs().sum() > 0
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.01)
+        expected = student(images)["one2one"]
+        shipped = without_other_head(student, calibrated)
+        for found, wanted in zip(flatten_maps(shipped(images)), flatten_maps(expected), strict=True):
+            assert torch.equal(found, wanted)
+    assert not any("head.cls" in name or "head.box" in name for name, _ in shipped.named_parameters())
