@@ -31,6 +31,8 @@ def train_stage(job: Job) -> None:
     """Train the float detector, from scratch or from weights, and keep its average as the run's float model."""
     config = job.config.train
     detector = job.networks.initial().to(job.device)
+    # with data.class_map=order the weights may call their classes otherwise
+    detector.names = tuple(job.splits.val.names)
     if detector.amax:
         say(f"imported ranges: {len(detector.amax)} dropped, since training moves the weights away from them")
         detector.amax = {}

@@ -30,6 +30,7 @@ from pipeline.run.directory import Run
 from pipeline.splits import Splits
 from pipeline.stages.load import load_stage
 from pipeline.stages.report import _notes
+from pipeline.stages.training import train_stage
 
 NAMES = ("cat", "dog", "emu")
 
@@ -142,6 +143,16 @@ def test_the_setting_takes_classes_by_number_and_says_so(
         assert job.splits.val.records[0].labels.tolist() == [0, 1, 2]
         assert "taken by their order (data.class_map=order)" in capsys.readouterr().err
         assert any("taken by their order" in note for note in _notes(job))
+
+
+def test_trained_weights_have_the_names_of_their_data(tmp_path: Path, weights: Path) -> None:
+    data = write_yolo(tmp_path / "set", ("x", "y", "z"))
+    job = job_for(
+        tmp_path, data, weights, "data.class_map=order", "train.epochs=1", "train.batch_size=2", "threads=1"
+    )
+    check_input(job)
+    train_stage(job)
+    assert job.networks.detector.names == ("x", "y", "z")
 
 
 @pytest.mark.parametrize(
