@@ -1,7 +1,11 @@
 r"""Speed of INT8 on CPUs: Octet's engines against float ones and against NNCF's, all timed alternately in one run.
 
     python benchmarks/compare_engines.py --nncf-python PYTHON [--architectures yolov9t yolov9s yolov9c] [--size 640] \
-        [--seconds 20] [--folder FOLDER] [--json FILE]
+        [--seconds 20] [--clock wall|cpu] [--runtimes openvino onnxruntime] [--folder FOLDER] [--json FILE]
+
+Networks with attention have an engine more: with its matrix products in INT8 (`quant.attention=matmul`). `--clock cpu`
+takes the processor time of the process in the place of the time that passed, with one thread: other work on the machine
+then slows an engine by its share of the caches only.
 
 One image per call; random weights cost the same time as trained ones, and four random images set the scales. YOLOv9's
 deployed forms t, s and c are the networks that their authors call gelan-t, -s and -c. NNCF quantizes the same float
@@ -15,21 +19,28 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.peers.naive import Whole
 from benchmarks.peers.tools import Peer, add_peer_options, circumstances, find_peers, write_result
-from deploy import LatencyReport, ONNXRuntime, OpenVINORuntime, Runtime, benchmark_alternately, export_onnx
-from models import build_detector, fold_detector
-from quant import Mode, calibrate, insert, place, set_mode
+from deploy import ONNXRuntime, OpenVINORuntime, Runtime, benchmark_alternately, export_onnx
+from deploy.benchmark.timing import summarize
+from models import Detector, build_detector, fold_detector
+from quant import Mode, PlacementOptions, calibrate, insert, place, set_mode
 
 NUM_IMAGES = 4
-FILES = ("float.onnx", "octet-openvino.onnx", "octet-onnxruntime.onnx", "nncf.xml", "nncf.onnx")
+RUNTIMES = ("openvino", "onnxruntime")
+NNCF_FILES = {"openvino": "nncf.xml", "onnxruntime": "nncf.onnx"}
+MATMUL = "octet-matmul"  # our files with INT8 products, where there are any
 
 
 def main() -> int:
@@ -42,6 +53,10 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=640)
     parser.add_argument("--seconds", type=float, default=20.0, help="timed for each engine; 0 only builds")
     parser.add_argument("--threads", type=int, help="of each engine; the runtime chooses without it")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: one thread, processor time"
+    )
+    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=RUNTIMES)
     parser.add_argument("--folder", type=Path, help="keep the models here")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -53,7 +68,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         for architecture in options.architectures:
             folder = (options.folder or Path(temporary)) / f"{architecture}-{options.size}"
-            build(architecture, options.size, peers["nncf"], folder)
+            build(architecture, options.size, peers["nncf"], folder, options.runtimes)
             if options.seconds > 0:
                 results[architecture] = measure(folder, options)
                 print_table(architecture, options.size, results[architecture])
@@ -61,9 +76,10 @@ def main() -> int:
     return 0
 
 
-def build(architecture: str, size: int, nncf: Peer, folder: Path) -> None:
+def build(architecture: str, size: int, nncf: Peer, folder: Path, runtimes: Sequence[str]) -> None:
     """Write every model file of one network; those that are there are kept."""
-    if all((folder / name).exists() for name in FILES):
+    files = [NNCF_FILES[runtime] for runtime in runtimes]
+    if all((folder / name).exists() for name in files):  # the last ones that are written
         return
     torch.manual_seed(0)
     detector = fold_detector(build_detector(architecture, 80)).eval()
@@ -76,51 +92,99 @@ def build(architecture: str, size: int, nncf: Peer, folder: Path) -> None:
         quantized=False,
         dynamic_batch=False,
     )
-    network = insert(detector.network, place(detector.network))
-    with torch.no_grad():
-        calibrate(network, images.split(1))
-    set_mode(network, Mode.QUANTIZE)
-    quantized = Whole(network, detector.decode).eval()
-    for target in ("openvino", "onnxruntime"):
-        export_onnx(
-            quantized,
-            folder / f"octet-{target}.onnx",
-            (size, size),
-            target,
-            dynamic_batch=False,
-            images=[image.numpy() for image in images.split(1)],
-        )
-    for name in ("nncf.xml", "nncf.onnx"):
+    build_octet(detector, images, PlacementOptions(), folder, "octet", runtimes)
+    with_products = PlacementOptions(attention="matmul")
+    if place(detector.network, with_products).matmuls:
+        build_octet(detector, images, with_products, folder, MATMUL, runtimes)
+    for name in files:
         print(f"{architecture}: {nncf.name} writes {name}", flush=True)
         nncf.quantize(folder / "float.onnx", images.numpy(), folder / name)
 
 
+def build_octet(
+    detector: Detector,
+    images: torch.Tensor,
+    options: PlacementOptions,
+    folder: Path,
+    name: str,
+    runtimes: Sequence[str],
+) -> None:
+    """Quantize one network, and write its file for each runtime."""
+    network: nn.Module = insert(detector.network, place(detector.network, options))
+    with torch.no_grad():
+        calibrate(network, images.split(1))  # type: ignore[arg-type]
+    set_mode(network, Mode.QUANTIZE)
+    for target in runtimes:
+        export_onnx(
+            Whole(network, detector.decode).eval(),
+            folder / f"{name}-{target}.onnx",
+            (images.shape[2], images.shape[3]),
+            target,
+            dynamic_batch=False,
+            images=[image.numpy() for image in images.split(1)],
+        )
+
+
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Time all engines of one network in turns: name -> report."""
-    threads = options.threads
-    floating = folder / "float.onnx"
-    engines: dict[str, Runtime] = {
-        "openvino fp32": OpenVINORuntime(floating, "f32", threads, batch=1),
-        "openvino bf16": OpenVINORuntime(floating, "bf16", threads, batch=1),
-        "openvino int8 octet": OpenVINORuntime(folder / "octet-openvino.onnx", "f32", threads, batch=1),
-        "openvino int8 nncf": OpenVINORuntime(folder / "nncf.xml", "f32", threads, batch=1),
-        "openvino int8 octet, rest bf16": OpenVINORuntime(
-            folder / "octet-openvino.onnx", "bf16", threads, batch=1
-        ),
-        "openvino int8 nncf, rest bf16": OpenVINORuntime(folder / "nncf.xml", "bf16", threads, batch=1),
-        "onnxruntime fp32": ONNXRuntime(floating, threads),
-        "onnxruntime int8 octet": ONNXRuntime(folder / "octet-onnxruntime.onnx", threads),
-        "onnxruntime int8 nncf": ONNXRuntime(folder / "nncf.onnx", threads),
-    }
+    threads = 1 if options.clock == "cpu" else options.threads
+    wanted = {n: e for n, e in engines_of(folder, threads).items() if n.split()[0] in options.runtimes}
+    engines = {name: open_engine() for name, open_engine in wanted.items()}
+    shape = (1, 3, options.size, options.size)
     try:
-        shape = (1, 3, options.size, options.size)
-        reports: list[LatencyReport] = benchmark_alternately(
+        if options.clock == "cpu":
+            return processor_time(engines, shape, options.seconds)
+        reports = benchmark_alternately(
             list(engines.values()), shape, options.seconds, warmup=3, calls_per_turn=3
         )
     finally:
         for engine in engines.values():
             engine.close()
     return {name: report.as_dict() for name, report in zip(engines, reports, strict=True)}
+
+
+def processor_time(
+    engines: Mapping[str, Runtime], shape: tuple[int, ...], seconds: float
+) -> dict[str, dict[str, Any]]:
+    """Processor time of single calls in turns, until each engine has had `seconds` of it."""
+    images = np.random.default_rng(0).random(shape, dtype=np.float32)
+    spent: dict[str, list[float]] = {name: [] for name in engines}
+    for engine in engines.values():
+        engine.infer(images)
+    while min(sum(times) for times in spent.values()) < seconds:
+        for name, engine in engines.items():
+            start = time.process_time()
+            engine.infer(images)
+            spent[name].append(time.process_time() - start)
+    return {name: summarize(name, "", shape[0], times).as_dict() for name, times in spent.items()}
+
+
+def engines_of(folder: Path, threads: int | None) -> dict[str, Callable[[], Runtime]]:
+    """What opens each engine of one network; the name begins with its runtime."""
+
+    def openvino(name: str, hint: str = "f32") -> Callable[[], Runtime]:
+        return lambda: OpenVINORuntime(folder / name, hint, threads, batch=1)
+
+    def onnxruntime(name: str) -> Callable[[], Runtime]:
+        return lambda: ONNXRuntime(folder / name, threads)
+
+    engines = {
+        "openvino fp32": openvino("float.onnx"),
+        "openvino bf16": openvino("float.onnx", "bf16"),
+        "openvino int8 octet": openvino("octet-openvino.onnx"),
+        "openvino int8 nncf": openvino("nncf.xml"),
+        "openvino int8 octet, rest bf16": openvino("octet-openvino.onnx", "bf16"),
+        "openvino int8 nncf, rest bf16": openvino("nncf.xml", "bf16"),
+        "onnxruntime fp32": onnxruntime("float.onnx"),
+        "onnxruntime int8 octet": onnxruntime("octet-onnxruntime.onnx"),
+        "onnxruntime int8 nncf": onnxruntime("nncf.onnx"),
+    }
+    if list(folder.glob(f"{MATMUL}-*")):
+        engines |= {
+            "openvino int8 octet, products int8": openvino(f"{MATMUL}-openvino.onnx"),
+            "onnxruntime int8 octet, products int8": onnxruntime(f"{MATMUL}-onnxruntime.onnx"),
+        }
+    return engines
 
 
 def print_table(architecture: str, size: int, reports: dict[str, dict[str, Any]]) -> None:

@@ -58,7 +58,7 @@ OPERATORS: Mapping[Kind, Names] = {
         ),
         methods=(
             "chunk", "split", "view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze",
-            "contiguous", "expand",
+            "contiguous", "expand", "detach",
         ),
         onnx=(
             "Split", "Slice", "Gather", "MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten",

@@ -1,13 +1,17 @@
-"""Placement of the blocks of YOLOv5, YOLOv8 and YOLO11, written down by hand like those of YOLOv9.
+"""Placement of the blocks of YOLOv5, YOLOv8, YOLOv10, YOLO11 and YOLO12, written down by hand like those of YOLOv9.
 
 See `test_quant_placement.py` for the network around each block.
 """
 
 import pytest
 from quant_networks import Between, folded, groups_of
+from torch import nn
 
+from models.area_attention import AreaBlock, ResidualElan
 from models.attention import C2PSA, PSA
+from models.blocks import ConvBlock
 from models.blocks_csp import C3, SPPF, C2f, C3k2
+from models.blocks_v10 import C2fCIB, DecoupledDown
 from models.heads import SeparableConv
 from quant import PlacementOptions, Rule, place
 
@@ -249,3 +253,97 @@ def test_depthwise_class_branch():
         **chain("block.depthwise.act", "block_pointwise_conv"),
         **chain("block.pointwise.act", "after_conv"),
     }
+
+
+def test_area_attention():
+    """As other attention: the strips only move values."""
+    placement = plan(AreaBlock(64, 4, 2.0, "silu"), 64, 64, PlacementOptions(attention="matmul"))
+    name = "block.attention"
+    assert groups_of(placement) == {
+        **IMAGE,
+        "before.act": (
+            {"before.act": ("block_attention_qkv_conv", "add_1")},
+            (f"{name}.qkv.conv",),
+        ),
+        f"{name}.qkv.conv": ({f"{name}.qkv.conv": ("view",)}, (f"{name}.position.conv",)),
+        f"{name}.softmax": ({f"{name}.softmax": ("transpose_1",)}, ()),
+        f"{name}.matmul_1": ({f"{name}.matmul_1": ("permute_1",)}, ()),
+        f"{name}.add": ({f"{name}.add": ("block_attention_projection_conv",)}, (f"{name}.projection.conv",)),
+        "block.add_0": (
+            {"block.add_0": ("block_feed_forward_0_conv", "add_2")},
+            ("block.feed_forward.0.conv",),
+        ),
+        "block.feed_forward.0.act": (
+            {"block.feed_forward.0.act": ("block_feed_forward_1_conv",)},
+            ("block.feed_forward.1.conv",),
+        ),
+        "block.add_1": ({"block.add_1": ("after_conv",)}, ("after.conv",)),
+    }
+    qkv = f"{name}.qkv.conv"
+    assert [site.groups for site in placement.matmuls] == [(qkv, qkv), (qkv, f"{name}.softmax")]
+
+
+def test_residual_elan():
+    """Entry and each block's result are one group."""
+    block = ResidualElan(64, 64, [ConvBlock(32, 32, 3), ConvBlock(32, 32, 3)], "silu")
+    assert groups_of(plan(block, 64, 64)) == {
+        **IMAGE,
+        **chain("before.act", "block_entry_conv"),
+        "block.entry.act": (
+            {
+                "block.entry.act": ("block_blocks_0_conv", "cat"),
+                "block.blocks.0.act": ("block_blocks_1_conv", "cat"),
+                "block.blocks.1.act": ("cat",),
+            },
+            ("block.blocks.0.conv", "block.blocks.1.conv", "block.exit.conv"),
+        ),
+        **EXIT,
+    }
+
+
+def test_decoupled_downsampling():
+    """The depthwise convolution has no activation: its own result is quantized."""
+    assert groups_of(plan(DecoupledDown(32, 64, "silu"), 32, 64)) == {
+        **IMAGE,
+        **chain("before.act", "block_pointwise_conv"),
+        **chain("block.pointwise.act", "block_depthwise_conv"),
+        **chain("block.depthwise.conv", "after_conv"),
+    }
+
+
+def test_compact_inverted_block():
+    """Five convolutions in a chain, the sum and both halves in one group; the folded 7x7 convolution is one layer."""
+    convs = "block.blocks.0.convs"
+    assert groups_of(plan(C2fCIB(32, 64, 1, True, "silu"), 32, 64)) == {
+        **IMAGE,
+        **chain("before.act", "block_entry_conv"),
+        "block.entry.act": (
+            {"block.entry.act": ("chunk",), "block.blocks.0.add": ("cat",)},
+            (f"{convs}.0.conv", "block.exit.conv"),
+        ),
+        **{
+            name: reads
+            for index in range(4)
+            for name, reads in chain(f"{convs}.{index}.act", f"block_blocks_0_convs_{index + 1}_conv").items()
+        },
+        **EXIT,
+    }
+
+
+class TwoHeads(nn.Module):
+    """A feature that one head reads as it is and the other detached, as heads for NMS-free detection do."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = ConvBlock(3, 32, 3)
+        self.many, self.one = ConvBlock(32, 16, 3), ConvBlock(32, 16, 3)
+        self.outputs = nn.ModuleList(nn.Conv2d(16, 4, 1) for _ in range(2))
+
+    def forward(self, x):
+        feature = self.stem(x)
+        return self.outputs[0](self.many(feature)), self.outputs[1](self.one(feature.detach()))
+
+
+def test_a_detached_feature_has_the_scale_of_the_feature():
+    groups = groups_of(place(folded(TwoHeads())))
+    assert groups["stem.act"] == ({"stem.act": ("many_conv", "detach")}, ("many.conv", "one.conv"))
