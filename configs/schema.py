@@ -170,6 +170,11 @@ class QuantConfig:
     bias_correction: bool = setting(
         False, "Move the mean output of every quantized layer back to the float one (arXiv:1906.04721)"
     )
+    recalibrate_scores: bool = setting(
+        False,
+        "Fit a rising line per class from the quantized model's logits to the float model's on the calibration images, "
+        "and fold it into the last layers",
+    )
     weights: WeightQuantConfig = field(default_factory=WeightQuantConfig)
     activations: ActivationQuantConfig = field(default_factory=ActivationQuantConfig)
     edge_bits: int = setting(

@@ -19,6 +19,7 @@ from pipeline.run.terminal import print_result, quit_on_termination
 from pipeline.stages.engine import check_runtimes
 from pipeline.stages.export import check_export
 from pipeline.stages.order import ORDER, stages_of
+from pipeline.stages.recalibration import check_recalibration
 from pipeline.stages.stage import Stage
 from training.team import Team, join_team
 
@@ -111,7 +112,9 @@ def check_input(job: Job) -> None:
             "quantize; add weights=FILE, or train first with stages=[train,...]"
         )
     if not job.run.path(FLOAT_MODEL).exists():
-        job.networks.initial()
+        detector = job.networks.initial()
+        if job.config.quant.recalibrate_scores:
+            check_recalibration(detector)
 
 
 def check_settings_of_others(job: Job, names: set[str]) -> None:

@@ -31,6 +31,7 @@ from quant.placement.placement import Group, Placement, TensorSite, WeightSite
 from quant.placement.placer import PlacementOptions, place
 from quant.placement.policy import Policy, Rule
 from quant.repair.equalization import EqualizationResult, equalize
+from quant.repair.recalibration import ScoreLine, recalibrate_scores
 from quant.repair.reconstruction import LayerRepair, reconstruct
 from quant.sensitivity.budget import BudgetResult, search_budget, without_units
 from quant.sensitivity.scores import UnitScore, measure_fisher, measure_sqnr
@@ -60,6 +61,7 @@ __all__ = [
     "QuantizationAware",
     "RangeError",
     "Rule",
+    "ScoreLine",
     "SharingResult",
     "TensorSite",
     "TraceError",
@@ -83,6 +85,7 @@ __all__ = [
     "place",
     "placement_of",
     "quantized_layers",
+    "recalibrate_scores",
     "reconstruct",
     "search_budget",
     "set_mode",

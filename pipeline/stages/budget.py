@@ -12,6 +12,7 @@ from models import measure_network
 from pipeline.evaluation.measuring import measure_name, value_of
 from pipeline.job import Job
 from pipeline.run.progress import say
+from pipeline.stages.recalibration import recalibrate
 from quant import (
     ACTIVATION_QUANTIZERS,
     BudgetResult,
@@ -113,6 +114,7 @@ def _keep_mixed(job: Job, model: fx.GraphModule, placement: Placement) -> None:
         {key: value for key, value in model.state_dict().items() if key in own}, strict=False
     )
     set_mode(smaller, Mode.QUANTIZE)
+    recalibrate(job, smaller, MIXED)
     job.networks.save(smaller, placement, MIXED)
     measured = job.measure(MIXED, job.predictor(smaller))
     job.record(MIXED, measured, observer=job.config.quant.observer, float_units=len(placement.kept_float))

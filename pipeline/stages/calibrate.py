@@ -16,6 +16,7 @@ from pipeline.run.progress import say
 from pipeline.splits import TRAIN, VAL
 from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
 from pipeline.stages.place import PLACEMENT, calibration_images, prepared_network, weight_method
+from pipeline.stages.recalibration import recalibrate, recalibration_file
 from pipeline.stages.stage import Stage
 from quant import calibrate, insert, load_placement, reconstruct
 
@@ -45,6 +46,7 @@ def calibrate_stage(job: Job) -> None:
         say(f"calibration: {result.convergence.sentence()}")
     if config.greedy_rounding or config.bias_correction:
         _repair(job, model)
+    recalibrate(job, model, PTQ)
     job.run.write_json(CALIBRATION, result.as_dict())
     job.networks.save(model, placement, PTQ)
     imported = {"imported_groups": len(result.imported.groups)} if result.imported is not None else {}
@@ -95,6 +97,6 @@ CALIBRATE = Stage(
     ignored=("quant.placement", "quant.policy", "quant.float_patterns", "quant.accuracy_budget"),
     splits=(TRAIN, VAL),
     reads=(*FLOAT_FILES, PLACEMENT),
-    writes=(QUANTIZED[PTQ], CALIBRATION, REPAIRS, PTQ.path),
+    writes=(QUANTIZED[PTQ], CALIBRATION, REPAIRS, recalibration_file(PTQ), PTQ.path),
     is_shared=True,
 )

@@ -19,6 +19,7 @@ from pipeline.run.progress import say
 from pipeline.splits import TRAIN, VAL
 from pipeline.stages.both_heads import with_other_head, without_other_head
 from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
+from pipeline.stages.recalibration import recalibrate, recalibration_file
 from pipeline.stages.stage import Stage
 from pipeline.stages.training import LIGHT, augmentation, loop_options, losses_of
 from quant import FineTuningOptions, QuantizationAware, placement_of
@@ -66,6 +67,7 @@ def finetune_stage(job: Job) -> None:
     model.load_state_dict(kept.weights)
     if config.both_heads:
         model = without_other_head(model, calibrated)
+    recalibrate(job, model, QAT)
     job.networks.save(model, placement_of(model), QAT)
     job.run.path(STATE).unlink(missing_ok=True)
     job.run.write_json(
@@ -185,6 +187,6 @@ FINETUNE = Stage(
         PTQ.path,
         MIXED.path,
     ),
-    writes=(QUANTIZED[QAT], OUTCOME, LOG, QAT.path),
+    writes=(QUANTIZED[QAT], OUTCOME, LOG, recalibration_file(QAT), QAT.path),
     partial=(STATE, LOG),
 )

@@ -20,6 +20,7 @@ from pipeline.run.sweep import Sweep
 from pipeline.splits import TRAIN, VAL
 from pipeline.stages.budget import BUDGET, keep_budget, switch_units
 from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
+from pipeline.stages.recalibration import recalibration_file
 from pipeline.stages.stage import Stage
 from quant import UnitScore, measure_fisher, measure_sqnr, placement_of
 
@@ -131,5 +132,5 @@ SENSITIVITY = Stage(
     settings=("sensitivity", "quant.accuracy_budget", *MEASURED_BY),
     splits=(TRAIN, VAL),
     reads=(*FLOAT_FILES, QUANTIZED[PTQ], FLOAT.path),
-    writes=(SENSITIVITY_FILE, POLICY, BUDGET, QUANTIZED[MIXED], MIXED.path),
+    writes=(SENSITIVITY_FILE, POLICY, BUDGET, QUANTIZED[MIXED], recalibration_file(MIXED), MIXED.path),
 )
