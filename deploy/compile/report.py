@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import onnx
 from onnx import ModelProto, NodeProto, TensorProto
 
 from core.operators import RESIZE
@@ -154,10 +155,16 @@ def remove_quantizers(graph: Graph) -> PassResult:
 
 def write_float32(graph: Graph) -> PassResult:
     """Bring a graph of mixed float types back to FP32: constants, and the casts between float types go."""
+    inferred = onnx.shape_inference.infer_shapes(graph.commit()).graph.value_info
+    whole = {value.name for value in inferred if value.type.tensor_type.elem_type not in FLOATS}
     for name, value in graph.constants.items():
         if value.dtype == np.float16:
             graph.constants[name] = value.astype(np.float32)
-    casts = [node for node in graph.nodes if node.op_type == "Cast" and attributes(node)["to"] in FLOATS]
+    casts = [
+        node
+        for node in graph.nodes
+        if node.op_type == "Cast" and attributes(node)["to"] in FLOATS and node.input[0] not in whole
+    ]
     kept = [node for node in casts if node.output[0] in graph.outputs]
     gone = [node for node in casts if node not in kept]
     for node in gone:

@@ -17,6 +17,7 @@ from core.errors import DeployError
 from deploy import export_onnx
 from deploy.check.command import main
 from deploy.compile.kernels import Kernel, KernelTensor, read_kernels, total_bytes
+from deploy.compile.report import write_float32
 from deploy.graph.model import Graph, load_onnx
 from deploy.graph.passes import run_pass
 from deploy.targets.resize import quantize_behind_resize
@@ -292,3 +293,25 @@ def test_open_shapes_are_compiled_at_the_image_size(quantized: nn.Module, tmp_pa
     export_onnx(quantized, path, (160, 160), "trt11", dynamic_size=True)
     report = inspect_build(load_onnx(path), "SM86", (192, 160))
     assert report.engine.convolutions == {"fp16": 1, "int8": 3}
+
+
+def test_the_float_twin_keeps_casts_of_whole_numbers() -> None:
+    """A graph that computes with indices (TopK) has casts that make numbers of them; only those between floats go."""
+    nodes = [
+        helper.make_node("Cast", ["x"], ["half"], "to_half", to=TensorProto.FLOAT16),
+        helper.make_node("Cast", ["half"], ["single"], "to_single", to=TensorProto.FLOAT),
+        helper.make_node("TopK", ["single", "number"], ["best", "place"], "best"),
+        helper.make_node("Cast", ["place"], ["place_number"], "to_number", to=TensorProto.FLOAT),
+        helper.make_node("Add", ["best", "place_number"], ["y"], "add"),
+    ]
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, n]) for name, n in (("x", 9), ("y", 3))
+    ]
+    number = numpy_helper.from_array(np.array([3], np.int64), "number")
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", values[:1], values[1:], [number]),
+        opset_imports=[helper.make_opsetid("", 19)],
+    )
+    run_pass(model, write_float32)
+    assert [node.name for node in model.graph.node] == ["best", "to_number", "add"]
+    onnx.checker.check_model(model, full_check=True)
