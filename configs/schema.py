@@ -22,7 +22,18 @@ from core.choices import ACTIVATIONS, ATTENTION, GRIDS, HEADS, INTEGER, OBSERVER
 from core.families import ARCHITECTURES
 
 MODELS = ("auto", *ARCHITECTURES, "custom")
-STAGES = ("train", "float", "place", "calibrate", "sensitivity", "finetune", "export", "engine", "report")
+STAGES = (
+    "train",
+    "float",
+    "place",
+    "calibrate",
+    "sensitivity",
+    "autotune",
+    "finetune",
+    "export",
+    "engine",
+    "report",
+)
 
 
 @dataclass
@@ -292,6 +303,34 @@ class SensitivityConfig:
 
 
 @dataclass
+class AutotuneConfig:
+    """Which units to quantize for the best latency (stage autotune)."""
+
+    gpu: str | None = setting(
+        None,
+        "GPU that latency is estimated for, without having it: rtx3060, rtx4060, rtx4090, rtx5090, l4, a10, orin, or "
+        "one of gpu_file; none measures layers with the first of deploy.runtimes on this machine",
+    )
+    gpu_file: str | None = setting(None, "YAML file of GPUs to use instead of deploy/autotune/gpus.yaml")
+    mixtures: int = setting(
+        6,
+        "Engines with mixed precisions that costs are taken from, beside those with one precision",
+        unit="engines",
+        minimum=0,
+    )
+    seconds: float = setting(2.0, "For measured costs: how long each engine runs", unit="seconds", above=0)
+    confirmed: int = setting(
+        3, "Plans of the front that are built again and measured on AP", unit="plans", minimum=1
+    )
+    max_ap_loss: float = setting(
+        0.005, "AP that the chosen plan may lose against float", unit="AP", minimum=0, maximum=1
+    )
+    quantize_slower: bool = setting(
+        False, "Also quantize units whose kernels are slower quantized than in float, where the AP allows it"
+    )
+
+
+@dataclass
 class Config:
     """One run of train_qat.py."""
 
@@ -324,6 +363,7 @@ class Config:
     quant: QuantConfig = field(default_factory=QuantConfig)
     qat: QatConfig = field(default_factory=QatConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
+    autotune: AutotuneConfig = field(default_factory=AutotuneConfig)
     deploy: DeployConfig = field(default_factory=DeployConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     metric: MetricConfig = field(default_factory=MetricConfig)

@@ -140,13 +140,17 @@ def _combination_problems(config: Config) -> list[str]:
 
 
 def _quant_problems(config: Config) -> list[str]:
-    """Check that an accuracy budget has a ranking to work from, and that FP8 is used as it can be."""
+    """Check that a budget and autotune have scores to work from, and that FP8 is used as it can be."""
     problems: list[str] = []
     budget, quant = config.quant.accuracy_budget, config.quant
     if budget is not None and config.sensitivity.method == "none":
         problems.append(
             f"quant.accuracy_budget={budget} with sensitivity.method=none: the budget needs a ranking; use "
             "sensitivity.method=fisher."
+        )
+    if "autotune" in config.stages and config.sensitivity.method == "none":
+        problems.append(
+            "the stage autotune with sensitivity.method=none: it needs scores; use sensitivity.method=fisher."
         )
     if quant.grid == FP8:
         problems += [

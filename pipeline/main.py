@@ -16,6 +16,7 @@ from pipeline.run.directory import CONFIG, Run
 from pipeline.run.ledger import Inputs
 from pipeline.run.progress import mute, say, show_package_logs
 from pipeline.run.terminal import print_result, quit_on_termination
+from pipeline.stages.autotune import check_autotune
 from pipeline.stages.engine import check_runtimes
 from pipeline.stages.export import check_export
 from pipeline.stages.order import ORDER, stages_of
@@ -103,6 +104,8 @@ def check_input(job: Job) -> None:
         check_export(job)
     if "engine" in names:
         check_runtimes(job)
+    if "autotune" in names:
+        check_autotune(job)
     if {"train", "place", "calibrate", "finetune"} & names:
         job.splits.train  # noqa: B018 - opening verifies it
     job.splits.val  # noqa: B018

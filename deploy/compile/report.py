@@ -106,7 +106,7 @@ def inspect_build(
         DeployError: TensorRT for RTX is missing, or refuses the graph.
     """
     view = View(model, image_size)
-    shapes = _fixed(view)
+    shapes = fixed_shapes(view)
     built = compile_graph(model, capability.split(","), shapes)
     layers = tuple(_layers(view, view.weighted(), built.kernels))
     matmuls = tuple(_layers(view, view.matmuls(), built.kernels))
@@ -123,7 +123,7 @@ def inspect_build(
 
 def _half_build(view: View, model: ModelProto, capability: str, shapes: Shapes) -> BuildSummary:
     built = compile_graph(half_precision(model), capability.split(","), shapes)
-    return _summary(built, [_precision(_kernel_of(node.name, built.kernels)) for node in view.weighted()])
+    return _summary(built, [_precision(kernel_of(node.name, built.kernels)) for node in view.weighted()])
 
 
 def half_precision(model: ModelProto) -> ModelProto:
@@ -173,12 +173,13 @@ def write_float32(graph: Graph) -> PassResult:
     return PassResult(edits=len(gone))
 
 
-def _fixed(view: View) -> Shapes:
+def fixed_shapes(view: View) -> Shapes:
+    """Shapes of a build for the one size that a view was made for, batch 1 where it is open."""
     shape = tuple(size or 1 for size in view.shapes[view.graph.inputs[0]])
     return Shapes(shape, shape, shape)
 
 
-def _kernel_of(node: str, kernels: Sequence[Kernel]) -> Kernel | None:
+def kernel_of(node: str, kernels: Sequence[Kernel]) -> Kernel | None:
     """The kernel in which a convolution's products are computed."""
     return next((k for k in kernels if k.kind in COMPUTING and node in k.nodes), None)
 
@@ -193,7 +194,7 @@ def _precision(kernel: Kernel | None, num_operands: int = 1) -> str:
 
 def _layers(view: View, nodes: Sequence[NodeProto], kernels: Sequence[Kernel]) -> Iterator[LayerBuild]:
     for node in nodes:
-        kernel = _kernel_of(node.name, kernels)
+        kernel = kernel_of(node.name, kernels)
         involved = [one for one in kernels if node.name in one.nodes]
         fused = dict.fromkeys(name for one in involved for name in one.nodes if name != node.name)
         yield LayerBuild(

@@ -153,6 +153,14 @@ class Runtime(ABC):
         """
         raise DeployError(f"{self.name} was not loaded with profiling, or tells nothing about its layers.")
 
+    def layer_samples(self) -> dict[str, list[float]]:
+        """Milliseconds of every call since loading by layer, in the order the layers run, as `layer_times`.
+
+        Raises:
+            DeployError: this runtime does not keep single calls, or was loaded without profiling.
+        """
+        raise DeployError(f"{self.name} was not loaded with profiling, or keeps no times of single calls.")
+
     @property
     def size_bytes(self) -> int:
         """Size of the engine on disk."""

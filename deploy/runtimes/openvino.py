@@ -200,13 +200,22 @@ class OpenVINORuntime(Runtime):
         return [
             LayerTime(
                 name,
-                str(infos[0].node_type),
-                str(infos[0].exec_type).rsplit("_", 1)[-1],
-                float(np.mean([info.real_time.total_seconds() for info in infos])) * 1000,
+                str(self._profiled[name][0].node_type),
+                str(self._profiled[name][0].exec_type).rsplit("_", 1)[-1],
+                float(np.mean(times)),
             )
+            for name, times in self.layer_samples().items()
+        ]
+
+    def layer_samples(self) -> dict[str, list[float]]:
+        """See `Runtime.layer_samples`."""
+        if not self._profiled:
+            return super().layer_samples()
+        return {
+            name: [info.real_time.total_seconds() * 1000 for info in infos]
             for name, infos in self._profiled.items()
             if str(infos[0].status) == "Status.EXECUTED"
-        ]
+        }
 
     def close(self) -> None:
         """Release the compiled model."""

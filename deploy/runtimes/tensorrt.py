@@ -273,9 +273,14 @@ class TensorRTRuntime(Runtime):
         if self._profiler is None or not self._profiler.milliseconds:
             return super().layer_times()
         return [
-            LayerTime(name, "", "", sum(times) / len(times))
-            for name, times in self._profiler.milliseconds.items()
+            LayerTime(name, "", "", sum(times) / len(times)) for name, times in self.layer_samples().items()
         ]
+
+    def layer_samples(self) -> dict[str, list[float]]:
+        """See `Runtime.layer_samples`."""
+        if self._profiler is None or not self._profiler.milliseconds:
+            return super().layer_samples()
+        return {name: list(times) for name, times in self._profiler.milliseconds.items()}
 
     def close(self) -> None:
         """Release contexts, engine and runtime, in this order."""

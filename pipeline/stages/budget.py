@@ -12,9 +12,9 @@ from models import measure_network
 from pipeline.evaluation.measuring import measure_name, value_of
 from pipeline.job import Job
 from pipeline.run.progress import say
+from pipeline.stages.plans import assemble
 from pipeline.stages.recalibration import recalibrate
 from quant import (
-    ACTIVATION_QUANTIZERS,
     BudgetResult,
     Mode,
     Placement,
@@ -105,15 +105,7 @@ def _write(job: Job, model: fx.GraphModule, result: BudgetResult, target: float)
 
 def _keep_mixed(job: Job, model: fx.GraphModule, placement: Placement) -> None:
     """Keep the model of the smaller placement, with the scales that are there."""
-    smaller = job.networks.insert(placement)
-    found = activation_quantizers(model)
-    for name, quantizer in activation_quantizers(smaller).items():
-        quantizer.load_state_dict(found[name].state_dict())
-    own = {key for key in smaller.state_dict() if not key.startswith(f"{ACTIVATION_QUANTIZERS}.")}
-    smaller.load_state_dict(
-        {key: value for key, value in model.state_dict().items() if key in own}, strict=False
-    )
-    set_mode(smaller, Mode.QUANTIZE)
+    smaller = assemble(job.networks, placement, {group.name: model for group in placement.groups}, model)
     recalibrate(job, smaller, MIXED)
     job.networks.save(smaller, placement, MIXED)
     measured = job.measure(MIXED, job.predictor(smaller))
