@@ -7,10 +7,12 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from core.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, OctetError
 from core.failures import known_failure
+from core.files import followed
 from core.image_size import ImageSize
 
 Main = Callable[[Sequence[str] | None], int]
@@ -34,6 +36,11 @@ def reports_errors(main: Main) -> Callable[..., int]:
             return known.exit_code
 
     return command
+
+
+def path_argument(text: str) -> Path:
+    """A path of the command line; `latest` may be a text file, see `core.files.followed`."""
+    return followed(Path(text))
 
 
 def run_command(main: Callable[[], int]) -> NoReturn:

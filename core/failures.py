@@ -13,9 +13,10 @@ import re
 
 from core.errors import DataError, OctetError, WriteError
 
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-REFUSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
-_WRITERS = ("PytorchStreamWriter", "inline_container", "SafetensorError", "I/O error", "write failed")
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN})
+WRITERS = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream error", "I/O error: ")
+"""Parts of what torch, OpenVINO and safetensors say where they cannot write."""
 
 
 def known_failure(error: BaseException) -> OctetError | None:
@@ -27,38 +28,46 @@ def known_failure(error: BaseException) -> OctetError | None:
         return error
     if isinstance(error, OSError):
         return _disk_failure(error)
-    text = f"{type(error).__name__}: {error}"
     if isinstance(error, RuntimeError) and (found := _loader_failure(str(error))) is not None:
         return found
-    number = re.search(r"os error (\d+)", text)
-    if number and int(number[1]) in FULL | REFUSED:
-        return write_failure(None, OSError(int(number[1]), _words(int(number[1]))))
-    if any(writer in text for writer in _WRITERS) and not isinstance(error, OctetError):
-        return write_failure(None, error)
-    return None
+    return write_failure(None, error) if any(text in str(error) for text in WRITERS) else None
 
 
 def write_failure(path: object, error: BaseException) -> WriteError:
     """The error about a file that could not be written; `path` None where it is not known."""
-    code = error.errno if isinstance(error, OSError) else None
-    number = re.search(r"os error (\d+)", str(error))
-    code = int(number[1]) if code is None and number else code
-    reason = _words(code) if code is not None else " ".join(str(error).split())[:200]
+    code = error.errno if isinstance(error, OSError) else _stated_code(str(error))
+    reason = str(error) if code is None else os.strerror(code)
+    if code is None and not isinstance(error, OSError):
+        reason = f"is the disk full? {' '.join(reason.split())[:200]}"
     remedy = "choose a folder that can be written"
     if code in FULL or code is None:
         remedy = "free some space or choose another folder"
-    if code == errno.ENAMETOOLONG:
+    elif code in (errno.EACCES, errno.EPERM) and hasattr(os, "getuid"):
+        remedy = (
+            f"user {os.getuid()} may not write there. Choose another folder, or run as the owner of this one (in a "
+            'container: docker run --user "$(id -u)")'
+        )
+    elif code == errno.ENAMETOOLONG:
         remedy = "choose a shorter name"
-    if code in (errno.ENOTDIR, errno.EEXIST):
+    elif code == errno.ENOTDIR:
         remedy = "a file is in the place of a folder; choose another path"
-    name = "A file" if path is None else str(path)
-    return WriteError(f"{name} cannot be written ({reason}): {remedy}")
+    return WriteError(f"{'A file' if path is None else path} cannot be written ({reason}): {remedy}")
 
 
-def _disk_failure(error: OSError) -> WriteError | None:
-    if error.errno not in FULL | {errno.EROFS, errno.ENAMETOOLONG}:
-        return None
-    return write_failure(error.filename, error)
+def _disk_failure(error: OSError) -> OctetError | None:
+    if error.errno in FULL | {errno.EROFS, errno.ENAMETOOLONG}:
+        return write_failure(error.filename, error)
+    if error.errno in UNUSABLE and error.filename is not None:
+        return DataError(
+            f"{error.filename} cannot be used ({error.strerror}): check the disk and the permissions"
+        )
+    return None
+
+
+def _stated_code(text: str) -> int | None:
+    """The system's error number in the words of a library written in Rust."""
+    number = re.search(r"os error (\d+)", text)
+    return int(number[1]) if number else None
 
 
 def _loader_failure(text: str) -> DataError | None:
@@ -69,8 +78,8 @@ def _loader_failure(text: str) -> DataError | None:
         how = f"was killed ({signal[1].strip()})" if signal else "ended without a word"
         named = f"The data worker with process id {pids[1]}" if pids else "A data worker"
         return DataError(
-            f"{named} {how}. Often the memory of the machine or container is used up: "
-            "use fewer workers (data.workers=1, or data.workers=0 for none) or smaller batches"
+            f"{named} {how}. Often the memory of the machine or container is used up: use fewer workers "
+            "(data.workers=1, or data.workers=0 for none) or smaller batches"
         )
     if text.startswith("Too many open files"):
         return DataError(
@@ -78,7 +87,3 @@ def _loader_failure(text: str) -> DataError | None:
             "use data.workers=0"
         )
     return None
-
-
-def _words(code: int | None) -> str:
-    return os.strerror(code) if code is not None else ""

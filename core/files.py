@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from core.errors import WriteError
+from core.errors import OctetError, WriteError
+from core.failures import known_failure, write_failure
 
-MODE = 0o644  # a temporary file is private; artifacts are to be shared
+LATEST = "latest"  # beside the runs of an experiment: points to the newest
+MODE = 0o644  # a writer's file may be private; artifacts are to be shared
+MAX_NAME_BYTES = 1024
+LITTLE_BYTES = 65536
 
 
 @contextmanager
@@ -25,33 +30,32 @@ def written_atomically(*paths: Path) -> Iterator[tuple[Path, ...]]:
     """Give one temporary path for each target; all of them replace their targets when the block ends well.
 
     For writers that want a path of their own (safetensors, torch.save, OpenVINO). Files that belong together are
-    given together: no target is replaced before every temporary file is complete and on disk. The temporary names keep
-    the targets' endings.
+    given together: no target is replaced before every temporary file is complete and on disk. The temporary files have
+    the targets' names, in a hidden folder beside them; whatever else a writer leaves there is removed.
 
     Raises:
         WriteError: a folder or a file cannot be written; every target is as it was before.
     """
-    temporary: list[Path] = []
+    folders: dict[Path, Path] = {}
     try:
-        for path in paths:
-            temporary.append(_temporary_beside(path))
-        yield tuple(temporary)
-        for part in temporary:
+        parts = tuple(_temporary_for(path, folders) for path in paths)
+        yield parts
+        for part in parts:
             part.chmod(MODE)
             _flush(part)
-        for part, path in zip(temporary, paths, strict=True):
+        for part, path in zip(parts, paths, strict=True):
             part.replace(path)
-        for folder in dict.fromkeys(path.parent for path in paths):
+        for folder in folders:
             _flush(folder)
-    except WriteError:
+    except OctetError:
         raise
-    except OSError as error:
-        raise _refused(
-            f"{paths[0]} cannot be written", error, "free some space or choose another folder"
-        ) from error
+    except Exception as error:
+        if isinstance(error, OSError) or known_failure(error) is not None or _is_full(folders):
+            raise write_failure(paths[0], error) from error
+        raise
     finally:
-        for part in temporary:
-            part.unlink(missing_ok=True)
+        for temporary in folders.values():
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -94,45 +98,87 @@ def make_folder(path: Path) -> bool:
     except FileExistsError as error:
         if path.is_dir():
             return False
-        raise WriteError(f"{path} cannot be made: a file is in its place") from error
+        raise WriteError(f"{path} cannot be made: a file is in its place; choose another path") from error
     except OSError as error:
-        raise _refused(f"{path} cannot be made", error) from error
+        raise write_failure(path, error) from error
     return True
 
 
-def replace_link(link: Path, target: str) -> None:
-    """Point a symbolic link at `target`, in one step: the link exists all the time.
+def check_writable(folder: Path) -> None:
+    """Find out, without writing anything, that a folder can be made and written into; it may exist already.
 
     Raises:
-        WriteError: the folder takes no symbolic links, or `link` is a folder.
+        WriteError: it cannot: a file is in the way, the disk is read-only, the name is too long.
     """
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        raise write_failure(folder, error) from error
+    if not existing.is_dir():
+        raise WriteError(f"{folder} cannot be made: {existing} is a file; choose another path")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise WriteError(
+            f"{folder} cannot be written: {existing} is read-only here; choose a folder that can be written"
+        )
+
+
+def point_to(link: Path, target: str) -> None:
+    """Point a symbolic link at `target` beside it, in one step: the link exists all the time.
+
+    Where the file system takes no symbolic links, a text file holds the name instead; `followed` understands both.
+
+    Raises:
+        WriteError: the folder cannot be written, or `link` is a folder.
+    """
+    check_link(link)
     fresh = link.with_name(f".{link.name}-{os.getpid()}")
     try:
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(target)
         fresh.replace(link)
-    except OSError as error:
+    except OSError:
         fresh.unlink(missing_ok=True)
-        raise WriteError(f"the link {link} cannot be made ({error.strerror or error})") from error
+        write_text(link, f"{target}\n")
 
 
-def _temporary_beside(path: Path) -> Path:
+def check_link(link: Path) -> None:
+    """Find out whether a link can be made at a path.
+
+    Raises:
+        WriteError: a folder is in its place.
+    """
+    if link.is_dir() and not link.is_symlink():
+        raise WriteError(f"{link} is a folder, but is to point to the newest run: rename or remove it")
+
+
+def followed(path: Path) -> Path:
+    """The path with every text file that `point_to` wrote replaced by the folder that it names.
+
+    Example: where `runs/demo/latest` is a text file that holds `2026-01-31_10-00-00`, `runs/demo/latest/model.onnx` is
+    `runs/demo/2026-01-31_10-00-00/model.onnx`.
+    """
+    found = Path(path.anchor)
+    for part in path.relative_to(path.anchor).parts:
+        found /= part
+        if found.name == LATEST and found.is_file() and found.stat().st_size < MAX_NAME_BYTES:
+            found = found.parent / found.read_text(encoding="utf-8", errors="replace").strip()
+    return found
+
+
+def _temporary_for(path: Path, folders: dict[Path, Path]) -> Path:
+    """A path for a file that will replace `path`, in a temporary folder; one folder for all files of a folder."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:60]}.", suffix=path.suffix)
+        if path.parent not in folders:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folders[path.parent] = Path(tempfile.mkdtemp(dir=path.parent, prefix=".writing-"))
     except OSError as error:
-        raise _refused(f"{path} cannot be written", error) from error
-    os.close(handle)
-    return Path(name)
+        raise write_failure(path, error) from error
+    return folders[path.parent] / path.name
 
 
-def _refused(what: str, error: OSError, remedy: str = "choose a folder that can be written") -> WriteError:
-    if isinstance(error, PermissionError) and hasattr(os, "getuid"):
-        remedy = (
-            f"user {os.getuid()} may not write there. Choose another folder, or run as the owner of this one (in a "
-            'container: docker run --user "$(id -u)")'
-        )
-    return WriteError(f"{what} ({error.strerror or error}): {remedy}")
+def _is_full(folders: dict[Path, Path]) -> bool:
+    """Whether a disk is full: a writer's own words need not say so."""
+    return any(shutil.disk_usage(folder).free < LITTLE_BYTES for folder in folders)
 
 
 def _flush(path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from core.choices import CAPABILITIES, DEFAULT_CAPABILITIES
-from core.command import reports_errors, run_command
+from core.command import path_argument, reports_errors, run_command
 from core.errors import DeployError
 from core.files import write_text
 from core.runtimes import RUNTIMES
@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="ONNX file to engine; prints the engine's path")
-    build.add_argument("model", type=Path)
+    build.add_argument("model", type=path_argument)
     build.add_argument("folder", type=Path)
     build.add_argument("--runtime", choices=RUNTIMES, default="tensorrt")
     build.add_argument(
@@ -146,12 +146,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.add_argument("--level", type=int, choices=range(6), help="optimization level")
     layers = commands.add_parser("layers", help="write a TensorRT engine's layers")
-    layers.add_argument("engine", type=Path)
+    layers.add_argument("engine", type=path_argument)
     layers.add_argument("--json", type=Path, required=True)
     layers.add_argument("--svg", type=Path)
     layers.add_argument("--runs", type=int, default=20, help="timed runs; 0 for no times")
     precision = commands.add_parser("precision", help="print the precision of a graph's codes")
-    precision.add_argument("model", type=Path)
+    precision.add_argument("model", type=path_argument)
     version = commands.add_parser("version", help="print TensorRT's version")
     version.add_argument("--runtime", choices=("tensorrt", "tensorrt_rtx"), default="tensorrt")
     return parser

@@ -20,7 +20,7 @@ import torch
 from configs.compose import read
 from configs.data_schema import DataConfig
 from configs.evaluate_schema import EvaluateConfig
-from core.command import reports_errors, run_command, size_argument
+from core.command import path_argument, reports_errors, run_command, size_argument
 from core.errors import DataError
 from core.files import write_json
 from core.runtimes import RUNTIMES
@@ -133,7 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.evaluate", description="Measure a model on a dataset."
     )
-    parser.add_argument("model", type=Path, help="run directory, engine, .onnx file, or float checkpoint")
+    parser.add_argument(
+        "model", type=path_argument, help="run directory, engine, .onnx file, or float checkpoint"
+    )
     parser.add_argument("--data", type=Path, help="dataset: YOLO data.yaml tree or COCO JSON folder")
     parser.add_argument(
         "--size", type=size_argument, help="of the input: PIXELS or HEIGHTxWIDTH; default: the model's"

@@ -7,20 +7,14 @@ from pathlib import Path
 
 from configs.compose import dump
 from configs.schema import Config
-from core.errors import ConfigError, RunError
-from core.names import listing
+from core.files import LATEST, check_writable
 from pipeline.gates import check_gates, shipped_value
+from pipeline.input_check import check_input
 from pipeline.job import Job
-from pipeline.networks import FLOAT_MODEL
-from pipeline.run.directory import CONFIG, Run
-from pipeline.run.ledger import Inputs
+from pipeline.run.directory import Run
 from pipeline.run.progress import mute, say, show_package_logs
 from pipeline.run.terminal import print_result, quit_on_termination
-from pipeline.stages.autotune import check_autotune
-from pipeline.stages.engine import check_runtimes
-from pipeline.stages.export import check_export
-from pipeline.stages.order import ORDER, stages_of
-from pipeline.stages.recalibration import check_recalibration
+from pipeline.stages.order import stages_of
 from pipeline.stages.stage import Stage
 from training.team import Team, join_team
 
@@ -84,56 +78,13 @@ def open_job(config: Config, team: Team) -> Job:
         return Job(config, Run(Path(str(team.share(None)))), team)
     given = Path(config.run_dir) if config.run_dir else None
     if config.resume:
-        run = Run.open(given or Path("runs") / config.experiment / "latest")
+        run = Run.open(given or Path("runs") / config.experiment / LATEST)
+        check_writable(run.directory)
         run.ledger.records()  # refuses runs of other versions
     else:
         run = Run.plan(given, config.experiment)
     job = Job(config, run, team)
     check_input(job)
-    run.make()
-    run.write_text(CONFIG, dump(config))
+    run.make(dump(config))
     team.share(str(run.directory))
     return job
-
-
-def check_input(job: Job) -> None:
-    """Find wrong data, checkpoints and stages within seconds, before any long work."""
-    names = {stage.name for stage in stages_of(job.config, job.run)}
-    check_settings_of_others(job, names)
-    if "export" in names:
-        check_export(job)
-    if "engine" in names:
-        check_runtimes(job)
-    if "autotune" in names:
-        check_autotune(job)
-    if {"train", "place", "calibrate", "finetune"} & names:
-        job.splits.train  # noqa: B018 - opening verifies it
-    job.splits.val  # noqa: B018
-    if job.config.weights is None and "load" in names and job.config.model.factory is None:
-        raise ConfigError(
-            "weights is not set and `train` is not among the stages: there would be nothing but random weights to "
-            "quantize; add weights=FILE, or train first with stages=[train,...]"
-        )
-    if not job.run.path(FLOAT_MODEL).exists():
-        detector = job.networks.initial()
-        if job.config.quant.recalibrate_scores:
-            check_recalibration(detector)
-
-
-def check_settings_of_others(job: Job, names: set[str]) -> None:
-    """Refuse to build on a stage that ran with other settings and is not to run again.
-
-    Raises:
-        RunError: there is one; the message has its settings.
-    """
-    for stage in ORDER:
-        record = job.run.ledger.get(stage.name)
-        if record is None or not record.is_done or stage.name in names or stage.is_always_run:
-            continue
-        now = stage.chosen_settings(job.config)
-        changes = record.inputs.changes(Inputs(now, record.inputs.reads))
-        if changes:
-            raise RunError(
-                f"resume=true, but the stage `{stage.name}` of {job.run.directory} ran with other settings "
-                f"({listing(changes, 3)}) and is not among the stages: add it to stages, or use its settings"
-            )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.command import reports_errors, size_argument
+from core.command import path_argument, reports_errors, size_argument
 from core.files import write_json
 from core.image_size import ImageSize
 from core.operating_point import AGREEMENT_IOU, Agreement
@@ -191,7 +191,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.predict", description="Draw what a model detects in your pictures."
     )
-    parser.add_argument("model", type=Path, help="run directory, .onnx, .xml, .engine, or a float checkpoint")
+    parser.add_argument(
+        "model", type=path_argument, help="run directory, .onnx, .xml, .engine, or a float checkpoint"
+    )
     parser.add_argument("source", type=Path, help="image, folder of images, or video")
     parser.add_argument(
         "--runtime", choices=(TORCH, *RUNTIMES), help="default: the run's, or what the file was made for"

@@ -28,6 +28,8 @@ while (($#)); do
     esac
 done
 [[ -n "$run" ]] || { usage >&2; exit 2; }
+# without symbolic links `latest` is a text file that names the newest run
+[[ ! -f "$run" || "$(basename "$run")" != latest ]] || run="$(dirname "$run")/$(<"$run")"
 [[ -d "$run" ]] || fail 3 "No run directory at '$run'."
 
 run="$(realpath "$run")"

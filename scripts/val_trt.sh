@@ -43,6 +43,8 @@ image_size="$size"
 [[ "$size" != *x* ]] || image_size="[$height,$width]"
 [[ "$batches" =~ ^[1-9][0-9]*(,[1-9][0-9]*)*$ ]] || fail 2 "--batch '$batches' is no list such as 1,4,8,12."
 [[ "$runtime" =~ ^tensorrt(_rtx)?$ ]] || fail 2 "--runtime '$runtime' is none of tensorrt, tensorrt_rtx."
+# without symbolic links `latest` is a text file that names the newest run
+[[ ! -f "$source" || "$(basename "$source")" != latest ]] || source="$(dirname "$source")/$(<"$source")"
 [[ -e "$source" ]] || fail 3 "No run directory or checkpoint at '$source'."
 [[ -e "$data" ]] || fail 3 "No data set at '$data'."
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from core.command import reports_errors, run_command, size_argument
+from core.command import path_argument, reports_errors, run_command, size_argument
 from core.errors import DeployError
 from core.files import write_json, write_text
 from core.image_size import ImageSize
@@ -50,11 +50,12 @@ class ModelSpec:
 
 def parse_spec(text: str, runtime: str | None, precision: str | None) -> ModelSpec:
     """Read PATH[@RUNTIME[:PRECISION]]; raises DeployError on an unknown runtime or an unreadable .onnx file."""
-    path, _, rest = text.partition("@")
+    name, _, rest = text.partition("@")
+    path = path_argument(name)
     name, _, hint = rest.partition(":")
     if name:
         RUNTIMES[name]  # an unknown one raises
-    return ModelSpec(Path(path), name or runtime or runtime_of(Path(path)), hint or precision)
+    return ModelSpec(path, name or runtime or runtime_of(path), hint or precision)
 
 
 @reports_errors

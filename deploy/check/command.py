@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.command import reports_errors, size_argument
+from core.command import path_argument, reports_errors, size_argument
 from core.errors import EXIT_GATE
 from core.files import write_json, write_text
 from core.targets import TARGETS
@@ -131,7 +131,7 @@ def format_build(build: CompileReport) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m deploy.check", description="Check a Q/DQ ONNX graph.")
-    parser.add_argument("model", type=Path, help="ONNX file")
+    parser.add_argument("model", type=path_argument, help="ONNX file")
     parser.add_argument("--strict", action="store_true", help="exit with 4 when there are findings")
     parser.add_argument("--json", type=Path, help="write findings and summary to this file")
     parser.add_argument("--svg", type=Path, help="draw the graph, coloured by precision, to this file")

@@ -12,20 +12,30 @@ runs/<experiment>/<time>/
     rows/<name>.json     one table row each
     report.html, report.md, report.json
     previous/            what stages had written before they ran again with other inputs
-runs/<experiment>/latest -> <time>
+runs/<experiment>/latest -> <time>  (a text file with the name where the file system has no symbolic links)
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from core.errors import RunError
-from core.files import make_folder, replace_link, write_json, write_text
+from core.errors import RunError, WriteError
+from core.files import (
+    LATEST,
+    check_link,
+    check_writable,
+    followed,
+    make_folder,
+    point_to,
+    write_json,
+    write_text,
+)
 from core.rows import ROWS, ResultRow, sorted_rows
 from pipeline.run.ledger import Ledger
 
@@ -50,14 +60,20 @@ class Run:
 
         Raises:
             RunError: the given directory holds files already.
+            WriteError: it cannot be made or written.
         """
         if directory is None:
             stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-            return cls(root / experiment / stamp, root / experiment / "latest")
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise RunError(
-                f"run_dir={directory} exists and is not empty: add resume=true to go on in it, or choose another"
-            )
+            directory, latest = root / experiment / stamp, root / experiment / LATEST
+            check_writable(directory)
+            check_link(latest)
+            return cls(directory, latest)
+        check_writable(directory)
+        if directory.exists() and any(directory.iterdir()):
+            remedy = "add resume=true to go on in it, or choose another"
+            if not (directory / CONFIG).is_file():
+                remedy = "it is no run directory; choose another, or remove what is in it"
+            raise RunError(f"run_dir={directory} exists and is not empty: {remedy}")
         return cls(directory)
 
     @classmethod
@@ -67,22 +83,29 @@ class Run:
         run.make()
         return run
 
-    def make(self) -> None:
-        """Make the directory, and point `latest` to it where it has one; nothing happens where it exists.
+    def make(self, config: str | None = None) -> None:
+        """Make the directory, write `config` into it as config.yaml, and point `latest` to it where it has one.
+
+        What exists is left as it is. Where something goes wrong the new directory is removed again.
 
         Raises:
-            WriteError: it cannot be made.
+            WriteError: it cannot be made or written.
         """
-        if self.latest is None:
-            make_folder(self.directory)
-            return
-        make_folder(self.directory.parent)
         planned = self.directory.name
         for attempt in itertools.count():
             self.directory = self.directory.with_name(f"{planned}_{attempt}" if attempt else planned)
-            if make_folder(self.directory):
+            is_new = make_folder(self.directory)
+            if is_new or self.latest is None:
                 break
-        replace_link(self.latest, self.directory.name)
+        try:
+            if config is not None:
+                self.write_text(CONFIG, config)
+            if self.latest is not None:
+                point_to(self.latest, self.directory.name)
+        except WriteError:
+            if is_new:
+                shutil.rmtree(self.directory, ignore_errors=True)
+            raise
         self.latest = None
 
     @classmethod
@@ -92,11 +115,14 @@ class Run:
         Raises:
             RunError: it is no run directory.
         """
-        if not (directory / CONFIG).is_file():
+        found = followed(directory)
+        if not (found / CONFIG).is_file():
+            missing = "" if found.exists() else ", it does not exist"
             raise RunError(
-                f"{directory} is no run directory: expected config.yaml in it, as train_qat.py leaves it"
+                f"{directory} is no run directory{missing}: expected config.yaml in it, as train_qat.py leaves it; "
+                "start a run without resume=true, or name another"
             )
-        return cls(directory.resolve())
+        return cls(found.resolve())
 
     def path(self, name: str) -> Path:
         """Where an artifact lies (it need not exist yet)."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.choices import QUANTIZED
-from core.command import reports_errors, run_command
+from core.command import path_argument, reports_errors, run_command
 from core.errors import DeployError
 from core.runtimes import RUNTIMES, RuntimeEntry
 from pipeline.run.directory import Run
@@ -91,7 +91,7 @@ def find_engine(run: Run, runtime: RuntimeEntry, graph: str) -> Path | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.run.files", description="Name a run's models.")
-    parser.add_argument("run", type=Path, help="run directory of train_qat.py")
+    parser.add_argument("run", type=path_argument, help="run directory of train_qat.py")
     parser.add_argument("--runtime", choices=RUNTIMES, default="openvino")
     options = parser.parse_args(arguments)
     print("\n".join(compared_models(Run(options.run.resolve()), RUNTIMES[options.runtime])))

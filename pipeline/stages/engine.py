@@ -148,6 +148,7 @@ def runs_here(config: Config) -> dict[str, str]:
 ENGINE = Stage(
     "engine",
     engine_stage,
+    needs=("export",),
     machine=runs_here,
     settings=("deploy", *MEASURED_BY),
     splits=(VAL,),

@@ -365,6 +365,7 @@ def describe_export(report: ExportReport) -> dict[str, Any]:
 EXPORT = Stage(
     "export",
     export_stage,
+    needs=("calibrate",),
     settings=("deploy", "data.image_size", "evaluate"),
     ignored=(
         "deploy.float_precisions", "deploy.int8_hint", "deploy.threads", "deploy.benchmark_seconds",

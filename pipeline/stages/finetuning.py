@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from configs.schema import QatConfig
+from configs.schema import Config, QatConfig
 from core.files import written_atomically
 from core.rows import FLOAT, MIXED, PTQ, QAT
 from pipeline.evaluation.measuring import describe, measure_name, value_of
@@ -174,9 +174,15 @@ def _load_state(job: Job, state: TrainingState, kept: Kept) -> None:
     say(f"fine-tuning goes on after epoch {state.epoch}")
 
 
+def needed_stages(config: Config) -> tuple[str, ...]:
+    """The stages whose results fine-tuning reads."""
+    return ("calibrate",) if config.qat.skip_if_drop_below is None else ("float", "calibrate")
+
+
 FINETUNE = Stage(
     "finetune",
     finetune_stage,
+    needs=needed_stages,
     settings=("qat", "augment", "seed", "data.limit_train", *MEASURED_BY),
     splits=(TRAIN, VAL),
     reads=(

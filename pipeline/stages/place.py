@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from configs.schema import Config
+from configs.schema import Config, QuantConfig
 from core.targets import TARGETS
 from pipeline.job import Job
 from pipeline.run.progress import say
@@ -50,6 +50,22 @@ def make_placement(job: Job) -> Placement:
     config = job.config.quant
     if config.placement is not None:
         return load_placement(Path(config.placement))
+    if config.share_concat_scales == "measured":
+        return _measured_placement(job, *options_and_rules(config))
+    return placed_by_rules(config, job.networks.detector.network)
+
+
+def placed_by_rules(config: QuantConfig, network: nn.Module) -> Placement:
+    """A fresh placement by the section `quant`; what it says of measured concats is left out.
+
+    Raises:
+        PolicyError: a rule matches nothing.
+    """
+    return place(network, *options_and_rules(config))
+
+
+def options_and_rules(config: QuantConfig) -> tuple[PlacementOptions, tuple[Rule, ...]]:
+    """The section `quant` as placement wants it."""
     rules = [Rule(match=pattern, keep_float=True) for pattern in config.float_patterns]
     rules += [
         Rule(rule.match, rule.keep_float, rule.bits, rule.scale, rule.observer, rule.share, rule.grid)
@@ -64,9 +80,7 @@ def make_placement(job: Job) -> Placement:
         share_concat_scales=config.share_concat_scales != "none",
         grid=config.grid,
     )
-    if config.share_concat_scales == "measured":
-        return _measured_placement(job, options, tuple(rules))
-    return place(job.networks.detector.network, options, tuple(rules))
+    return options, tuple(rules)
 
 
 def _measured_placement(job: Job, options: PlacementOptions, rules: tuple[Rule, ...]) -> Placement:

@@ -129,6 +129,7 @@ def _policy(model: fx.GraphModule, scores: list[UnitScore]) -> str:
 SENSITIVITY = Stage(
     "sensitivity",
     sensitivity_stage,
+    needs=("calibrate",),
     settings=("sensitivity", "quant.accuracy_budget", *MEASURED_BY),
     splits=(TRAIN, VAL),
     reads=(*FLOAT_FILES, QUANTIZED[PTQ], FLOAT.path),

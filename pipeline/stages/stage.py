@@ -37,6 +37,7 @@ class Stage:
         splits: splits of the data that it reads.
         files: settings that name files, whose content counts.
         machine: facts of the machine that the result depends on, by name.
+        needs: stages that must have run before, or a function that names them.
         reads: artifacts, or patterns of artifacts, of earlier stages; one that is absent counts as such.
         writes: artifacts, or patterns. What is there from an earlier time moves away before the stage runs again.
         editable: artifacts that the user may edit: the readers then run again, this stage does not.
@@ -53,6 +54,7 @@ class Stage:
     splits: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     machine: Callable[[Config], Mapping[str, str]] = lambda _: {}
+    needs: tuple[str, ...] | Callable[[Config], Sequence[str]] = ()
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     editable: tuple[str, ...] = ()

@@ -21,8 +21,8 @@ from core.rows import PTQ
 from deploy import OpenVINORuntime
 from deploy.runtimes.tensorrt import TensorRTRuntime
 from pipeline import CustomDetector
+from pipeline.input_check import check_input
 from pipeline.job import Job
-from pipeline.main import check_input
 from pipeline.run.directory import Run
 from pipeline.stages.calibrate import calibrate_stage
 from pipeline.stages.engine import check_runtimes, engine_stage, open_engines

@@ -22,8 +22,8 @@ from data import Sample, class_positions, open_dataset, reorder_classes
 from models import build_detector, fold_detector, save_detector
 from pipeline import evaluate
 from pipeline.class_names import ClassNames, is_unnamed
+from pipeline.input_check import check_input
 from pipeline.job import Job
-from pipeline.main import check_input
 from pipeline.predict import partner_classes
 from pipeline.prediction.predictors import Predictor
 from pipeline.run.directory import Run

@@ -23,7 +23,7 @@ def test_latest_points_to_the_newest_run(tmp_path: Path) -> None:
 
 def test_given_directory_that_holds_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(RunError, match="resume=true"):
+    with pytest.raises(RunError, match="choose another"):
         Run.create(tmp_path, "demo")
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -13,7 +13,8 @@ import pytest
 
 from configs.schema import STAGES, Config
 from core.errors import RunError
-from pipeline.main import check_settings_of_others, run_stage
+from pipeline.input_check import check_settings_of_others
+from pipeline.main import run_stage
 from pipeline.run.directory import Run
 from pipeline.stages.order import ORDER, stages_of
 from pipeline.stages.stage import Stage, flat_settings

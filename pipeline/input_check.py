@@ -1,0 +1,133 @@
+"""What is found out before any long work, and before a run directory is made: wrong settings, files, stages and code.
+
+Cheap checks come first: a misspelt path is not to be found after an hour of decoding images.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from core.errors import CheckpointError, ConfigError, RunError
+from core.names import listing
+from models import Detector, fold_detector
+from pipeline.evaluation.measuring import SETTING as METRIC
+from pipeline.job import Job
+from pipeline.networks import FLOAT_MODEL
+from pipeline.run.ledger import Inputs
+from pipeline.stages.engine import check_runtimes
+from pipeline.stages.export import check_export
+from pipeline.stages.order import ORDER, stages_of
+from pipeline.stages.place import placed_by_rules
+from pipeline.user_code.factories import load_factory
+from quant import feature_nodes, insert, load_placement
+
+
+def check_input(job: Job) -> None:
+    """Find wrong data, checkpoints, settings and stages.
+
+    Raises:
+        ConfigError, RunError, DataError, CheckpointError, DeployError: with value, expectation and remedy.
+    """
+    config = job.config
+    names = {stage.name for stage in stages_of(config, job.run)}
+    check_settings_of_others(job, names)
+    check_needs(job, names)
+    if config.metric.factory is not None:
+        load_factory(METRIC, config.metric.factory)
+    check_weights(job, names)
+    if config.quant.placement is not None and "place" in names:
+        load_placement(Path(config.quant.placement))
+    if "export" in names:
+        check_export(job)
+    if "engine" in names:
+        check_runtimes(job)
+    if {"train", "place", "calibrate", "finetune"} & names:
+        job.splits.train  # noqa: B018 - opening verifies it
+    job.splits.val  # noqa: B018
+    kept = job.run.path(FLOAT_MODEL).exists() and not {"train", "load"} & names
+    check_names_of_network(job, names, job.networks.detector if kept else job.networks.initial())
+
+
+def check_weights(job: Job, names: set[str]) -> None:
+    """Refuse a run that has nothing to quantize.
+
+    Raises:
+        ConfigError: neither weights nor training.
+        CheckpointError: there is no file of that name.
+    """
+    weights = job.config.weights
+    if weights is None and "load" in names and job.config.model.factory is None:
+        raise ConfigError(
+            "weights is not set and `train` is not among the stages: there would be nothing but random weights to "
+            "quantize; add weights=FILE, or train first with stages=[train,...]"
+        )
+    if weights is not None and {"train", "load"} & names and not Path(weights).is_file():
+        raise CheckpointError(
+            f"Checkpoint {weights} does not exist or is not a file; give the path of a weights file"
+        )
+
+
+def check_needs(job: Job, names: set[str]) -> None:
+    """Refuse stages that build on others which have not run and are not to run.
+
+    Raises:
+        RunError: there is such a stage.
+        ConfigError: a gate about a row that is not measured.
+    """
+    if job.config.max_ap_drop is not None and "float" not in names and not job.run.is_done("float"):
+        raise ConfigError(
+            f"max_ap_drop={job.config.max_ap_drop} compares with the float model, which is not measured: add float to "
+            "stages, or use min_ap"
+        )
+    for stage in (stage for stage in ORDER if stage.name in names):
+        needed = stage.needs(job.config) if callable(stage.needs) else stage.needs
+        for missing in (name for name in needed if name not in names and not job.run.is_done(name)):
+            order = [s.name for s in ORDER if s.name in {*job.config.stages, missing}]
+            raise RunError(
+                f"the stage `{stage.name}` needs what `{missing}` makes, which has not run: use "
+                f"stages=[{','.join(order)}], or go on in a run that has it (run_dir=DIRECTORY resume=true)"
+            )
+
+
+def check_names_of_network(job: Job, names: set[str], detector: Detector) -> None:
+    """Find policy rules, a saved placement and distillation patterns that do not fit the network.
+
+    Raises:
+        PolicyError, PlacementError, DistillationError: they do not.
+    """
+    quant, qat = job.config.quant, job.config.qat
+    has_rules = bool(quant.policy or quant.float_patterns or quant.placement) and "place" in names
+    has_patterns = bool(qat.distill_feature_names) and qat.distill_features > 0 and "finetune" in names
+    if not has_rules and not has_patterns:
+        return
+    if job.networks.custom is None:
+        detector = fold_detector(detector)
+    with torch.no_grad():
+        network = detector.network.eval()
+        if has_rules and quant.placement is not None:
+            insert(network, load_placement(Path(quant.placement)), qat.learn_scales)
+        elif has_rules:
+            placed_by_rules(quant, network)
+        if has_patterns:
+            feature_nodes(network, tuple(qat.distill_feature_names))
+
+
+def check_settings_of_others(job: Job, names: set[str]) -> None:
+    """Refuse to build on a stage that ran with other settings and is not to run again.
+
+    Raises:
+        RunError: there is one; the message has its settings.
+    """
+    for stage in ORDER:
+        record = job.run.ledger.get(stage.name)
+        if record is None or not record.is_done or stage.name in names or stage.is_always_run:
+            continue
+        now = stage.chosen_settings(job.config)
+        changes = record.inputs.changes(Inputs(now, record.inputs.reads))
+        if changes:
+            raise RunError(
+                f"resume=true, but the stage `{stage.name}` of {job.run.directory} ran with other settings "
+                f"({listing(changes, 3)}) and is not among the stages: add it to stages, or use its settings"
+            )
