@@ -28,7 +28,15 @@ class GraphConfig:
     """The ONNX graph: what `deploy` and export.py have in common."""
 
     target: str = setting("openvino", "Which engine the ONNX graph is written for", choices=TARGETS)
-    dynamic_batch: bool = setting(True, "Leave the batch dimension open in the ONNX graph")
+    batch: int = setting(
+        1,
+        "Batch of the timed engine; with dynamic_batch=false also the only one that the graph takes",
+        unit="images",
+        minimum=1,
+    )
+    dynamic_batch: bool = setting(
+        True, "Leave the batch dimension open in the ONNX graph; false fixes it to batch"
+    )
     dynamic_size: bool = setting(False, "Leave height and width open in the ONNX graph")
     outputs: str = setting(
         "decoded",
@@ -54,6 +62,11 @@ class GraphConfig:
         minimum=0,
     )
 
+    @property
+    def graph_batch(self) -> int:
+        """Images in the batches on which the graph is run for measurements: one, or what it is fixed to."""
+        return 1 if self.dynamic_batch else self.batch
+
 
 @dataclass
 class DeployConfig(GraphConfig):
@@ -75,7 +88,6 @@ class DeployConfig(GraphConfig):
         "Precision of the float part of OpenVINO's INT8 engine; auto leaves it to OpenVINO",
         choices=HINTS,
     )
-    batch: int = setting(1, "Batch of the timed engine", unit="images", minimum=1)
     threads: int = setting(0, "CPU threads of an engine; 0 takes all cores", unit="threads", minimum=0)
     fixed_point_images: int = setting(
         2,

@@ -101,7 +101,7 @@ def _run(
         )
     schema = SCHEMAS[config_name]
     extra_dirs = [Path(arguments.config_dir)] if arguments.config_dir else []
-    check_overrides(arguments.overrides, schema, [CONFIG_DIR, *extra_dirs])
+    check_overrides(arguments.overrides, schema, [CONFIG_DIR, *extra_dirs], arguments.multirun)
     register_configs()
     failures: list[int] = []
     finished: list[tuple[str, Path]] = []

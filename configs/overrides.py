@@ -7,6 +7,7 @@ key is a setting of the schema, whether it is a group of the tree, and which opt
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -31,6 +32,19 @@ def known_keys(schema: type) -> list[str]:
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
             keys += [f"{field.name}.{key}" for key in known_keys(inner)]
     return keys
+
+
+def key_types(schema: type) -> dict[str, Any]:
+    """Return the types of all settings that are no sections, by dotted name."""
+    hints = get_type_hints(schema)
+    types: dict[str, Any] = {}
+    for field in dataclasses.fields(schema):
+        inner = hints[field.name]
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            types |= {f"{field.name}.{key}": kind for key, kind in key_types(inner).items()}
+        else:
+            types[field.name] = inner
+    return types
 
 
 def open_keys(schema: type) -> set[str]:
@@ -61,13 +75,16 @@ def experiments(config_dirs: Iterable[Path]) -> list[str]:
     return groups(config_dirs).get("experiment", [])
 
 
-def check_overrides(overrides: Sequence[str], schema: type, config_dirs: Sequence[Path]) -> None:
-    """Raise ConfigError for the first override that names no setting, no group or no option.
+def check_overrides(
+    overrides: Sequence[str], schema: type, config_dirs: Sequence[Path], sweeping: bool = False
+) -> None:
+    """Raise ConfigError for the first override that cannot be read, or names no setting, no group or no option.
 
     Args:
         overrides: The command line without flags, e.g. `["+experiment=demo", "train.epochs=3"]`.
         schema: Dataclass that the settings belong to.
         config_dirs: Roots whose folders are the groups.
+        sweeping: Whether values separated by commas make a sweep (`-m`).
     """
     parser = OverridesParser.create()
     tree = groups(config_dirs) if "model" in known_keys(schema) else {}
@@ -75,11 +92,55 @@ def check_overrides(overrides: Sequence[str], schema: type, config_dirs: Sequenc
         try:
             override = parser.parse_override(text)
         except HydraException as error:
-            raise ConfigError(
-                f"'{text}' cannot be read: expected KEY=VALUE (quote values with spaces or commas)."
-            ) from error
+            raise ConfigError(_unreadable(text, key_types(schema))) from error
         if not override.is_hydra_override():
             _check_key(override, schema, tree)
+            _check_value(override, key_types(schema), sweeping)
+
+
+def _unreadable(text: str, types: dict[str, Any]) -> str:
+    """What to type in place of an override that Hydra's grammar does not take."""
+    key, equals, value = text.partition("=")
+    name = key.strip()
+    if not equals:
+        return f"'{text}' is no setting: expected KEY=VALUE; write {name or 'KEY'}=VALUE."
+    if key != name or not name:
+        return f"'{text}' cannot be read: no space before the equals sign; write {name or 'KEY'}={value}."
+    if any(character.isspace() for character in name):
+        return f"'{text}' cannot be read: expected KEY=VALUE, with no space in the key."
+    kind = str(types.get(name.lstrip("+~"), ""))
+    if kind.startswith(("list[", "dict[")):
+        example = "[A,B]" if kind.startswith("list[") else "{A: B}"
+        return f"'{text}' cannot be read: expected '{name}={example}', with the quotes, and every bracket closed."
+    odd = "".join(dict.fromkeys(c for c in value if not (c.isascii() and (c.isalnum() or c in "/._-:"))))
+    return f"'{text}' cannot be read, because of {odd or 'its value'}: quote it: {quoted(name, value)}"
+
+
+def quoted(key: str, value: str) -> str:
+    """An override with a text as its value, as it is typed in a shell: `'weights="a=b.pt"'`."""
+    escaped = value.strip("'\"").replace('"', '\\"')
+    return shlex.quote(f'{key}="{escaped}"')
+
+
+def _check_value(override: Override, types: dict[str, Any], sweeping: bool) -> None:
+    """Refuse values that Hydra reads as something else than a setting's type means: a list, a number, a sweep."""
+    text = str(override.input_line)
+    key, _, value = text.partition("=")
+    kind = str(types.get(override.key_or_group, ""))
+    is_text = types.get(override.key_or_group) is str or kind == "str | None"
+    if override.is_choice_sweep() and kind.startswith("list["):
+        if "[" not in value:
+            raise ConfigError(f"'{text}': a list is written in brackets: {shlex.quote(f'{key}=[{value}]')}")
+        sweeping = sweeping or value.count("[") == 1  # a list's own commas are none of a sweep
+    if override.is_sweep_override() and not sweeping:
+        remedy = f"quote it: {quoted(key, value)}; for" if is_text else "for"
+        if kind == str(Any):
+            remedy = f"a list is written in brackets: {shlex.quote(f'{key}=[{value}]')}; for"
+        raise ConfigError(f"'{text}' has several values: {remedy} a sweep over them add -m")
+    found = override.value()
+    is_number = isinstance(found, int | float) and not isinstance(found, bool)
+    if is_text and is_number and str(found) != value:
+        raise ConfigError(f"'{text}' is read as the number {found}: quote it: {quoted(key, value)}")
 
 
 def _check_key(override: Override, schema: type, tree: dict[str, list[str]]) -> None:

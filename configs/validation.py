@@ -21,11 +21,19 @@ from core.targets import TARGETS
 
 def validate(config: Any) -> None:
     """Raise ConfigError with one line per problem of a `Config` or `ExportConfig` instance."""
-    problems = _field_problems(config, "")
+    problems = _field_problems(config, "") + device_problems(config.device)
     if isinstance(config, Config):
         problems += _combination_problems(config) + _quant_problems(config) + _deploy_problems(config)
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def device_problems(device: str) -> list[str]:
+    """Check the name of a device; whether this machine has it is another question."""
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        return []
+    reason = ": Apple's GPUs are not supported" if device == "mps" else ""
+    return [f"device={device}{reason}: expected auto, cpu, cuda or cuda:N; use device=auto."]
 
 
 def _field_problems(node: Any, prefix: str) -> list[str]:
@@ -98,8 +106,6 @@ def _size_problems(value: Any, name: str, limits: Any) -> list[str]:
 def _combination_problems(config: Config) -> list[str]:
     """Check what only several settings together can get wrong."""
     problems: list[str] = []
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
-        problems.append(f"device={config.device}: expected auto, cpu, cuda or cuda:N; use device=auto.")
     if not config.stages:
         problems.append(f"stages=[]: expected at least one stage; choose from {', '.join(STAGES)}.")
     repeated = sorted({stage for stage in config.stages if config.stages.count(stage) > 1})

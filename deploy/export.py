@@ -88,6 +88,7 @@ def export_onnx(
     nms: NMSOptions | None = None,
     opset: int | None = None,
     names: Mapping[str, str] | None = None,
+    batch: int = 1,
 ) -> ExportReport:
     """Write `module` as an ONNX file for `target`; `path` is touched only when everything went well.
 
@@ -101,7 +102,7 @@ def export_onnx(
         metadata: strings to store in the file (class names, stride, preprocessing ...); `octet.target`,
             `octet.quantized`, `octet.outputs` and `octet.image_size` are added.
         output_names: names of the graph's outputs.
-        dynamic_batch: leave the batch open; otherwise it is 1.
+        dynamic_batch: leave the batch open; otherwise it is `batch`.
         quantized: whether Q/DQ nodes have to be there (True) or must not be (False).
         dynamic_size: leave height and width open as well; the shape arithmetic then stays in the graph.
         images: batches for targets that measure ranges, float32 [B, 3, H, W] in [0, 1]: conv results get the range
@@ -111,6 +112,7 @@ def export_onnx(
         nms: thresholds for the last two; the number of detections for the last three.
         opset: operator set version; None takes the target's own.
         names: paths for what runs in submodules of `module`, see `deploy.naming.rename_scopes`.
+        batch: images in a batch of a graph with a fixed batch; `images` then come in batches of this size.
 
     Raises:
         DeployError: unknown target, wrong opset in the result, Q/DQ missing or unexpected, or a pass that
@@ -121,7 +123,10 @@ def export_onnx(
         raise DeployError(f"Unknown scale type '{scale_type}'; expected one of {', '.join(SCALE_TYPES)}.")
     opset = entry.opset_for(scale_type, opset)
     change_outputs = output_pass(outputs, nms or NMSOptions(), entry)
-    model = _trace(module, image_size, opset, tuple(output_names), dynamic_batch, dynamic_size)
+    fixed = None if dynamic_batch else batch
+    if fixed is not None and any(len(array) != fixed for array in images):
+        raise DeployError(f"The graph takes batches of {fixed}; the images for its ranges come in others.")
+    model = _trace(module, image_size, opset, tuple(output_names), fixed, dynamic_size)
     rename_scopes(model, names or {})
     counts = [run_pass(model, graph_pass) for graph_pass in (*COMMON_PASSES, change_outputs)]
     measured = images if quantized and entry.wants_images else ()
@@ -135,6 +140,7 @@ def export_onnx(
         "quantized": str(quantized).lower(),
         "outputs": outputs,
         "image_size": ImageSize(*image_size).text,
+        **({} if fixed is None else {"batch": str(fixed)}),
     }
     _add_metadata(model, {**{f"octet.{key}": value for key, value in facts.items()}, **(metadata or {})})
     save_onnx(model, path)
@@ -179,13 +185,13 @@ def _trace(
     image_size: tuple[int, int],
     opset: int,
     output_names: tuple[str, ...],
-    dynamic_batch: bool,
+    batch: int | None,
     dynamic_size: bool,
 ) -> ModelProto:
     parameter = next(iter(module.parameters()), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    # a batch of two: a batch of one would let the tracer take broadcast dimensions for constants
-    images = torch.rand(2 if dynamic_batch else 1, 3, *image_size, device=device)
+    # an open batch is traced with two images: with one the tracer would take broadcast dimensions for constants
+    images = torch.rand(batch or 2, 3, *image_size, device=device)
     was_training = module.training
     module.eval()
     try:
@@ -200,7 +206,7 @@ def _trace(
                 input_names=["images"],
                 output_names=list(output_names),
                 opset_version=opset,
-                dynamic_axes=_dynamic_axes(output_names, dynamic_batch, dynamic_size),
+                dynamic_axes=_dynamic_axes(output_names, batch is None, dynamic_size),
                 dynamo=False,
             )
             model = onnx.load(str(file))

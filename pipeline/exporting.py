@@ -16,7 +16,17 @@ from pipeline.run.files import export_path
 from pipeline.run.progress import say
 from pipeline.stages.export import export_quantized
 
-SHARED = ("target", "dynamic_batch", "dynamic_size", "outputs", "nms", "scale_type", "opset", "range_images")
+SHARED = (
+    "target",
+    "batch",
+    "dynamic_batch",
+    "dynamic_size",
+    "outputs",
+    "nms",
+    "scale_type",
+    "opset",
+    "range_images",
+)
 
 
 def run_export(request: ExportConfig) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from core.errors import CheckpointError, ConfigError, RunError
+from core.grid import Grid
 from core.names import listing
 from models import Detector, fold_detector
 from pipeline.evaluation.measuring import SETTING as METRIC
@@ -17,7 +18,7 @@ from pipeline.job import Job
 from pipeline.networks import FLOAT_MODEL
 from pipeline.run.ledger import Inputs
 from pipeline.stages.engine import check_runtimes
-from pipeline.stages.export import check_export
+from pipeline.stages.export import check_export, check_widths, targets
 from pipeline.stages.order import ORDER, stages_of
 from pipeline.stages.place import placed_by_rules
 from pipeline.user_code.factories import load_factory
@@ -45,24 +46,27 @@ def check_input(job: Job) -> None:
         check_runtimes(job)
     if {"train", "place", "calibrate", "finetune"} & names:
         job.splits.train  # noqa: B018 - opening verifies it
-    job.splits.val  # noqa: B018
-    kept = job.run.path(FLOAT_MODEL).exists() and not {"train", "load"} & names
-    check_names_of_network(job, names, job.networks.detector if kept else job.networks.initial())
-
-
-def check_weights(job: Job, names: set[str]) -> None:
-    """Refuse a run that has nothing to quantize.
-
-    Raises:
-        ConfigError: neither weights nor training.
-        CheckpointError: there is no file of that name.
-    """
-    weights = job.config.weights
-    if weights is None and "load" in names and job.config.model.factory is None:
+    if len(job.splits.val) < config.deploy.batch and {"export", "engine"} & names:
+        raise ConfigError(
+            f"deploy.batch={config.deploy.batch}, but the validation split has {len(job.splits.val)} images, on which "
+            "engines are compared with torch: use a smaller batch"
+        )
+    if config.weights is None and "load" in names and config.model.factory is None:
         raise ConfigError(
             "weights is not set and `train` is not among the stages: there would be nothing but random weights to "
             "quantize; add weights=FILE, or train first with stages=[train,...]"
         )
+    initial = None if job.run.path(FLOAT_MODEL).exists() else job.networks.initial()
+    check_names_of_network(job, names, initial)
+
+
+def check_weights(job: Job, names: set[str]) -> None:
+    """Find a misspelt path before the images are verified.
+
+    Raises:
+        CheckpointError: there is no file of that name.
+    """
+    weights = job.config.weights
     if weights is not None and {"train", "load"} & names and not Path(weights).is_file():
         raise CheckpointError(
             f"Checkpoint {weights} does not exist or is not a file; give the path of a weights file"
@@ -91,25 +95,37 @@ def check_needs(job: Job, names: set[str]) -> None:
             )
 
 
-def check_names_of_network(job: Job, names: set[str], detector: Detector) -> None:
+def check_names_of_network(job: Job, names: set[str], initial: Detector | None) -> None:
     """Find policy rules, a saved placement and distillation patterns that do not fit the network.
+
+    Args:
+        job: the job.
+        names: stages that will run.
+        initial: the detector that a fresh run starts from; None where the run has its float model already.
 
     Raises:
         PolicyError, PlacementError, DistillationError: they do not.
+        ConfigError: the export is asked for, and no engine of a target runs the placement.
     """
     quant, qat = job.config.quant, job.config.qat
-    has_rules = bool(quant.policy or quant.float_patterns or quant.placement) and "place" in names
+    narrow = min(quant.weights.bits, quant.activations.bits) < Grid().bits and "export" in names
+    has_rules = bool(quant.policy or quant.float_patterns or quant.placement or narrow) and "place" in names
     has_patterns = bool(qat.distill_feature_names) and qat.distill_features > 0 and "finetune" in names
     if not has_rules and not has_patterns:
         return
+    detector = job.networks.detector if initial is None else initial
     if job.networks.custom is None:
         detector = fold_detector(detector)
     with torch.no_grad():
         network = detector.network.eval()
         if has_rules and quant.placement is not None:
-            insert(network, load_placement(Path(quant.placement)), qat.learn_scales)
+            placement = load_placement(Path(quant.placement))
+            insert(network, placement, qat.learn_scales)
         elif has_rules:
-            placed_by_rules(quant, network)
+            placement = placed_by_rules(quant, network)
+        if has_rules and "export" in names:
+            for target in targets(job):
+                check_widths(placement, target)
         if has_patterns:
             feature_nodes(network, tuple(qat.distill_feature_names))
 

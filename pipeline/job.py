@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from configs.schema import Config
+from configs.validation import device_problems
 from core.errors import ConfigError
 from core.rows import FLOAT, ResultRow, RowKey
 from data import Detections, Predict
@@ -96,8 +97,11 @@ def choose_device(name: str) -> torch.device:
     """Turn the `device` setting into a device that is there.
 
     Raises:
-        ConfigError: a GPU was asked for that this machine does not have.
+        ConfigError: no device's name, or a GPU that this machine does not have.
     """
+    problems = device_problems(name)
+    if problems:
+        raise ConfigError(problems[0])
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)

@@ -121,6 +121,11 @@ class Runtime(ABC):
         return None
 
     @classmethod
+    def stored_batch(cls, path: Path) -> int | None:
+        """The only batch that an engine takes, where its file tells; never asked for .onnx files."""
+        return None
+
+    @classmethod
     def stored_details(cls, path: Path) -> dict[str, Any]:
         """What an engine's file tells of it without running it, as plain data; part of `details`."""
         return {}

@@ -73,3 +73,15 @@ def find_image_size(path: Path) -> tuple[int, int] | None:
     if len(dims) == 4 and all(dims[2:]):
         return dims[2], dims[3]
     return stored_size(stored_metadata(model))
+
+
+def find_batch(path: Path) -> int | None:
+    """The only batch that a model takes, None where it takes any or its file does not tell.
+
+    Raises:
+        DeployError: the file cannot be read.
+    """
+    if path.suffix != ".onnx":
+        return runtime_class(runtime_of(path)).stored_batch(path)
+    dims = load_onnx(path).graph.input[0].type.tensor_type.shape.dim
+    return dims[0].dim_value or None if dims else None

@@ -162,6 +162,12 @@ class OpenVINORuntime(Runtime):
             return None
         return shape[2].get_length(), shape[3].get_length()
 
+    @classmethod
+    def stored_batch(cls, path: Path) -> int | None:
+        """See `Runtime.stored_batch`."""
+        shape = _read_model(path).inputs[0].partial_shape
+        return None if not len(shape) or shape[0].is_dynamic else int(shape[0].get_length())
+
     def infer_outputs(self, images: FloatArray) -> dict[str, FloatArray]:
         """See `Runtime.infer_outputs`."""
         if self._request is None:

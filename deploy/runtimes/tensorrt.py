@@ -180,8 +180,13 @@ class TensorRTRuntime(Runtime):
     @classmethod
     def stored_size(cls, path: Path) -> tuple[int, int] | None:
         """See `Runtime.stored_size`: from the metadata in the sidecar."""
-        sidecar = sidecar_path(path)
-        return stored_size(json.loads(sidecar.read_text()).get("metadata", {}) if sidecar.is_file() else {})
+        return stored_size(_sidecar_metadata(path))
+
+    @classmethod
+    def stored_batch(cls, path: Path) -> int | None:
+        """See `Runtime.stored_batch`: from the metadata in the sidecar."""
+        batch = str(_sidecar_metadata(path).get("octet.batch", ""))
+        return int(batch) if batch.isdecimal() else None
 
     # ----------------------------------------------------------------------------------------------------- inference
     def infer_outputs(self, images: FloatArray) -> dict[str, FloatArray]:
@@ -355,3 +360,9 @@ def make_profiler(trt: Any) -> Any:
             self.milliseconds.setdefault(layer_name, []).append(ms)
 
     return Profiler()
+
+
+def _sidecar_metadata(path: Path) -> dict[str, str]:
+    sidecar = sidecar_path(path)
+    found: dict[str, str] = json.loads(sidecar.read_text()).get("metadata", {}) if sidecar.is_file() else {}
+    return found

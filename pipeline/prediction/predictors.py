@@ -25,7 +25,7 @@ from core.names import listing
 from core.runtimes import RUNTIMES
 from data import Found, Rle, class_positions, decode_mask, letterbox, to_input, to_picture
 from deploy import EngineRequest, Runtime, open_engine
-from deploy.runtimes.engines import find_image_size, runtime_class, runtime_of
+from deploy.runtimes.engines import find_batch, find_image_size, runtime_class, runtime_of
 from models import Detector, fold_detector, load_detector, select_head
 from pipeline.class_names import is_unnamed
 from pipeline.evaluation.engine_outputs import OutputReader
@@ -276,19 +276,20 @@ def open_file(path: Path, options: Options, runtime: str | None = None) -> Predi
         DeployError: a runtime that does not take the file, or a file that says too little.
     """
     size = options.size or _stored_size(path)
-    request = EngineRequest(batch=1, image_size=size, threads=options.threads)
+    batch = find_batch(path) or 1
+    request = EngineRequest(batch=batch, image_size=size, threads=options.threads)
     engine = _load(path, runtime or options.runtime, request)
     masks = engine.metadata.get("task") == "segment"
     nms_free = engine.metadata.get("octet.head") == ONE2ONE
     reader = options.reader(engine.metadata.get("octet.outputs", "decoded"), masks, nms_free)
     names = read_names(engine.metadata.get("names", ""))
     if not names:
-        outputs = engine.infer_outputs(np.zeros((1, 3, *size), np.float32))
+        outputs = engine.infer_outputs(np.zeros((batch, 3, *size), np.float32))
         names = tuple(str(index) for index in range(reader.num_classes(outputs)))
 
     label = f"{path.name} ({engine.name}, {engine.precision})"
     task = "segment" if masks else "detect"
-    return Predictor(label, names, size, reader.predictor(engine, 1), task, engine.close)
+    return Predictor(label, names, size, reader.predictor(engine, batch), task, engine.close)
 
 
 def _stored_size(path: Path) -> ImageSize:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -234,6 +233,7 @@ def write_onnx(
             onnx_metadata(job, job.networks.detector, source),
             ("output0", "output1") if job.splits.task == "segment" else ("output0",),
             dynamic_batch=config.dynamic_batch,
+            batch=config.batch,
             quantized=source != "float",
             dynamic_size=config.dynamic_size,
             images=images or [],
@@ -262,14 +262,15 @@ def range_images(job: Job) -> list[FloatArray]:
     if not number:
         return []
     try:
-        loader = job.splits.letterboxed(job.splits.train, 1, number)
+        batch = job.config.deploy.graph_batch
+        loader = job.splits.letterboxed(job.splits.train, batch, max(number, batch))
     except DataError as error:
         raise DataError(
             f"{error} The onnxruntime graph measures ranges on training images; range_images=0 assumes a "
             "normal distribution instead."
         ) from error
-    batches = itertools.islice(loader, number)
-    return [np.asarray(to_input(batch.images, "cpu").numpy(), np.float32) for batch in batches]
+    batches = (loaded.images for loaded in loader if len(loaded.images) == batch)
+    return [np.asarray(to_input(images, "cpu").numpy(), np.float32) for images in batches]
 
 
 def check_signs(target: str, what: str) -> None:

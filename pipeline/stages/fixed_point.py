@@ -48,8 +48,12 @@ def _codes(job: Job, path: Path) -> Iterator[tuple[dict[str, Codes], dict[str, C
     """For every image codes of the graph, of torch, and of torch where each layer reads the graph's codes."""
     model = job.networks.best()[0]
     recorder = CodeRecorder(path)
-    loader = job.splits.letterboxed(job.splits.val, 1, job.config.deploy.fixed_point_images)
+    config = job.config.deploy
+    size = config.graph_batch
+    loader = job.splits.letterboxed(job.splits.val, size, max(config.fixed_point_images, size))
     for batch in track(loader, "fixed point", len(loader)):
+        if len(batch.images) < size:
+            continue
         images = to_input(batch.images, job.device)
         in_graph = {}
         for name, codes in recorder.codes(np.asarray(images.cpu().numpy(), np.float32)).items():

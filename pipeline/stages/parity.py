@@ -54,7 +54,7 @@ def check_parity(job: Job, engine: Runtime) -> dict[str, object]:
     decoded: list[Tensor] = []
     prototypes: list[Tensor] = []
     with torch.inference_mode():
-        for loaded in job.splits.letterboxed(job.splits.val, batch, PARITY_IMAGES):
+        for loaded in job.splits.letterboxed(job.splits.val, batch, max(PARITY_IMAGES, batch)):
             if len(loaded.images) == batch:
                 images.append(to_input(loaded.images, job.device))
                 answer = job.networks.detector.decode(network(images[-1]))

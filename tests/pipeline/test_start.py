@@ -72,6 +72,11 @@ TYPOS = {
         {"stages": "[calibrate,finetune]", "qat__skip_if_drop_below": "0.1"}, RunError, "float,calibrate,finetune",
     ),
     "gate": ({"max_ap_drop": "0.01"}, ConfigError, "add float to"),
+    "batch": ({"stages": "[calibrate,export]", "deploy__batch": "3"}, ConfigError, r"batch=3.* has 2 images"),
+    "width": ({"stages": "[calibrate,export]", "quant__weights__bits": "4"}, ConfigError, "below 8 bits is simulation"),
+    "width of a rule": (
+        {"stages": "[calibrate,export]", "quant__policy": "[{match: neck.*, bits: 4}]"}, ConfigError, "below 8 bits",
+    ),
     "device": ({"device": "cuda:9"}, ConfigError, "cuda:9"),
     "resume": ({"resume": "true"}, RunError, "does not exist.*without resume=true"),
 }  # fmt: skip
