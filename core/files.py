@@ -7,6 +7,7 @@ reader sees the old file or the new one, never a part, and a full disk leaves th
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -117,9 +118,8 @@ def check_writable(folder: Path) -> None:
     if not existing.is_dir():
         raise WriteError(f"{folder} cannot be made: {existing} is a file; choose another path")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise WriteError(
-            f"{folder} cannot be written: {existing} is read-only here; choose a folder that can be written"
-        )
+        code = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
+        raise write_failure(folder, OSError(code, os.strerror(code)))
 
 
 def point_to(link: Path, target: str) -> None:

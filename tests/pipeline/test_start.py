@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,5 +181,9 @@ def test_a_run_directory_that_cannot_be_made_is_refused_first(
 def test_a_read_only_disk_is_found_first(start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)  # what access(2) says of a read-only mount
     for changes in ({}, {"run_dir": "mine"}):
-        with pytest.raises(WriteError, match="is read-only here; choose a folder that can be written"):
+        with pytest.raises(WriteError, match=rf"user {os.getuid()} may not write there"):
             start(weights="nowhere.pt", **changes)
+    disk = type("Disk", (), {"f_flag": os.ST_RDONLY})
+    monkeypatch.setattr("os.statvfs", lambda path: disk)
+    with pytest.raises(WriteError, match=r"Read-only file system\): choose a folder that can be written"):
+        start(weights="nowhere.pt")
