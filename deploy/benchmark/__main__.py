@@ -31,7 +31,7 @@ from deploy.benchmark.pinning import PINNINGS, pin_process
 from deploy.benchmark.scenarios import SCENARIOS, run_scenario
 from deploy.benchmark.timing import LatencyReport, benchmark_alternately
 from deploy.runtimes.base import EngineRequest, Runtime
-from deploy.runtimes.engines import find_image_size, open_engine, runtime_of
+from deploy.runtimes.engines import find_batch, find_image_size, open_engine, runtime_class, runtime_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     spec = parse_spec(options.model, options.runtime, options.precision)
     sizes = options.shapes or [image_size(spec.path)]
-    shapes = [(batch, 3, *size) for size in sizes for batch in options.batch]
+    shapes = [(batch, 3, *size) for size in sizes for batch in choose_batches([spec], options.batch)]
     static = options.scenario != "elastic" and not options.dynamic
     rows: list[dict[str, Any]] = []
     groups = [[shape] for shape in shapes] if static else [shapes]
@@ -143,7 +143,7 @@ def _compare(options: argparse.Namespace) -> dict[str, Any]:
     specs = [parse_spec(text, options.runtime, options.precision) for text in options.compare]
     size = (options.shapes or [image_size(specs[0].path)])[0]
     rows: list[dict[str, Any]] = []
-    for batch in options.batch:
+    for batch in choose_batches(specs, options.batch):
         shape = (batch, 3, *size)
         runtimes = [load_runtime(spec, options, shape) for spec in specs]
         firsts = [first_call(runtime, shape) for runtime in runtimes]
@@ -179,6 +179,24 @@ def load_runtime(
         profile=profile,
     )
     return open_engine(spec.runtime, spec.path, request)
+
+
+def choose_batches(specs: Sequence[ModelSpec], wanted: Sequence[int] | None) -> Sequence[int]:
+    """The batches that are asked for; without any the one that a model is fixed to, else 1.
+
+    Raises:
+        DeployError: a model is fixed to another batch, and its runtime cannot change that.
+    """
+    fixed = {spec: find_batch(spec.path) for spec in specs}
+    chosen = wanted or [next((batch for batch in fixed.values() if batch), 1)]
+    for spec, batch in fixed.items():
+        others = [size for size in chosen if batch is not None and size != batch]
+        if others and not runtime_class(spec.runtime).can_reshape:
+            raise DeployError(
+                f"{spec.label} takes batches of {batch} only, not of {others[0]}: use --batch {batch}, or export it "
+                "with dynamic_batch=true."
+            )
+    return chosen
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -236,7 +254,9 @@ def _parser() -> argparse.ArgumentParser:
         "--precision", help="OpenVINO's hint (f32, bf16, f16, auto) or ONNX Runtime's provider"
     )
     parser.add_argument("--scenario", choices=SCENARIOS, default="sync")
-    parser.add_argument("--batch", type=_numbers, default=[1], help="batch sizes, such as 1,4,8,12")
+    parser.add_argument(
+        "--batch", type=_numbers, help="batch sizes, such as 1,4,8,12; default: the model's own, or 1"
+    )
     parser.add_argument("--shapes", type=_sizes, help="image sizes, such as 640x640,320x320")
     parser.add_argument("--dynamic", action="store_true", help="keep the shapes of the engine open")
     parser.add_argument("--streams", type=_positive, default=1, help="requests at once (async)")

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 
 from core.errors import DeployError
@@ -118,6 +118,23 @@ def _check_external(tensor: TensorProto, model_path: Path) -> None:
             f"which has {size} "
             f"(limit {MAX_EXTERNAL_BYTES}); the file is truncated or not this model's."
         )
+
+
+def graph_inputs(model: ModelProto) -> list[ValueInfoProto]:
+    """What has to be given to a graph: its inputs without those that are stored in the file as well."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in stored]
+
+
+def external_files(path: Path) -> list[Path]:
+    """The files beside an ONNX file that hold tensors of it.
+
+    Raises:
+        DeployError: it cannot be read.
+    """
+    tensors = iterate_tensors(_read_checked(path, MAX_ONNX_BYTES).graph)
+    entries = [entry for t in tensors if t.data_location == TensorProto.EXTERNAL for entry in t.external_data]
+    return [path.parent / name for name in sorted({entry.value for entry in entries if entry.key == "location"})]
 
 
 def iterate_tensors(graph: GraphProto) -> Iterator[TensorProto]:

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import DeployError
+from deploy.graph.model import external_files
 
 FloatArray = NDArray[np.float32]
 Worker = Callable[[FloatArray], dict[str, FloatArray]]
@@ -71,6 +72,7 @@ class Runtime(ABC):
 
     Attributes:
         name: the runtime's name in `core.runtimes.RUNTIMES`.
+        can_reshape: whether it can change a batch that the file has fixed.
         precision: of `core.choices.QUANTIZED` for a Q/DQ graph, otherwise the float precision that was asked for:
             "fp32", "bf16", "fp16".
         path: the model file.
@@ -79,6 +81,7 @@ class Runtime(ABC):
     """
 
     name: str
+    can_reshape: ClassVar[bool] = False
     precision: str
     path: Path
     output_names: tuple[str, ...]
@@ -119,6 +122,11 @@ class Runtime(ABC):
     def stored_size(cls, path: Path) -> tuple[int, int] | None:
         """(height, width) of an engine's images where its file tells; never asked for .onnx files."""
         return None
+
+    @classmethod
+    def stored_inputs(cls, path: Path) -> list[ModelInput]:
+        """Inputs of an engine; empty where its file does not tell. Never asked for .onnx files."""
+        return []
 
     @classmethod
     def stored_batch(cls, path: Path) -> int | None:
@@ -206,9 +214,29 @@ def check_images(images: FloatArray, runtime: str) -> FloatArray:
     return np.ascontiguousarray(images)
 
 
+@dataclass(frozen=True)
+class ModelInput:
+    """One input of a model: its element type by NumPy's name, and its shape; None for open dimensions."""
+
+    name: str
+    type: str
+    shape: tuple[int | None, ...]
+
+    def __str__(self) -> str:
+        shape = ", ".join("?" if size is None else str(size) for size in self.shape)
+        return f"{self.name} {self.type} [{shape}]"
+
+    @property
+    def is_images(self) -> bool:
+        """Whether it is what `infer_outputs` gives: float32 [B, 3, H, W]."""
+        return self.type == "float32" and len(self.shape) == 4 and self.shape[1] in (3, None)
+
+
 def engine_size(path: Path) -> int:
-    """Bytes an engine takes on disk: the file, and for an OpenVINO .xml its .bin as well."""
+    """Bytes an engine takes on disk: the file, an OpenVINO .xml's .bin, an .onnx file's external data."""
     size = path.stat().st_size
+    if path.suffix == ".onnx":
+        size += sum(file.stat().st_size for file in external_files(path))
     weights = path.with_suffix(".bin")
     if path.suffix == ".xml" and weights.is_file():
         size += weights.stat().st_size

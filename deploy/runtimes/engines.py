@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from onnx import helper
+
 from core.errors import DeployError
 from core.registry import resolve
 from core.runtimes import RUNTIMES
-from deploy.graph.model import load_onnx, stored_metadata, stored_size
-from deploy.runtimes.base import EngineRequest, Runtime
+from deploy.graph.model import graph_inputs, load_onnx, stored_metadata, stored_size
+from deploy.runtimes.base import EngineRequest, ModelInput, Runtime
 
 
 def runtime_class(name: str) -> type[Runtime]:
@@ -39,6 +41,7 @@ def open_engine(runtime: str, path: Path, request: EngineRequest | None = None) 
         else:
             remedy = f"{runtime_of(path)} does"
         raise DeployError(f"{entry.title} does not take {path.name}: {remedy}.")
+    check_inputs(path)
     return runtime_class(runtime).open(path, request or EngineRequest())
 
 
@@ -69,7 +72,8 @@ def find_image_size(path: Path) -> tuple[int, int] | None:
     if path.suffix != ".onnx":
         return runtime_class(runtime_of(path)).stored_size(path)
     model = load_onnx(path)
-    dims = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
+    inputs = graph_inputs(model)
+    dims = [dim.dim_value for dim in inputs[0].type.tensor_type.shape.dim] if inputs else []
     if len(dims) == 4 and all(dims[2:]):
         return dims[2], dims[3]
     return stored_size(stored_metadata(model))
@@ -83,5 +87,35 @@ def find_batch(path: Path) -> int | None:
     """
     if path.suffix != ".onnx":
         return runtime_class(runtime_of(path)).stored_batch(path)
-    dims = load_onnx(path).graph.input[0].type.tensor_type.shape.dim
-    return dims[0].dim_value or None if dims else None
+    inputs = list_inputs(path)
+    return inputs[0].shape[0] if inputs and inputs[0].shape else None
+
+
+def list_inputs(path: Path) -> list[ModelInput]:
+    """Inputs of a model; empty where its file does not tell.
+
+    Raises:
+        DeployError: the file cannot be read.
+    """
+    if path.suffix != ".onnx":
+        return runtime_class(runtime_of(path)).stored_inputs(path)
+    found = []
+    for value in graph_inputs(load_onnx(path)):
+        tensor = value.type.tensor_type
+        shape = tuple(dim.dim_value or None for dim in tensor.shape.dim)
+        found.append(ModelInput(value.name, helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape))
+    return found
+
+
+def check_inputs(path: Path) -> None:
+    """Refuse models that take anything but one batch of images, before they are loaded.
+
+    Raises:
+        DeployError: they do; the message lists the inputs.
+    """
+    inputs = list_inputs(path)
+    if inputs and (len(inputs) > 1 or not inputs[0].is_images):
+        raise DeployError(
+            f"{path.name} takes {'; '.join(map(str, inputs))}: expected one input, float32 [B, 3, H, W] of images in "
+            "[0, 1]. Export it with such an input; what else the network needs goes into the graph."
+        )

@@ -18,7 +18,15 @@ from core.errors import DeployError
 from core.files import written_atomically
 from core.runtimes import PRECISION_NAMES
 from deploy.graph.model import verify_onnx
-from deploy.runtimes.base import EngineRequest, FloatArray, LayerTime, Runtime, Worker, check_images
+from deploy.runtimes.base import (
+    EngineRequest,
+    FloatArray,
+    LayerTime,
+    ModelInput,
+    Runtime,
+    Worker,
+    check_images,
+)
 from deploy.targets.outputs import plugin_hint
 
 AUTO = "auto"
@@ -77,6 +85,7 @@ class OpenVINORuntime(Runtime):
     """
 
     name = "openvino"
+    can_reshape = True
 
     def __init__(
         self,
@@ -161,6 +170,18 @@ class OpenVINORuntime(Runtime):
         if len(shape) != 4 or shape[2].is_dynamic or shape[3].is_dynamic:
             return None
         return shape[2].get_length(), shape[3].get_length()
+
+    @classmethod
+    def stored_inputs(cls, path: Path) -> list[ModelInput]:
+        """See `Runtime.stored_inputs`."""
+        return [
+            ModelInput(
+                value.get_any_name(),
+                str(value.element_type.to_dtype()),
+                tuple(None if size.is_dynamic else size.get_length() for size in value.partial_shape),
+            )
+            for value in _read_model(path).inputs
+        ]
 
     @classmethod
     def stored_batch(cls, path: Path) -> int | None:
