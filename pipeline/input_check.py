@@ -21,6 +21,7 @@ from pipeline.stages.engine import check_runtimes
 from pipeline.stages.export import check_export, check_widths, targets
 from pipeline.stages.order import ORDER, stages_of
 from pipeline.stages.place import placed_by_rules
+from pipeline.stages.recalibration import check_recalibration
 from pipeline.user_code.factories import load_factory
 from quant import feature_nodes, insert, load_placement
 
@@ -57,6 +58,8 @@ def check_input(job: Job) -> None:
             "quantize; add weights=FILE, or train first with stages=[train,...]"
         )
     initial = None if job.run.path(FLOAT_MODEL).exists() else job.networks.initial()
+    if initial is not None and config.quant.recalibrate_scores:
+        check_recalibration(initial)
     check_names_of_network(job, names, initial)
 
 

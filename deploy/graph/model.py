@@ -134,7 +134,9 @@ def external_files(path: Path) -> list[Path]:
     """
     tensors = iterate_tensors(_read_checked(path, MAX_ONNX_BYTES).graph)
     entries = [entry for t in tensors if t.data_location == TensorProto.EXTERNAL for entry in t.external_data]
-    return [path.parent / name for name in sorted({entry.value for entry in entries if entry.key == "location"})]
+    return [
+        path.parent / name for name in sorted({entry.value for entry in entries if entry.key == "location"})
+    ]
 
 
 def iterate_tensors(graph: GraphProto) -> Iterator[TensorProto]:

@@ -36,7 +36,10 @@ MODELS = {
         lambda: model_of([("x", (1, 3, 16, 16)), ("factor", (1,))]),
         r"takes x float32 \[1, 3, 16, 16\]; factor float32 \[1\]: expected one input",
     ),
-    "half": (lambda: model_of([("x", ("n", 3, 16, 16))], kind=TensorProto.FLOAT16), r"x float16 \[\?, 3, 16, 16\]"),
+    "half": (
+        lambda: model_of([("x", ("n", 3, 16, 16))], kind=TensorProto.FLOAT16),
+        r"x float16 \[\?, 3, 16, 16\]",
+    ),
     "grey": (lambda: model_of([("x", (1, 1, 16, 16))], 1), r"x float32 \[1, 1, 16, 16\]: expected one input"),
     "infrared": (lambda: model_of([("x", ("n", 4, "h", "w"))], 4), r"x float32 \[\?, 4, \?, \?\]"),
 }
@@ -64,7 +67,10 @@ def test_weights_that_are_listed_as_inputs_are_none(tmp_path):
     onnx.save(model, tmp_path / "m.onnx")
     assert [value.name for value in list_inputs(tmp_path / "m.onnx")] == ["x"]
     assert find_batch(tmp_path / "m.onnx") == 2
-    assert main([str(tmp_path / "m.onnx"), "--runtime", "onnxruntime", "--time", "0.05", "--warmup", "0.01"]) == 0
+    assert (
+        main([str(tmp_path / "m.onnx"), "--runtime", "onnxruntime", "--time", "0.05", "--warmup", "0.01"])
+        == 0
+    )
 
 
 def test_a_fixed_batch_is_timed_and_others_are_refused(tmp_path, capsys):
