@@ -17,6 +17,7 @@ from pipeline.evaluation.measuring import SETTING as METRIC
 from pipeline.job import Job
 from pipeline.networks import FLOAT_MODEL
 from pipeline.run.ledger import Inputs
+from pipeline.stages.autotune import check_autotune
 from pipeline.stages.engine import check_runtimes
 from pipeline.stages.export import check_export, check_widths, targets
 from pipeline.stages.order import ORDER, stages_of
@@ -45,6 +46,8 @@ def check_input(job: Job) -> None:
         check_export(job)
     if "engine" in names:
         check_runtimes(job)
+    if "autotune" in names:
+        check_autotune(job)
     if {"train", "place", "calibrate", "finetune"} & names:
         job.splits.train  # noqa: B018 - opening verifies it
     if len(job.splits.val) < config.deploy.batch and {"export", "engine"} & names:
