@@ -31,7 +31,7 @@ from quant.placement.placement import Group, Placement, TensorSite, WeightSite
 from quant.placement.placer import PlacementOptions, place
 from quant.placement.policy import Policy, Rule
 from quant.repair.equalization import EqualizationResult, equalize
-from quant.repair.recalibration import ScoreLine, recalibrate_scores
+from quant.repair.recalibration import ScoreLine, fold_lines, recalibrate_scores
 from quant.repair.reconstruction import LayerRepair, reconstruct
 from quant.sensitivity.budget import BudgetResult, search_budget, without_units
 from quant.sensitivity.scores import UnitScore, measure_fisher, measure_sqnr
@@ -75,6 +75,7 @@ __all__ = [
     "equalize",
     "feature_nodes",
     "fold_batchnorms",
+    "fold_lines",
     "import_ranges",
     "insert",
     "load_placement",

@@ -19,7 +19,7 @@ from pipeline.run.progress import say
 from pipeline.splits import TRAIN, VAL
 from pipeline.stages.both_heads import with_other_head, without_other_head
 from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
-from pipeline.stages.recalibration import recalibrate, recalibration_file
+from pipeline.stages.recalibration import recalibrate, recalibration_file, take_back
 from pipeline.stages.stage import Stage
 from pipeline.stages.training import LIGHT, augmentation, loop_options, losses_of
 from quant import FineTuningOptions, QuantizationAware, placement_of
@@ -40,6 +40,7 @@ def finetune_stage(job: Job) -> None:
         return
     config = job.config.qat
     calibrated = job.networks.load(job.networks.calibrated_key)
+    take_back(job, calibrated, job.networks.calibrated_key)
     model, teacher, loss = calibrated, copy.deepcopy(job.networks.detector.network), job.networks.loss()
     if config.both_heads:
         model, teacher, loss = with_other_head(job.networks, calibrated)
@@ -192,6 +193,8 @@ FINETUNE = Stage(
         FLOAT.path,
         PTQ.path,
         MIXED.path,
+        recalibration_file(PTQ),
+        recalibration_file(MIXED),
     ),
     writes=(QUANTIZED[QAT], OUTCOME, LOG, recalibration_file(QAT), QAT.path),
     partial=(STATE, LOG),

@@ -13,7 +13,7 @@ from models import Decode, Detector
 from pipeline.job import Job
 from pipeline.run.progress import say
 from pipeline.stages.place import calibration_images
-from quant import recalibrate_scores, trace
+from quant import ScoreLine, fold_lines, recalibrate_scores, trace
 
 SETTING = "quant.recalibrate_scores"
 
@@ -38,6 +38,19 @@ def recalibrate(job: Job, model: fx.GraphModule, key: RowKey) -> None:
             max(getattr(line, name) for line in shown) for name in ("error_before", "error_after")
         )
         say(f"recalibration {key.name}: largest score error of a class {before:.4f} -> {after:.4f}")
+
+
+def take_back(job: Job, model: fx.GraphModule, key: RowKey) -> None:
+    """Undo `recalibrate` in a model of this run that was kept with its lines, so that it can be trained.
+
+    The lines fit the scores that users see. Far below, they move logits that distillation compares as well.
+    """
+    if not job.config.quant.recalibrate_scores:
+        return
+    content = job.run.read_json(recalibration_file(key))
+    lines = [ScoreLine(**line).inverse for line in content["classes"].values()]
+    for name in content["layers"]:
+        fold_lines(model.get_submodule(name), lines)
 
 
 def recalibration_file(key: RowKey) -> str:

@@ -46,6 +46,13 @@ class ScoreLine:
     error_before: float | None
     error_after: float | None
 
+    @property
+    def inverse(self) -> ScoreLine:
+        """The line that takes this one back."""
+        return ScoreLine(
+            1 / self.slope, -self.offset / self.slope, self.anchors, self.error_after, self.error_before
+        )
+
 
 def recalibrate_scores(
     model: nn.Module, reference: nn.Module, images: Iterable[Tensor], layers: Sequence[str], lowest: float

@@ -21,7 +21,7 @@ from pipeline import CustomDetector
 from pipeline.job import Job
 from pipeline.main import run_job
 from pipeline.run.directory import Run
-from pipeline.stages.recalibration import class_layers
+from pipeline.stages.recalibration import class_layers, take_back
 from quant import recalibrate_scores
 
 MODEL = ("model=custom", f"model.factory={__name__}:sharp", "evaluate.user_confidence=0.25")
@@ -133,6 +133,9 @@ def test_the_job_folds_the_lines_into_every_model_and_graph(
         old, new = plain.get_submodule(name), model.get_submodule(name)
         torch.testing.assert_close(new.weight, old.weight * slopes[:, None, None, None])
         torch.testing.assert_close(new.bias, old.bias * slopes + offsets)
+    take_back(open_job(tmp_path, "quant.recalibrate_scores=true"), model, PTQ)  # as fine-tuning starts
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, atol=1e-5, rtol=1e-5)
 
 
 def test_a_decode_of_the_users_own_is_refused_before_anything_is_written(tmp_path: Path) -> None:

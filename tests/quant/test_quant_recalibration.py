@@ -122,6 +122,9 @@ def test_folding_scales_and_shifts_the_output_and_leaves_the_codes(name: str) ->
         after, before * slope[:, None, None] + offset[:, None, None], atol=1e-5, rtol=1e-5
     )
     assert torch.equal(layer.weight_quantizer.codes(layer.weight)[0], codes)
+    with torch.no_grad():
+        fold_lines(layer, [line.inverse for line in lines])
+        torch.testing.assert_close(layer(x), before, atol=1e-5, rtol=1e-5)
 
 
 def test_a_layer_that_stays_float_and_one_in_fp8_take_lines_too() -> None:
