@@ -79,7 +79,8 @@ def main() -> int:
 def build(architecture: str, size: int, nncf: Peer, folder: Path, runtimes: Sequence[str]) -> None:
     """Write every model file of one network; those that are there are kept."""
     files = [NNCF_FILES[runtime] for runtime in runtimes]
-    if all((folder / name).exists() for name in files):  # the last ones that are written
+    ours = ["float.onnx", *(f"octet-{runtime}.onnx" for runtime in runtimes)]
+    if all((folder / name).exists() for name in (*ours, *files)):
         return
     torch.manual_seed(0)
     detector = fold_detector(build_detector(architecture, 80)).eval()
