@@ -285,9 +285,8 @@ def _fix_shape(model: Any, batch: int | None, image_size: tuple[int, int] | None
             model.reshape({0: wanted})
         except RuntimeError as error:
             raise DeployError(
-                f"The graph takes images {shape}; it cannot be fixed to batch {batch}, size {image_size}. "
-                "Export it with a "
-                f"dynamic batch. ({error})"
+                f"The graph takes images {shape}; it cannot be fixed to batch {batch}, size {image_size}. Use the "
+                "batch and size that it has, or export it with dynamic_batch=true or dynamic_size=true."
             ) from error
     return str(model.inputs[0].partial_shape)
 

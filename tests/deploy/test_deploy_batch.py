@@ -96,3 +96,19 @@ def test_openvino_says_which_batch_a_graph_takes(tmp_path):
         pytest.raises(DeployError, match=r"takes images \[2,3,64,96\], got \[1"),
     ):
         runtime.infer(images_of(1))
+
+
+def test_openvino_says_in_few_words_that_a_batch_is_fixed(tmp_path):
+    """The reshape in the graph holds the batch; OpenVINO's own text about it is pages long."""
+    path = export_onnx(
+        SmallDetector(), tmp_path / "m.onnx", SIZE, "openvino", dynamic_batch=False, batch=2
+    ).path
+    graph = onnx.load(path)
+    shape = onnx.numpy_helper.from_array(np.array([2, -1], np.int64), "two")
+    graph.graph.initializer.append(shape)
+    graph.graph.node.append(onnx.helper.make_node("Reshape", ["images", "two"], ["rows"]))
+    graph.graph.output.append(onnx.helper.make_tensor_value_info("rows", onnx.TensorProto.FLOAT, [2, None]))
+    onnx.save(graph, path)
+    with pytest.raises(DeployError, match=r"cannot be fixed to batch 7.*dynamic_batch=true") as caught:
+        OpenVINORuntime(path, batch=7, image_size=SIZE)
+    assert len(str(caught.value)) < 300
