@@ -12,7 +12,7 @@ import torch
 from core.errors import CheckpointError, ConfigError, RunError
 from core.grid import Grid
 from core.names import listing
-from models import Detector, fold_detector
+from models import Detector, fold_detector, select_head
 from pipeline.evaluation.measuring import SETTING as METRIC
 from pipeline.job import Job
 from pipeline.networks import FLOAT_MODEL
@@ -120,8 +120,8 @@ def check_names_of_network(job: Job, names: set[str], initial: Detector | None) 
     if not has_rules and not has_patterns:
         return
     detector = job.networks.detector if initial is None else initial
-    if job.networks.custom is None:
-        detector = fold_detector(detector)
+    if initial is not None and job.networks.custom is None:  # as the stages will see it
+        detector = select_head(fold_detector(initial), initial.deployed_head)
     with torch.no_grad():
         network = detector.network.eval()
         if has_rules and quant.placement is not None:
