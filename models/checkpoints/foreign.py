@@ -51,7 +51,7 @@ FOREIGN = (
         ("rtdetrdetectionmodel",),
     ),
     Foreign("YOLOv7", _keys(r"^model\.\d+\.(ia|im)\.\d+\.implicit$")),
-    Foreign("an anchor-based YOLO (YOLOv5 without u, YOLOv3)", _keys(r"^model\.\d+\.(m\.\d+\.weight|anchors)$")),
+    Foreign("an anchor-based YOLO (v3, v4, v5 without u, v7)", _keys(r"^model\.\d+\.(m\.\d+\.weight|anchors)$")),
     Foreign("YOLOX", _keys(r"^backbone\.backbone\.dark\d|^head\.cls_preds\.")),
     Foreign("YOLOv6", _keys(r"^backbone\.ERBlock_\d|^detect\.cls_preds\.")),
     Foreign("YOLO-NAS", _keys(r"^heads\.head\d\.|^backbone\.stage\d\.blocks\.")),

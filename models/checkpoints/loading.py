@@ -19,7 +19,7 @@ from models.blocks import ACTIVATIONS
 from models.checkpoints.convert import build_empty
 from models.checkpoints.interpretation import interpret
 from models.checkpoints.reading import Checkpoint, manifest_path, read_checkpoint
-from models.checkpoints.statements import check_statements
+from models.checkpoints.statements import check_kinds, check_statements
 from models.detector import Detector, placeholder_names
 from models.heads import REG_MAX
 
@@ -107,6 +107,7 @@ def detector_from_checkpoint(
             f"{source} has {len(names)} classes ({listing(names, 12)}); {num_classes} are expected: "
             "use weights and data of the same classes"
         )
+    check_kinds(checkpoint.metadata, source)
     chosen = _choose_activation(checkpoint.metadata, manifest, activation, source)
     detector = build_empty(match.architecture, len(names), chosen, match.folded, match.head_style)
     detector.names, detector.amax = names, meaning.amax

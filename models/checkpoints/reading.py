@@ -39,7 +39,8 @@ class Checkpoint:
         state: Parameters and buffers.
         metadata: `format` (`torch`, `npz` or `safetensors`), and where known `entry` (which of the file's models),
             `model_class`, `names` (class names), `activation`, `activated` (path of a convolution's block -> whether
-            an activation follows), `strides`, `epoch`, `manifest` (what `save_detector` wrote).
+            an activation follows), `activation_classes`, `batch_norm_epsilons`, `strides`, `epoch`, `manifest` (what
+            `save_detector` wrote).
     """
 
     state: dict[str, Tensor]
@@ -197,22 +198,14 @@ def _describe_model(root: Record) -> dict[str, Any]:
     }
     facts["activated"] = {path: kind != IDENTITY_CLASS for path, kind in behind.items()}
     kinds = set(behind.values()) - {IDENTITY_CLASS}
-    unknown = kinds - set(ACTIVATION_CLASSES)
-    if unknown or len(kinds) > 1:
-        raise CheckpointError(
-            f"The model's activations are {', '.join(sorted(kinds)[:8])}; expected SiLU or ReLU throughout"
-        )
     epsilons = {
         eps
         for _, child in _walk(root)
         if child.kind == BATCH_NORM_CLASS and isinstance(eps := _attributes(child).get("eps"), float)
     }
-    if len(epsilons) > 1:
-        raise CheckpointError(
-            f"The model's normalisations use several eps: {sorted(epsilons)[:4]}; expected one"
-        )
-    facts["batch_norm_eps"] = next(iter(epsilons), None)
-    facts["activation"] = ACTIVATION_CLASSES[kinds.pop()] if kinds else None
+    facts["activation_classes"], facts["batch_norm_epsilons"] = sorted(kinds), sorted(epsilons)
+    facts["batch_norm_eps"] = epsilons.pop() if len(epsilons) == 1 else None
+    facts["activation"] = ACTIVATION_CLASSES.get(kinds.pop()) if len(kinds) == 1 else None
     return facts
 
 

@@ -12,8 +12,27 @@ from core.names import listing
 from models.blocks import ConvBlock, ConvNorm
 from models.checkpoints.convert import normalise_key, official_name
 from models.checkpoints.foreign import MAX_KEYS_SHOWN
+from models.checkpoints.reading import ACTIVATION_CLASSES
 from models.detector import Detector
 from models.families.training_forms import Conversion
+
+
+def check_kinds(metadata: Mapping[str, Any], source: str) -> None:
+    """Refuse several kinds of activations or normalisations, and activations that are not implemented.
+
+    Raises:
+        CheckpointError: Names what the file has.
+    """
+    kinds = metadata.get("activation_classes", [])
+    if len(kinds) > 1 or not set(kinds) <= set(ACTIVATION_CLASSES):
+        raise CheckpointError(
+            f"{source}: the model's activations are {listing(kinds, 8)}; expected SiLU or ReLU throughout"
+        )
+    epsilons = metadata.get("batch_norm_epsilons", [])
+    if len(epsilons) > 1:
+        raise CheckpointError(
+            f"{source}: the model's normalisations use several eps: {epsilons[:4]}; expected one"
+        )
 
 
 def check_statements(
@@ -34,11 +53,9 @@ def check_statements(
     for name, module in detector.network.named_modules():
         if isinstance(module, ConvNorm):
             key = f"model.{official_name(detector.network, name)}"
-            wrong += (
-                [key]
-                if stated.get(key, isinstance(module, ConvBlock)) != isinstance(module, ConvBlock)
-                else []
-            )
+            is_activated = isinstance(module, ConvBlock)
+            if stated.get(key, is_activated) != is_activated:
+                wrong.append(key)
     if wrong:
         raise CheckpointError(
             f"{source} has an activation where {detector.architecture} has none, or none where it has one, behind "

@@ -130,6 +130,34 @@ def test_another_network_is_refused_by_name(name: str, caplog: pytest.LogCapture
     assert caplog.messages == []  # nothing was converted, and no line says so
 
 
+class RTDETRDetectionModel(nn.Module):
+    """A pickled model of another network: several activations, several eps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.BatchNorm2d(2, eps=1e-3), nn.BatchNorm2d(2, eps=1e-5))
+        for part, activation in zip(self.model, (nn.GELU(), nn.SiLU()), strict=True):
+            part.act = activation
+
+
+def test_a_pickled_model_is_named_whatever_it_is_made_of(tmp_path: Path) -> None:
+    model = RTDETRDetectionModel()
+    torch.save({"model": model}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="The checkpoint is RT-DETR, which is not loaded"):
+        load_detector(tmp_path / "a.pt")
+    assert read_checkpoint(tmp_path / "a.pt").state.keys() == model.state_dict().keys()
+    state = official_state(build_detector("yolov8n", 2))
+    for metadata, message in (
+        (
+            {"activation_classes": ["torch.nn.modules.activation.GELU"]},
+            "activations are torch.*GELU; expected SiLU",
+        ),
+        ({"batch_norm_epsilons": [1e-5, 1e-3]}, r"several eps: \[1e-05, 0.001\]; expected one"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            detector_from_checkpoint(Checkpoint(state, metadata), "x.pt")
+
+
 def test_an_unknown_network_shows_five_keys_and_the_count() -> None:
     state = {f"part{index}.weight": torch.zeros(1) for index in range(400)}
     with pytest.raises(
