@@ -1,6 +1,7 @@
 """The check is silent on every architecture for every target, and its files name layers as the placement does."""
 
 import copy
+import importlib.util
 import re
 
 import onnx
@@ -9,10 +10,11 @@ import torch
 from placed import export_named, quantized
 
 import deploy.export
+from core.choices import FP8, INTEGER
 from core.families import ARCHITECTURES
-from deploy import TARGETS, inspect_graph
+from deploy import TARGETS, inspect_graph, load_onnx
 from models import build_detector, fold_detector, select_head
-from quant import place
+from quant import PlacementOptions, place
 
 SIZE = (64, 64)
 
@@ -92,3 +94,41 @@ def test_float_files_name_layers_as_the_placement_does(name, tmp_path):
     assert sorted(layers_in(path)) == sorted(wanted)
     names = [node.name for node in onnx.load(path).graph.node]
     assert len(set(names)) == len(names)
+
+
+COMPILED = [
+    ("yolov9t", INTEGER),
+    pytest.param("yolov9t", FP8, marks=pytest.mark.exhaustive),
+    *(
+        pytest.param(name, grid, marks=pytest.mark.exhaustive)
+        for name in ARCHITECTURES
+        if all_targets(name) and name != "yolov9t"
+        for grid in (INTEGER, FP8)
+    ),
+]
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("tensorrt_rtx"),
+    reason="TensorRT for RTX is not installed: pip install 'octet[tensorrt-rtx]'",
+)
+@pytest.mark.parametrize(("name", "grid"), COMPILED)
+def test_the_compiler_runs_every_planned_layer_in_its_codes(name, grid, tmp_path):
+    """One plan for all GPUs: what one of them does not run in 8 bits, none of them does."""
+    from deploy.compile.report import BuildSummary, inspect_build
+
+    model = detector(name)
+    placement = place(model.network, PlacementOptions(grid=grid))
+    network = quantized(model.network, placement)
+    path = export_named(
+        network, model.decode, tmp_path / "m.onnx", (160, 160), "tensorrt_rtx", outputs_of(model)
+    )
+    gpus = "SM89,SM120" if grid == FP8 else "SM80,SM86,SM89,SM120"
+    report = inspect_build(load_onnx(path), gpus, fp16=BuildSummary(0, {}, 0))
+    planned = {site.layer for site in placement.weights}
+    found = {layer.name: layer.precision for layer in report.layers}
+    assert {layer: found[layer] for layer in planned} == dict.fromkeys(
+        planned, "fp8" if grid == FP8 else "int8"
+    )
+    assert {name for name, precision in found.items() if precision in ("int8", "fp8")} == planned
+    assert report.findings == ()
