@@ -132,7 +132,7 @@ def explain(error: BaseException, schema: type) -> str:
             return _explain_omegaconf(link, schema)
         if isinstance(link, YAMLError):
             return f"A YAML file cannot be read: {_first_line(' '.join(str(link).split()))}"
-    return " ".join(str(error).split()) or "no further information"  # remedies stand in later lines
+    return " ".join(str(error).split()) or "no further information"  # remedies are in later lines
 
 
 def _explain_missing(message: str) -> str:

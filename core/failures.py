@@ -75,7 +75,7 @@ def _loader_failure(text: str) -> DataError | None:
     if text.startswith("DataLoader worker (pid"):
         pids = re.search(r"\(pid(?:\(s\))? ([\d, ]+)\)", text)
         signal = re.search(r"killed by signal: ([\w ]+)", text)
-        how = f"was killed ({signal[1].strip()})" if signal else "ended without a word"
+        how = f"was killed ({signal[1].strip()})" if signal else "ended without a message"
         named = f"The data worker with process id {pids[1]}" if pids else "A data worker"
         return DataError(
             f"{named} {how}. Often the memory of the machine or container is used up: use fewer workers "

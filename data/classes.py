@@ -10,7 +10,7 @@ from data.samples import Dataset, Sample
 
 
 def class_positions(names: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
-    """Where each of `names` stands in `wanted`; None where they are not the same names.
+    """Position of each of `names` in `wanted`; None where they are not the same names.
 
     Case and surrounding blanks do not count, unless names differ in nothing else.
 

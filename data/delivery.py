@@ -1,7 +1,7 @@
-"""How batches come from worker processes: through memory that has room for them, and not waited for in vain.
+"""How batches come from worker processes: through memory that is large enough, and with an end where none come.
 
 torch hands tensors over in shared memory (/dev/shm). A container may have as little as 64 MB of it, less than the
-batches in flight; torch then loses a batch and waits for it for ever. So the room is looked at before workers start,
+batches in flight; torch then loses a batch and waits for it for ever. The free memory is checked before workers start,
 and where it is too small batches travel through pipes, or are made in this process. A worker that stops delivering,
 for whatever reason, ends the iteration with an error that says what is known.
 """
@@ -112,7 +112,7 @@ class Packed:
 
 
 def hand_over(batch: Batch, shares: bool) -> Batch | Packed:
-    """What a worker returns for a batch: in shared memory, or packed where that is not wanted or has no room."""
+    """What a worker returns for a batch: in shared memory, or packed where that is not wanted or too small."""
     if get_worker_info() is None:
         return batch
     if shares:
@@ -229,10 +229,10 @@ def _await(batches: Any, watch: _Watch) -> Any:
         watch.is_waiting = False
     _stop(batches, watch.pulse)
     free = free_shared_memory()
-    room = "" if free is None else f" {SHARED_MEMORY} has {free / 1e6:.0f} MB free."
+    space = "" if free is None else f" {SHARED_MEMORY} has {free / 1e6:.0f} MB free."
     raise DataError(
         f"No batch and no image for {PATIENCE:.0f} s: the data workers have stopped delivering (process "
-        f"{watch.verdict}).{room} Look for a disk or network folder that does not answer, or use data.workers=0"
+        f"{watch.verdict}).{space} Look for a disk or network folder that does not answer, or use data.workers=0"
     )
 
 

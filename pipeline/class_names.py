@@ -1,7 +1,7 @@
 """Class names of weights and of data: the same order by name, or no figure at all.
 
-Weights and data agree where class i means the same in both. Names that contradict this are acted on: data whose names
-stand in another order are renumbered, other names end the run, and `data.class_map=order` takes classes by their
+Weights and data agree where class i means the same in both. Names that contradict this are acted on: data with the
+same names in another order are renumbered, other names end the run, and `data.class_map=order` takes classes by their
 number whatever they are called.
 """
 

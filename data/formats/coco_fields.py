@@ -116,7 +116,7 @@ def read_area(value: Any, box: Sequence[float], place: str, inventory: Inventory
         return float(number)
     if value is not None and value != 0:
         inventory.note(
-            "{number} areas are no positive numbers; those of the boxes stand in", f"{place} is {value!r}"
+            "{number} areas are no positive numbers; the areas of the boxes are used", f"{place} is {value!r}"
         )
     return box[2] * box[3]
 

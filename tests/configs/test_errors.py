@@ -22,7 +22,7 @@ DEMO = "+experiment=demo"
         ("++quant.observers=mse", ["closest: quant.observer"]),
         ("image_size=320", ["closest: data.image_size"]),
         ("xyzzy=1", ["'xyzzy'", "docs/configuration.md"]),
-        ("model=yolov9x", ["Unknown model 'yolov9x'", "closest: yolov9c", "yolov9t"]),
+        ("model=yolov9cc", ["Unknown model 'yolov9cc'", "closest: yolov9c", "yolov9t"]),
         ("quant=int9", ["Unknown quant 'int9'", "closest: int8"]),
         ("+model=yolov9c", ["write model=yolov9c"]),
         ("experiment=bccd", ["plus sign", "+experiment=bccd"]),

@@ -83,7 +83,7 @@ def test_an_area_that_is_none_is_that_of_the_box(
 ) -> None:
     root = write(coco_root, coco_content, lambda c: c["annotations"][0].update(area=area))
     assert truth_of(root)[1] == (7, 2, [1.5, 2, 10, 20], 200.0, 0)
-    assert "1 areas are no positive numbers; those of the boxes stand in" in caplog.text
+    assert "1 areas are no positive numbers; the areas of the boxes are used" in caplog.text
     assert "annotations[0]: area is" in caplog.text
 
 

@@ -1,6 +1,6 @@
 """YOLO trees as people have them: what a line means, what is repeated, and what lies about on the disk.
 
-Each situation is one that gave another figure without a word. The oracle is what the files hold, counted by hand.
+Each situation is one that gave another figure silently. The oracle is what the files hold, counted by hand.
 """
 
 from __future__ import annotations
