@@ -36,6 +36,7 @@ from benchmarks.views import SHIFTS, ap_of_views, mean_difference
 from configs.compose import read
 from data import Found, Predict
 from deploy import ONNXRuntime, OpenVINORuntime, Runtime
+from pipeline.evaluation.suppression import is_nms_free
 from pipeline.job import Job
 from pipeline.run.directory import CONFIG, Run
 from pipeline.stages.export import export_exact, export_quantized, has_fp8
@@ -88,10 +89,11 @@ def executions(job: Job, folder: Path, orders: bool) -> dict[str, Decoded]:
 
 
 def detections_of(job: Job, decoded: Decoded) -> Predict:
-    """Images to detections, by the NMS of every row."""
+    """Images to detections, chosen as for every row."""
+    nms_free = is_nms_free(job.networks.detector.decode)
 
     def predict(images: Tensor) -> Sequence[Found]:
-        return job.evaluator.detections(decoded(images))
+        return job.evaluator.detections(decoded(images), nms_free=nms_free)
 
     return predict
 
