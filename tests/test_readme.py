@@ -57,7 +57,7 @@ def test_command_exists(command: str) -> None:
         assert (REPOSITORY / "train_qat.py").is_file()
         overrides, sweep = overrides_of(words[2:])
         if sweep:  # only the keys: a sweep has no single configuration
-            check_overrides(overrides, Config, [REPOSITORY / "configs"])
+            check_overrides(overrides, Config, [REPOSITORY / "configs"], sweeping=True)
         else:
             compose(overrides)
     elif words[:2] == ["python", "export.py"]:
