@@ -67,7 +67,8 @@ def main(arguments: list[str]) -> int:
         table = learn_costs(job, plans, pricing, folder)
         front = Search(table, estimate_losses({INT8: scores_of(job)}, drop_of(job))).front()
         wanted = [plans.uniform(INT8), plans.uniform(FLOATING), *(p.plan for p in spread(front, 6, np.inf))]
-        wanted += [neighbours(plans.units, seed) for seed in range(6)]
+        wanted += [neighbours(plans.units, seed) for seed in range(8)]
+        wanted = list({tuple(plan.values()): plan for plan in wanted}.values())  # the front ends all-float
         engines = pricing.engines(plans, wanted, folder, stack)
         clocked = clock(engines, pricing.shape, options.clock_seconds)
     expected = [table.latency(plan) for plan in wanted]
