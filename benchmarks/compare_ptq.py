@@ -13,6 +13,7 @@ answers under OpenVINO than the graph says (see docs/deployment.md); such a file
 node, by ONNX Runtime without graph optimizations: that figure is what the tool's scales are worth, and it counts.
 A single AP on a hundred images moves by some thousandths with the roundings; --views N takes the mean over N slightly
 moved views (benchmarks/views.py), with the standard error of its difference to float.
+--engine adds a model that another tool made by itself, such as Ultralytics' own export (it chose its own images).
 With --folder the models and their figures are kept, and reused by the next call.
 """
 
@@ -39,6 +40,7 @@ from pipeline.job import Job
 from pipeline.main import run_job
 from pipeline.run.directory import Run
 from pipeline.stages.engine import engine_predictor
+from pipeline.stages.place import calibration_images
 
 MAX_CALIBRATION_IMAGES = 300
 PARITY_IMAGES = 8
@@ -86,6 +88,13 @@ def main() -> int:
     )
     add_peer_options(parser)
     parser.add_argument("--folder", type=Path, help="keep the models here")
+    parser.add_argument(
+        "--engine",
+        action="append",
+        default=[],
+        metavar="TOOL=FILE",
+        help="another tool's INT8 model with decoded outputs [1, 4 + classes, anchors], measured beside; repeatable",
+    )
     parser.add_argument("--views", type=int, default=1, help="views of the validation images")
     parser.add_argument("--json", type=Path)
     options, overrides = parser.parse_known_args()
@@ -96,7 +105,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).resolve()
         job = octet_job(overrides, folder / "run")
-        models = {**ours(job, folder, overrides), **theirs(job, peers, folder)}
+        models = {**ours(job, folder, overrides), **theirs(job, peers, folder), **engines_of(options.engine)}
         rows = [measured(job, *key, engine, folder, options.views) for key, engine in models.items()]
     print_table(rows)
     write_result(
@@ -148,7 +157,7 @@ def ours(job: Job, folder: Path, overrides: list[str]) -> dict[tuple[str, str], 
 
 def theirs(job: Job, peers: dict[str, Peer], folder: Path) -> dict[tuple[str, str], Path]:
     """(tool, variant) -> model file of the peers."""
-    images = calibration_images(job)
+    images = images_for_peers(job)
     floating = job.run.path("float.onnx")
     found = {}
     for peer in peers.values():
@@ -162,7 +171,22 @@ def theirs(job: Job, peers: dict[str, Peer], folder: Path) -> dict[tuple[str, st
     return found
 
 
-def calibration_images(job: Job) -> np.ndarray:
+def engines_of(given: list[str]) -> dict[tuple[str, str], Path]:
+    """(tool, variant) -> model file for each TOOL=FILE of `--engine`.
+
+    Raises:
+        SystemExit: a file is not there.
+    """
+    found = {}
+    for text in given:
+        tool, _, name = text.partition("=")
+        if not Path(name).is_file():
+            raise SystemExit(f"--engine {text}: expected TOOL=FILE with a file that exists")
+        found[tool, Path(name).stem] = Path(name)
+    return found
+
+
+def images_for_peers(job: Job) -> np.ndarray:
     """The images of Octet's own calibration, float32 [N, 3, H, W]."""
     images = torch.cat(list(calibration_images(job))).numpy()
     return images[:MAX_CALIBRATION_IMAGES]

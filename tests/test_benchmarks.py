@@ -6,8 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
+import torch
+
+from benchmarks import compare_ptq
+from pipeline.job import Job
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMPARISONS = ("compare_ptq.py", "compare_engines.py", "check_peers.py")
@@ -30,3 +35,20 @@ def test_comparison_without_its_peers_is_skipped(script: str, tmp_path: Path) ->
     assert "cannot import it" in first
     assert last.startswith("skipped: ")
     assert list(tmp_path.iterdir()) == [empty]
+
+
+def test_peers_are_calibrated_on_the_images_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [torch.full((200, 3, 2, 2), float(number)) for number in range(2)]
+    monkeypatch.setattr(compare_ptq, "calibration_images", lambda job: iter(batches))
+    images = compare_ptq.images_for_peers(cast(Job, "the job"))
+    assert images.shape == (compare_ptq.MAX_CALIBRATION_IMAGES, 3, 2, 2)
+    assert images[:200].max() == 0
+    assert images[200:].min() == 1
+
+
+def test_an_engine_of_another_tool_needs_its_file(tmp_path: Path) -> None:
+    model = tmp_path / "net.xml"
+    model.touch()
+    assert compare_ptq.engines_of([f"other={model}"]) == {("other", "net"): model}
+    with pytest.raises(SystemExit, match="expected TOOL=FILE"):
+        compare_ptq.engines_of([f"other={tmp_path / 'missing.xml'}"])
