@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import cast
 
+import onnx
 import pytest
 import torch
 
 from benchmarks import compare_ptq
+from benchmarks.peers import tools
+from deploy import export_onnx
+from models import build_detector
 from pipeline.job import Job
+from pipeline.stages.export import Deployed
+from quant import with_named_nodes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMPARISONS = ("compare_ptq.py", "compare_engines.py", "check_peers.py")
@@ -52,3 +59,16 @@ def test_an_engine_of_another_tool_needs_its_file(tmp_path: Path) -> None:
     assert compare_ptq.engines_of([f"other={model}"]) == {("other", "net"): model}
     with pytest.raises(SystemExit, match="expected TOOL=FILE"):
         compare_ptq.engines_of([f"other={tmp_path / 'missing.xml'}"])
+
+
+def test_names_that_peers_leave_float_are_those_of_the_files(tmp_path: Path) -> None:
+    model = build_detector("yolov9t", 2, "silu")
+    network, names = with_named_nodes(model.network)
+    deployed = Deployed(network, model.decode).eval()
+    path = export_onnx(
+        deployed, tmp_path / "float.onnx", (64, 64), "openvino", quantized=False, names=names
+    ).path
+    nodes = [node.name for node in onnx.load(path).graph.node]
+    last = [name for name in nodes if re.fullmatch(tools.LAST_CONVS, name)]
+    assert last == [f"head.{part}.{level}.output" for level in range(3) for part in ("box", "cls")]
+    assert sum(bool(re.fullmatch(tools.DECODE, name)) for name in nodes) > 10

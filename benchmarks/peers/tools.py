@@ -33,7 +33,7 @@ PEERS = ("nncf", "modelopt")
 FOLDER = Path(__file__).resolve().parent
 REPOSITORY = FOLDER.parent.parent
 DECODE = "/decode/.*"  # names of the nodes behind the last convs in files of this project
-LAST_CONVS = "/network/head/(box|cls).[0-9]/output/Conv"
+LAST_CONVS = r"head\..*\.output(/WithoutBiases)?"  # OpenVINO adds the suffix to convolutions with a bias
 VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "nncf": {
         "defaults": (),
