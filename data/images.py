@@ -145,8 +145,7 @@ def _decoded_header(path: Path, transposed: bool, kind: str) -> ImageHeader:
         stored = read_image(path, apply_orientation=False) if transposed else shown
     except DataError as error:
         raise OSError(
-            f"{kind}: Pillow reads it, OpenCV, which decodes images for training, does not; convert it to PNG or JPEG "
-            "with 8 bits per channel"
+            f"{kind}: OpenCV does not decode it; convert it to PNG or JPEG with 8 bits per channel"
         ) from error
     return ImageHeader(stored.shape[0], stored.shape[1], shown.shape != stored.shape)
 

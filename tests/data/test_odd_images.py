@@ -62,7 +62,7 @@ def test_what_is_verified_can_be_read(yolo_root: Path, pixels: np.ndarray, optio
 @pytest.mark.parametrize(("name", "format"), [("c.png", "ICO"), ("c.tif", "DDS"), ("c.png", "XBM")])
 def test_kinds_that_only_one_library_knows_are_named(yolo_root: Path, name: str, format: str) -> None:
     save(yolo_root, name, mode="1" if format == "XBM" else "RGB", format=format)
-    with pytest.raises(DataError, match=rf"{format}, mode .*: Pillow reads it, OpenCV.*does not; convert it"):
+    with pytest.raises(DataError, match=rf"{format}, mode .*: OpenCV does not decode it; convert it"):
         open_dataset(yolo_root, "val")
 
 

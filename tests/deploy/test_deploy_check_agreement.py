@@ -134,9 +134,10 @@ def test_the_check_looks_through_what_placement_looks_through(name, target, tmp_
 
 
 def test_each_operator_has_one_kind():
-    """No ONNX type, function, method or module is listed twice."""
+    """No ONNX type, function, method or module is listed twice; a MatMul is a layer where an operand is constant."""
     for form in ("modules", "functions", "methods", "onnx"):
         names = [name for operators in OPERATORS.values() for name in getattr(operators, form)]
-        assert len(set(names)) == len(names)
+        twice = {name for name in names if names.count(name) > 1}
+        assert twice == ({"MatMul"} if form == "onnx" else set())
     assert not ACTIVATIONS & {name for operators in OPERATORS.values() for name in operators.onnx}
     assert set(OPERATORS) == set(Kind) - {Kind.FLOAT}

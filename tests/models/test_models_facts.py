@@ -89,13 +89,17 @@ def test_counts_equal_torchs_counter(architecture: str) -> None:
     ],
 )
 def test_folded_networks_cost_what_is_published(architecture: str, parameters: float, macs: float) -> None:
-    """The families' published tables: parameters and FLOPs (2 per multiply-accumulate) as deployed, at 640 px."""
+    """The families' published tables: parameters and FLOPs (2 per multiply-accumulate) as deployed, at 640 px.
+
+    The tool behind those tables counts modules: products of two tensors, as attention has them, are not in them.
+    """
     with torch.device("meta"):
         detector = build_detector(architecture, 80)
     detector = select_head(detector, detector.deployed_head)
     facts = measure_network(fold_detector(detector).network, (640, 640))
     assert facts.parameters == pytest.approx(parameters, rel=0.02)
-    assert facts.macs == pytest.approx(macs, rel=0.02)
+    layers = sum(layer.macs for layer in facts.layers if layer.kind != "MatMul")
+    assert layers == pytest.approx(macs, rel=0.02)
     assert facts.strides == (8, 16, 32)
 
 

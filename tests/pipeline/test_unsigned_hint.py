@@ -45,7 +45,9 @@ def test_the_hint_names_the_setting(tmp_path: Path) -> None:
 
 
 def test_tensorrt_is_refused_before_any_work(tmp_path: Path) -> None:
-    found = run(tmp_path, "quant.activations.unsigned=true", "deploy.target=trt10", "stages=[place,export]")
+    found = run(
+        tmp_path, "quant.activations.unsigned=true", "deploy.target=trt10", "stages=[place,calibrate,export]"
+    )
     assert found.returncode == 2
     assert "takes signed codes only" in found.stdout + found.stderr
     assert not (tmp_path / "run" / "placement.yaml").exists()
@@ -56,7 +58,7 @@ def test_tensorrt_is_refused_before_any_work(tmp_path: Path) -> None:
     [("quant=fp8", "quant.grid"), ("quant.policy=[{match: x, grid: fp8}]", "quant.policy, x")],
 )
 def test_fp8_is_refused_for_integer_engines_before_any_work(tmp_path: Path, setting: str, named: str) -> None:
-    found = run(tmp_path, setting, "stages=[place,export]")
+    found = run(tmp_path, setting, "stages=[place,calibrate,export]")
     assert found.returncode == 2
     assert (
         f"{named}: grid=fp8, but no engine of target openvino runs fp8 codes: export for trt11"
