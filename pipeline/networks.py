@@ -45,19 +45,23 @@ PLACEMENT_KEY = (
 )
 
 
+def _weights_of(config: Config, run: Run | None) -> str | Path | None:
+    """The run's float model where it has one, else the weights that the configuration names."""
+    kept = None if run is None else run.path(FLOAT_MODEL)
+    return kept if kept is not None and kept.exists() else config.weights
+
+
 def task_of(config: Config, run: Run | None = None) -> str:
     """`detect`, or `segment` for networks with masks: by `model.name`, else by what the weights hold."""
     if config.model.name != "auto":
         return "segment" if config.model.name in SEGMENTERS else "detect"
-    kept = None if run is None else run.path(FLOAT_MODEL)
-    weights = kept if kept is not None and kept.exists() else config.weights
+    weights = _weights_of(config, run)
     return "detect" if weights is None else find_task(weights)
 
 
 def head_of(config: Config, run: Run) -> str:
     """The head that the run deploys: `model.head`, else what the weights or the architecture deploy."""
-    kept = run.path(FLOAT_MODEL)
-    weights = kept if kept.exists() else config.weights
+    weights = _weights_of(config, run)
     if config.model.head is not None or config.model.factory is not None:
         return config.model.head or ONE2MANY
     if weights is not None:
@@ -70,8 +74,7 @@ def names_of(config: Config, run: Run) -> ClassNames | None:
 
     None for a user's own network, which gets the data's.
     """
-    kept = run.path(FLOAT_MODEL)
-    weights = kept if kept.exists() else config.weights
+    weights = _weights_of(config, run)
     names = None if weights is None or config.model.factory is not None else find_names(weights)
     return None if names is None else ClassNames(str(weights), names)
 

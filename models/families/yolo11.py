@@ -9,7 +9,7 @@ from torch import nn
 from models.attention import C2PSA
 from models.blocks import ConvBlock
 from models.blocks_csp import SPPF, C3k2
-from models.families.family import Family, has_prototypes
+from models.families.family import Family
 from models.families.pyramid import STRIDES, Backbone, Neck, PyramidNetwork
 from models.heads import HeadBuilder, UltralyticsHead
 from models.segmentation import UltralyticsSegmentationHead
@@ -116,6 +116,4 @@ YOLO11 = Family(
     heads={"official": UltralyticsHead},
     segmentation_heads={"official": UltralyticsSegmentationHead},
     class_bias=re.compile(r"^model\.23\.cv3\.0\.2\.bias$"),
-    has_masks=has_prototypes,
-    find_head_style=lambda state: "official",
 )

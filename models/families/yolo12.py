@@ -12,7 +12,7 @@ from torch import nn
 from models.area_attention import area_elan, bottleneck_elan
 from models.blocks import ConvBlock
 from models.blocks_csp import C3k2
-from models.families.family import Family, has_prototypes
+from models.families.family import Family
 from models.families.pyramid import STRIDES, Backbone, Neck, PyramidNetwork
 from models.heads import HeadBuilder, UltralyticsHead
 
@@ -125,6 +125,4 @@ YOLO12 = Family(
     heads={"official": UltralyticsHead},
     segmentation_heads={},
     class_bias=re.compile(r"^model\.21\.cv3\.0\.2\.bias$"),
-    has_masks=has_prototypes,
-    find_head_style=lambda state: "official",
 )

@@ -22,7 +22,7 @@ from models.dual_heads import (
     dual_styles,
     find_dual_style,
 )
-from models.families.family import Family, has_prototypes
+from models.families.family import Family
 from models.families.pyramid import STRIDES, Backbone, Neck, PyramidNetwork
 from models.families.yolo11 import OFFICIAL_LAYERS
 from models.heads import HeadBuilder
@@ -100,7 +100,6 @@ YOLO26 = Family(
     heads=dual_styles(DirectDualHead),
     segmentation_heads=dual_styles(DirectDualSegmentationHead),
     class_bias=CLASS_BIAS,
-    has_masks=has_prototypes,
     find_head_style=find_dual_style,
     training_only=re.compile(r"^model\.23\.proto\.semseg\."),
     decode=partial(Decode, reg_max=1),

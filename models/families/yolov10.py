@@ -14,7 +14,7 @@ from models.blocks import ConvBlock
 from models.blocks_csp import SPPF, C2f
 from models.blocks_v10 import C2fCIB, DecoupledDown
 from models.dual_heads import CLASS_BIAS, DualHead, dual_styles, find_dual_style
-from models.families.family import Family, has_prototypes
+from models.families.family import Family
 from models.families.pyramid import STRIDES, Backbone, Neck, PyramidNetwork
 from models.families.yolo11 import OFFICIAL_LAYERS
 from models.heads import HeadBuilder
@@ -116,6 +116,5 @@ YOLOV10 = Family(
     heads=dual_styles(DualHead),
     segmentation_heads={},
     class_bias=CLASS_BIAS,
-    has_masks=has_prototypes,
     find_head_style=find_dual_style,
 )

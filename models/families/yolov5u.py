@@ -11,7 +11,7 @@ from torch import nn
 
 from models.blocks import ConvBlock
 from models.blocks_csp import C3, SPPF
-from models.families.family import Family, has_prototypes
+from models.families.family import Family
 from models.families.pyramid import STRIDES, Backbone, Neck, PyramidNetwork
 from models.heads import HeadBuilder, UltralyticsLegacyHead
 
@@ -118,6 +118,4 @@ YOLOV5U = Family(
     heads={"official": UltralyticsLegacyHead},
     segmentation_heads={},
     class_bias=re.compile(r"^model\.24\.cv3\.0\.2\.bias$"),
-    has_masks=has_prototypes,
-    find_head_style=lambda state: "official",
 )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from models.blocks import ConvBlock
 from models.blocks_csp import SPPF, C2f
-from models.families.family import Family, has_prototypes
+from models.families.family import Family
 from models.families.pyramid import OFFICIAL_LAYERS, STRIDES, Backbone, Neck, PyramidNetwork
 from models.heads import HeadBuilder, UltralyticsLegacyHead
 from models.segmentation import UltralyticsLegacySegmentationHead
@@ -83,6 +83,4 @@ YOLOV8 = Family(
     heads={"official": UltralyticsLegacyHead},
     segmentation_heads={"official": UltralyticsLegacySegmentationHead},
     class_bias=re.compile(r"^model\.22\.cv3\.0\.2\.bias$"),
-    has_masks=has_prototypes,
-    find_head_style=lambda state: "official",
 )

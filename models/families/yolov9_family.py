@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from models.families.family import PROTOTYPES, Family, has_prototypes
+from models.families.family import PROTOTYPES, Family
 from models.families.pyramid import STRIDES
 from models.families.training_forms import TrainingForm
 from models.families.yolov9 import yolov9c, yolov9m, yolov9s, yolov9t
@@ -56,7 +56,6 @@ YOLOV9 = Family(
     heads=HEADS,
     segmentation_heads=SEGMENTATION_HEADS,
     class_bias=re.compile(r"^model\.\d+\.cv3\.0\.2\.bias$"),
-    has_masks=has_prototypes,
     find_head_style=_find_head_style,
     training_forms=(
         TrainingForm("yolov9-t and -s", 29, 22, ((0, 21, 0),), (22, 28), _DETECTION, _AUXILIARY_DETECTION),
