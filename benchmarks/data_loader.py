@@ -1,5 +1,7 @@
 """Times the package `data`: images per second of the loader, seconds of both metric engines.
 
+Without workers the loader's time is processor time of this process, so that other work on the machine counts little.
+
 Usage: python benchmarks/data_loader.py [--root FOLDER] [--size 320] [--batch 16] [--workers 0 1 2] [--images 5000]
 
 Without --root the built-in synthetic set is used. The metric part needs no images: detections are random boxes around
@@ -26,13 +28,14 @@ def time_loader(dataset: DetectionDataset, size: int, batch: int, workers: int, 
     """Images per second over one pass, after a first pass that starts the workers and fills the file cache."""
     options = data.AugmentOptions() if augmented else None
     loader = data.build_loader(dataset, size, batch, workers, options, shuffle=augmented)
+    clock = time.perf_counter if workers else time.process_time
     elapsed = 0.0
     for epoch in range(2):
         loader.set_epoch(epoch)
-        start = time.perf_counter()
+        start = clock()
         for _ in loader:
             pass
-        elapsed = time.perf_counter() - start
+        elapsed = clock() - start
     return len(dataset) / elapsed
 
 

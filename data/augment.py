@@ -126,7 +126,7 @@ def augment(
     boxes, labels, outlines = warp_objects(fitted.objects, matrix, size)
     image = jitter_color(image, (options.hsv_h, options.hsv_s, options.hsv_v), random)
     if random.random() < options.flip_lr:
-        image = np.ascontiguousarray(image[:, ::-1])
+        image = np.asarray(cv2.flip(image, 1), np.uint8)
         boxes = np.stack(
             [size.width - boxes[:, 2], boxes[:, 1], size.width - boxes[:, 0], boxes[:, 3]], axis=1
         )
@@ -199,7 +199,9 @@ def jitter_color(image: Image, ranges: tuple[float, float, float], random: np.ra
         [(levels * gains[0]) % 180, (levels * gains[1]).clip(0, 255), (levels * gains[2]).clip(0, 255)],
         axis=1,
     )
-    hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), table.astype(np.uint8)[None])
+    planes = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))  # a table is looked up faster in single planes
+    columns = np.ascontiguousarray(table.astype(np.uint8).T)
+    hsv = cv2.merge([cv2.LUT(plane, column) for plane, column in zip(planes, columns, strict=True)])
     return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), np.uint8)
 
 
