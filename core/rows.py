@@ -6,6 +6,7 @@ no program has to take it apart again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -83,6 +84,7 @@ class ResultRow:
         size_bytes: what is shipped, on disk.
         extras: further named figures, such as {"ap_small": 0.31}.
         operating_point: what users see at their confidence threshold.
+        draws: `value` on images drawn with replacement, the same draws for every row; see `core.intervals`.
     """
 
     key: RowKey
@@ -96,10 +98,15 @@ class ResultRow:
     size_bytes: int | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
     operating_point: OperatingPoint | None = None
+    draws: tuple[float, ...] = ()
 
     @classmethod
     def of(
-        cls, key: RowKey, figures: Mapping[str, Any], operating_point: OperatingPoint | None = None
+        cls,
+        key: RowKey,
+        figures: Mapping[str, Any],
+        operating_point: OperatingPoint | None = None,
+        draws: tuple[float, ...] = (),
     ) -> ResultRow:
         """Make a row of figures by name; those without a column become extras."""
         extras = {name: value for name, value in figures.items() if name not in FIGURES}
@@ -108,11 +115,12 @@ class ResultRow:
             **{name: figures.get(name) for name in FIGURES},
             extras=extras,
             operating_point=operating_point,
+            draws=draws,
         )
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ResultRow:
-        """Read back what `as_dict` gave, or what a version without operating points gave.
+        """Read back what `as_dict` gave, or what a version without operating points or draws gave.
 
         Raises:
             KeyError, TypeError, ValueError: it is no row.
@@ -124,6 +132,7 @@ class ResultRow:
             **{name: content[name] for name in FIGURES},
             extras=dict(content["extras"]),
             operating_point=None if point is None else OperatingPoint.from_dict(point),
+            draws=tuple(math.nan if value is None else float(value) for value in content.get("draws") or ()),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -137,7 +146,8 @@ class ResultRow:
         }
         point = None if self.operating_point is None else self.operating_point.as_dict()
         figures = {name: getattr(self, name) for name in FIGURES}
-        return {**identity, **figures, "extras": dict(self.extras), "operating_point": point}
+        draws = [value if math.isfinite(value) else None for value in self.draws]
+        return {**identity, **figures, "extras": dict(self.extras), "operating_point": point, "draws": draws}
 
     @property
     def name(self) -> str:
@@ -163,7 +173,7 @@ class ResultRow:
 
 
 FIGURES = tuple(
-    item.name for item in fields(ResultRow) if item.name not in {"key", "extras", "operating_point"}
+    item.name for item in fields(ResultRow) if item.name not in {"key", "extras", "operating_point", "draws"}
 )
 
 

@@ -19,6 +19,7 @@ from data.metrics.detection import (
     evaluate,
     measure_agreement,
     measure_operating_point,
+    resample_score,
     to_picture,
 )
 from data.samples import Batch, Dataset, Instances, Sample
@@ -52,6 +53,7 @@ __all__ = [
     "open_dataset",
     "read_image",
     "reorder_classes",
+    "resample_score",
     "to_input",
     "to_picture",
     "unletterbox",

@@ -20,11 +20,11 @@ def shipped_value(rows: Sequence[ResultRow]) -> float:
     return min(values, default=math.nan)
 
 
-def check_gates(config: Config, rows: Sequence[ResultRow], task: str) -> None:
+def missed_gates(config: Config, rows: Sequence[ResultRow], task: str) -> list[str]:
     """Hold every row that is shipped (all INT8 engines, or the quantized model) against the gates.
 
-    Raises:
-        GateError: a gate is missed; the message has the figures of every row that misses it.
+    Returns:
+        One sentence part per row and gate that it misses, with the figures.
     """
     measure = measure_name(config.metric.factory, task)
     reference = find_row(rows, FLOAT)
@@ -42,6 +42,12 @@ def check_gates(config: Config, rows: Sequence[ResultRow], task: str) -> None:
                 f"{row.name} loses {drop:.4f} {measure} against float ({reference.value:.4f}), more than "
                 f"max_ap_drop={config.max_ap_drop}"
             )
+    return missed
+
+
+def check_gates(config: Config, rows: Sequence[ResultRow], task: str) -> None:
+    """Raise GateError where a shipped row misses a gate; the message has the figures of `missed_gates`."""
+    missed = missed_gates(config, rows, task)
     if missed:
         raise GateError(
             f"{'; '.join(missed)}: fine-tune longer, or leave sensitive layers float (quant.float_patterns)"

@@ -89,7 +89,7 @@ class Job:
     def record(self, key: RowKey, measured: Measured, **figures: Any) -> None:
         """Keep one row of the result table."""
         values = {**row_figures(measured.metrics), **figures}
-        self.run.write_row(ResultRow.of(key, values, measured.operating_point))
+        self.run.write_row(ResultRow.of(key, values, measured.operating_point, measured.draws))
         say(f"{key.name}: {measured.describe()}")
 
 

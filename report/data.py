@@ -56,6 +56,8 @@ class ReportData:
             "parameters", "macs", "output", "precision"}] in the order they run}; None where nobody measured it.
         findings: of the graph check: [{"name", "hazard", "remedy", ...}].
         notes: sentences for the reader.
+        chosen: row name -> what to add to its accuracy where its weights were chosen on the evaluation images.
+        gates: what the run misses of the limits that the user set, in sentences; None where no limit was set.
     """
 
     experiment: str
@@ -74,6 +76,8 @@ class ReportData:
     findings: Sequence[Mapping[str, Any]] = ()
     fixed_point: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
+    chosen: Mapping[str, str] = field(default_factory=dict)
+    gates: Sequence[str] | None = None
 
     @property
     def input_size(self) -> ImageSize:

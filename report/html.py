@@ -28,9 +28,12 @@ from report.tables import (
     columns_for,
     layer_lines,
     model_facts,
+    score_heading,
     seconds_text,
     table_cells,
 )
+from report.verdict import LEGEND as VERDICT_LEGEND
+from report.verdict import Verdict, difference_interval, interval_text, score_interval, verdicts
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
@@ -55,6 +58,9 @@ def render_html(data: ReportData) -> str:
         cells=table_cells(data.rows),
         legend=LEGEND,
         tiles=headline(data.rows),
+        verdicts=lead_first(verdicts(data.rows, data.chosen), data.rows),
+        verdict_legend=VERDICT_LEGEND,
+        intervals=interval_table(data.rows),
         charts={section: [chart for chart in charts if chart.section == section] for section in SECTIONS},
         extras=extra_table(data.rows),
         operating={
@@ -121,6 +127,35 @@ def dict_table(items: Iterable[Mapping[str, Any]], first: Sequence[str]) -> dict
 def extra_table(rows: Sequence[ResultRow]) -> dict[str, Any]:
     """Return the rows' further figures as a table; no lines where there are none."""
     return dict_table([{"row": row.name, **row.extras} for row in rows if row.extras], ("row",))
+
+
+def lead_first(found: Sequence[Verdict], rows: Sequence[ResultRow]) -> list[Verdict]:
+    """Return the verdicts, that of the row which the headline names first."""
+    lead = best_quantized_engine(rows)
+    return sorted(found, key=lambda verdict: lead is None or verdict.row != lead.name)
+
+
+def interval_table(rows: Sequence[ResultRow]) -> dict[str, Any]:
+    """Return the intervals of every row that was resampled as a table; no lines where there are none."""
+    base = find_row(rows, FLOAT)
+    score = score_heading(rows)
+    lines = []
+    for row in rows:
+        inside = score_interval(row)
+        if inside is None or row.value is None:
+            continue
+        pair = None if base is None or base is row else difference_interval(row, base)
+        noise = MISSING if pair is None else "yes" if pair.holds_zero else "no"
+        lines.append(
+            [
+                row.name,
+                f"{row.value:.4f}",
+                interval_text(inside),
+                interval_text(pair, signed=True) or MISSING,
+                noise,
+            ]
+        )
+    return {"keys": ("Row", score, "Interval", "Difference to float", "Noise"), "lines": lines}
 
 
 def headline(rows: Sequence[ResultRow]) -> list[dict[str, str]]:

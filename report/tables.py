@@ -161,6 +161,11 @@ def columns_for(rows: Sequence[ResultRow]) -> tuple[Column, ...]:
     return (METRIC_COLUMN, *(column for column in COLUMNS if column.key not in absent))
 
 
+def score_heading(rows: Sequence[ResultRow]) -> str:
+    """Name of the deciding score: AP, Mask AP or Metric."""
+    return columns_for(rows)[0].heading
+
+
 def table_cells(rows: Sequence[ResultRow]) -> list[tuple[str, list[Cell]]]:
     """Return (row name, one Cell per entry of `columns_for`) for every row."""
     columns = columns_for(rows)

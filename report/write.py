@@ -24,6 +24,7 @@ from report.tables import (
     model_facts,
     seconds_text,
 )
+from report.verdict import verdicts
 
 MOST_EXPENSIVE = 20  # layers listed in report.md; the other reports have all
 
@@ -69,6 +70,8 @@ def to_json(data: ReportData) -> dict[str, Any]:
         "findings": _plain(data.findings),
         "fixed_point": _plain(data.fixed_point),
         "notes": _plain(data.notes),
+        "chosen": _plain(data.chosen),
+        "gates": _plain(data.gates),
     }
 
 
@@ -91,6 +94,13 @@ def to_markdown(data: ReportData) -> str:
     parts = [
         f"# {escape_markdown(data.experiment)}",
         f"Weights: {weights}. Input: {data.input_size.text} pixels.",
+        *([f"**Misses a limit:** {escape_markdown(text)}" for text in data.gates or ()]),
+        *(
+            [
+                f"- {escape_markdown(f'{item.text} {item.remark}')}"
+                for item in verdicts(data.rows, data.chosen)
+            ]
+        ),
         markdown_results(data.rows),
         LEGEND,
         *markdown_operating(data.rows),

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.masks import Rle
+from data.metrics.matching import ClassMatches, Entries, match_classes
 
 ENGINES = ("hotcoco", "pycocotools")
 
@@ -62,9 +63,66 @@ def coco_precision(
         [10 IoU thresholds 0.50..0.95, 101 recalls, K categories, 4 area ranges (all, small, medium, large)] for at most
         100 detections per image and category; -1 where there is no ground truth.
     """
-    run = _run_hotcoco if engine == "hotcoco" else _run_pycocotools
-    precision = run(truth, detections, image_ids, masks)
-    return np.asarray(precision, np.float64)[..., -1]
+    evaluation = (_hotcoco if engine == "hotcoco" else _pycocotools)(truth, detections, masks)
+    evaluation.params.imgIds = image_ids
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return np.asarray(evaluation.eval["precision"], np.float64)[..., -1]
+
+
+def coco_matches(
+    truth: dict[str, Any],
+    detections: NDArray[np.float64],
+    image_ids: list[int],
+    engine: str,
+    masks: Sequence[Rle] | None = None,
+) -> list[ClassMatches]:
+    """Which detections are right at each IoU threshold, by category; arguments as for `coco_precision`."""
+    library: Any = (
+        importlib.import_module("hotcoco").mask if engine == "hotcoco" else _import_pycocotools()[2]
+    )
+    number_of = {image_id: number for number, image_id in enumerate(image_ids)}
+    chosen = [entry for entry in truth["annotations"] if entry["image_id"] in number_of]
+    shapes: Any = np.array([entry["bbox"] for entry in chosen], np.float64).reshape(-1, 4)
+    found: Any = np.ascontiguousarray(detections[:, 1:5])
+    if masks is not None:
+        sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+        shapes = [_as_rle(library, entry["segmentation"], sizes[entry["image_id"]]) for entry in chosen]
+        found = [mask["segmentation"] for mask in _as_results(detections, masks)]
+    crowd = np.array([entry["iscrowd"] for entry in chosen], bool)
+
+    def overlap(rows: NDArray[np.int64], objects: NDArray[np.int64]) -> Any:
+        mine, theirs = (
+            items[index] if masks is None else [items[i] for i in index]
+            for items, index in ((found, rows), (shapes, objects))
+        )
+        return library.iou(mine, theirs, crowd[objects].astype(int).tolist())
+
+    return match_classes(
+        Entries(
+            np.array([number_of.get(int(image), -1) for image in detections[:, 0]], np.int64),
+            detections[:, 6].astype(np.int64),
+        ),
+        detections[:, 5],
+        Entries(
+            np.array([number_of[entry["image_id"]] for entry in chosen], np.int64),
+            np.array([entry["category_id"] for entry in chosen], np.int64),
+        ),
+        crowd,
+        [category["id"] for category in truth["categories"]],
+        len(image_ids),
+        overlap,
+    )
+
+
+def _as_rle(library: Any, segmentation: Any, size: tuple[int, int]) -> Any:
+    """Polygons, or an uncompressed code, as a compressed run-length code."""
+    if isinstance(segmentation, list):
+        return library.merge(library.frPyObjects(segmentation, *size))
+    return (
+        library.frPyObjects(segmentation, *size) if isinstance(segmentation["counts"], list) else segmentation
+    )
 
 
 def average(precision: NDArray[np.float64]) -> float | None:
@@ -73,31 +131,16 @@ def average(precision: NDArray[np.float64]) -> float | None:
     return float(present.mean()) if present.size else None
 
 
-def _run_hotcoco(
-    truth: dict[str, Any],
-    detections: NDArray[np.float64],
-    image_ids: list[int],
-    masks: Sequence[Rle] | None,
-) -> Any:
+def _hotcoco(truth: dict[str, Any], detections: NDArray[np.float64], masks: Sequence[Rle] | None) -> Any:
     hotcoco: Any = importlib.import_module("hotcoco")
     coco = hotcoco.COCO(truth)
     if masks is None:
-        evaluation = hotcoco.COCOeval(coco, coco.load_res(detections), "bbox")
-    else:
-        evaluation = hotcoco.COCOeval(coco, coco.load_res(_as_results(detections, masks)), "segm")
-    evaluation.params.imgIds = image_ids
-    evaluation.evaluate()
-    evaluation.accumulate()
-    return evaluation.eval["precision"]
+        return hotcoco.COCOeval(coco, coco.load_res(detections), "bbox")
+    return hotcoco.COCOeval(coco, coco.load_res(_as_results(detections, masks)), "segm")
 
 
-def _run_pycocotools(
-    truth: dict[str, Any],
-    detections: NDArray[np.float64],
-    image_ids: list[int],
-    masks: Sequence[Rle] | None,
-) -> Any:
-    coco_module, eval_module = _import_pycocotools()
+def _pycocotools(truth: dict[str, Any], detections: NDArray[np.float64], masks: Sequence[Rle] | None) -> Any:
+    coco_module, eval_module, _ = _import_pycocotools()
     with contextlib.redirect_stdout(io.StringIO()):  # the library prints its progress
         coco = coco_module.COCO()
         coco.dataset = truth
@@ -108,11 +151,7 @@ def _run_pycocotools(
         else:
             found.dataset = {**truth, "annotations": _as_annotations(detections)}
             found.createIndex()
-        evaluation = eval_module.COCOeval(coco, found, "bbox" if masks is None else "segm")
-        evaluation.params.imgIds = image_ids
-        evaluation.evaluate()
-        evaluation.accumulate()
-    return evaluation.eval["precision"]
+        return eval_module.COCOeval(coco, found, "bbox" if masks is None else "segm")
 
 
 def _as_annotations(detections: NDArray[np.float64]) -> list[dict[str, Any]]:
@@ -143,11 +182,11 @@ def _as_results(detections: NDArray[np.float64], masks: Sequence[Rle]) -> list[d
     ]
 
 
-def _import_pycocotools() -> tuple[ModuleType, ModuleType]:
+def _import_pycocotools() -> tuple[ModuleType, ModuleType, ModuleType]:
     try:
-        from pycocotools import coco, cocoeval
+        from pycocotools import coco, cocoeval, mask
     except ImportError as error:
         raise ImportError(
             "pycocotools is needed for COCO metrics. Install it with: pip install pycocotools"
         ) from error
-    return coco, cocoeval
+    return coco, cocoeval, mask

@@ -20,9 +20,10 @@ from core.operating_point import Agreement, OperatingPoint
 from data.dataset import ground_truth
 from data.letterbox import LetterboxInfo, to_input, unletterbox
 from data.masks import Rle, restore_masks
-from data.metrics.coco import average, choose_engine, coco_precision
+from data.metrics.coco import average, choose_engine, coco_matches, coco_precision
 from data.metrics.operating_point import agreement, operating_point
 from data.metrics.precision_recall import Boxes, best_f1
+from data.metrics.resampling import draw_images, resample_ap
 from data.samples import Batch, Dataset, Instances
 
 Found = Tensor | Instances
@@ -243,6 +244,64 @@ def compute_metrics(
         DataError: see `evaluate`; or masks are to be measured and the dataset was opened without them.
     """
     engine = choose_engine(engine)
+    coco = _as_coco(detections, image_ids, dataset, masks)
+    annotations, names = (
+        coco.truth["annotations"],
+        [category["name"] for category in coco.truth["categories"]],
+    )
+    precision = coco_precision(coco.truth, coco.rows, coco.ids, engine)
+    point = best_f1(coco.boxes, _truth(annotations))
+    per_class = {name: average(precision[:, :, index, 0]) for index, name in enumerate(names)}
+    mask_figures: dict[str, Any] = {}
+    if masks is not None:
+        mask_figures = _mask_figures(coco_precision(coco.truth, coco.rows, coco.ids, engine, masks), names)
+    return DetectionMetrics(
+        ap=average(precision[..., 0]) or 0.0,
+        ap50=average(precision[0, ..., 0]) or 0.0,
+        ap75=average(precision[5, ..., 0]) or 0.0,
+        ap_small=average(precision[..., 1]),
+        ap_medium=average(precision[..., 2]),
+        ap_large=average(precision[..., 3]),
+        precision=point.precision,
+        recall=point.recall,
+        confidence=point.confidence,
+        per_class_ap={name: value for name, value in per_class.items() if value is not None},
+        images=len(coco.ids),
+        engine=engine,
+        **mask_figures,
+    )
+
+
+def resample_score(
+    found: Detections, dataset: Dataset | Mapping[str, Any], engine: str = "hotcoco"
+) -> tuple[float, ...]:
+    """AP, or mask AP where there are masks, on `core.intervals.NUM_DRAWS` draws of the images with replacement.
+
+    The draws depend only on the number of images: those of two detectors on the same images are paired. A draw
+    without any object is NaN. Arguments and errors as for `compute_metrics`.
+    """
+    coco = _as_coco(found.rows, found.image_ids, dataset, found.masks)
+    classes = coco_matches(coco.truth, coco.rows, coco.ids, choose_engine(engine), found.masks)
+    draws = resample_ap(classes, draw_images(len(coco.ids)))
+    return tuple(round(float(value), 6) for value in draws)
+
+
+@dataclass(frozen=True)
+class _Coco:
+    """Detections and ground truth as the metric's libraries want them."""
+
+    truth: dict[str, Any]
+    rows: NDArray[np.float64]
+    ids: list[int]
+    boxes: Boxes
+
+
+def _as_coco(
+    detections: Sequence[NDArray[np.float64]],
+    image_ids: Sequence[int],
+    dataset: Dataset | Mapping[str, Any],
+    masks: Sequence[Rle] | None,
+) -> _Coco:
     truth = dict(dataset) if isinstance(dataset, Mapping) else ground_truth(dataset)
     unknown = set(image_ids) - {image["id"] for image in truth["images"]}
     if unknown:
@@ -269,29 +328,7 @@ def compute_metrics(
             "Masks were predicted, and the dataset has none to compare with: open it with segments=True, or give "
             "its samples `segments`."
         )
-    ids = list(number_of.values())
-    precision = coco_precision(truth, rows, ids, engine)
-    point = best_f1(boxes, _truth(annotations))
-    names = [category["name"] for category in truth["categories"]]
-    per_class = {name: average(precision[:, :, index, 0]) for index, name in enumerate(names)}
-    mask_figures: dict[str, Any] = {}
-    if masks is not None:
-        mask_figures = _mask_figures(coco_precision(truth, rows, ids, engine, masks), names)
-    return DetectionMetrics(
-        ap=average(precision[..., 0]) or 0.0,
-        ap50=average(precision[0, ..., 0]) or 0.0,
-        ap75=average(precision[5, ..., 0]) or 0.0,
-        ap_small=average(precision[..., 1]),
-        ap_medium=average(precision[..., 2]),
-        ap_large=average(precision[..., 3]),
-        precision=point.precision,
-        recall=point.recall,
-        confidence=point.confidence,
-        per_class_ap={name: value for name, value in per_class.items() if value is not None},
-        images=len(number_of),
-        engine=engine,
-        **mask_figures,
-    )
+    return _Coco(truth, rows, list(number_of.values()), boxes)
 
 
 def _mask_figures(precision: NDArray[np.float64], names: list[str]) -> dict[str, Any]:

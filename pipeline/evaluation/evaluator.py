@@ -20,6 +20,7 @@ from data import (
     compute_metrics,
     evaluate,
     measure_operating_point,
+    resample_score,
 )
 from pipeline.evaluation.measuring import Metrics, describe, measure_custom
 from pipeline.evaluation.suppression import is_nms_free, suppress_overlaps
@@ -35,11 +36,13 @@ class Measured:
         metrics: COCO figures, or the user's metric.
         operating_point: at the user's confidence threshold; None under a metric of the user's own.
         detections: above that threshold, to compare other models with; None as before.
+        draws: the deciding score on images drawn with replacement; empty under a metric of the user's own.
     """
 
     metrics: Metrics
     operating_point: OperatingPoint | None = None
     detections: Detections | None = None
+    draws: tuple[float, ...] = ()
 
     def describe(self) -> str:
         """The figures in one line, for the log."""
@@ -111,7 +114,8 @@ class Evaluator:
         found = self.collect(predict, label, batch_size, limit)
         metrics = compute_metrics(found.rows, found.image_ids, truth, self.config.engine, found.masks)
         point = measure_operating_point(found, truth, confidence, reference)
-        return Measured(metrics, point, found.above(confidence))
+        draws = resample_score(found, truth, self.config.engine)
+        return Measured(metrics, point, found.above(confidence), draws)
 
     def collect(
         self, predict: Predict, label: str, batch_size: int | None = None, limit: int | None = None

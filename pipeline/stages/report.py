@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from core.machine import describe_machine, describe_versions
-from core.rows import PTQ
+from core.rows import PTQ, QAT
 from data import decode_mask, to_picture
 from models import measure_network
 from pipeline.evaluation.suppression import is_nms_free
+from pipeline.gates import missed_gates
 from pipeline.job import Job
 from pipeline.networks import FLOAT_MODEL, QUANTIZED
 from pipeline.run.progress import say
@@ -51,6 +52,8 @@ def report_stage(job: Job) -> None:
         findings=_findings(job),
         fixed_point=job.run.read_json(FIXED_POINT)["tensors"] if job.run.path(FIXED_POINT).exists() else [],
         notes=_notes(job),
+        chosen=_chosen(job),
+        gates=_missed_gates(job),
     )
     paths = write_report(run.directory, data)
     say(f"report: {paths.html}")
@@ -169,6 +172,27 @@ def _findings(job: Job) -> list[dict[str, Any]]:
         return []
     checks = job.run.read_json("export.json")["checks"]
     return [{"file": name, **finding} for name, check in checks.items() for finding in check["findings"]]
+
+
+def _chosen(job: Job) -> dict[str, str]:
+    """Rows whose weights were chosen by the figure that they report, and what to say of them."""
+    if job.networks.best_key != QAT or not job.run.path("qat.json").exists():
+        return {}
+    outcome = job.run.read_json("qat.json")
+    if outcome["skipped"] or outcome["select"] != "best":
+        return {}
+    text = (
+        f"These weights ({outcome['kept']} of {outcome['epochs']} epochs) were chosen on the images that the figure is "
+        "reported on (qat.select=best): it is optimistic. Measure on images that took no part in the choice, or set "
+        "qat.select=last."
+    )
+    return {row.name: text for row in job.run.rows() if row.key == QAT or row.key.is_quantized_engine}
+
+
+def _missed_gates(job: Job) -> list[str] | None:
+    if job.config.min_ap is None and job.config.max_ap_drop is None:
+        return None
+    return missed_gates(job.config, job.run.rows(), job.splits.task)
 
 
 def _notes(job: Job) -> list[str]:

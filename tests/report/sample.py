@@ -33,6 +33,11 @@ def sample_point(matched: float | None = None, shift: float = 0.0) -> OperatingP
     return OperatingPoint(0.25, overall, {"cell": overall, EVIL: nothing}, curve, 0.3)
 
 
+def sample_draws(mean: float, spread: float = 0.02) -> tuple[float, ...]:
+    """Draws of one seed, so that those of two rows are paired."""
+    return tuple((mean + spread * np.random.default_rng(3).standard_normal(200)).round(6).tolist())
+
+
 def sample_rows() -> list[ResultRow]:
     return [
         make_row(
@@ -42,8 +47,9 @@ def sample_rows() -> list[ResultRow]:
             0.83,
             0.84,
             size_bytes=8_000_000,
-            extras={"ap_small": 0.31},
+            extras={"ap_small": 0.31, "images": 73},
             operating_point=sample_point(),
+            draws=sample_draws(0.5984),
         ),
         make_row(
             "ptq", 0.5973, 0.8861, 0.82, 0.84, size_bytes=8_000_000, operating_point=sample_point(0.93, -0.02)
@@ -60,7 +66,9 @@ def sample_rows() -> list[ResultRow]:
             11.0,
             100.0,
             2_000_000,
+            extras={"images": 73},
             operating_point=sample_point(0.995, 0.001),
+            draws=sample_draws(0.5990, 0.021),
         ),
     ]
 
@@ -134,4 +142,5 @@ def sample_data() -> ReportData:
         },
         findings=[{"name": "Conv_3", "hazard": "float conv & slow", "remedy": "quantize <it>"}],
         notes=["A note with <b>markup</b>."],
+        chosen={"engine:openvino:int8": "Chosen on the images that it is reported on."},
     )

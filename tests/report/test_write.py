@@ -72,7 +72,7 @@ def test_json_holds_what_is_promised(written: tuple[dict, str, str]) -> None:
         "latency_ms_median", "latency_ms_p99", "images_per_second", "size_bytes",
     }  # fmt: skip
     for row in content["rows"]:
-        assert set(row) == {*row_keys, "extras", "operating_point"}
+        assert set(row) == {*row_keys, "extras", "operating_point", "draws"}
     assert [row["name"] for row in content["rows"]] == [
         "float", "ptq", "qat", "engine:openvino:f32", "engine:openvino:int8",
     ]  # fmt: skip

@@ -1,0 +1,94 @@
+"""Did the model lose accuracy: one sentence per shipped row, with the interval over images and whether it is noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from core.intervals import LEVEL, Interval, interval, paired_interval
+from core.rows import FLOAT, ResultRow, find_row, shipped_rows
+from report.tables import finite, score_heading
+
+LEGEND = (
+    f"Intervals: {LEVEL:.0%}, percentiles of the score on images drawn with replacement (bootstrap). Differences are "
+    "paired: both rows are drawn the same images. A difference whose interval holds 0 may be noise."
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to say of one row beside the float row.
+
+    Attributes:
+        row: its name.
+        text: the sentence.
+        state: "noise", "better", "worse", or "unknown" where there is no interval.
+        remark: where the images also chose the model; empty otherwise.
+    """
+
+    row: str
+    text: str
+    state: str
+    remark: str = ""
+
+
+def verdicts(rows: Sequence[ResultRow], chosen: Mapping[str, str]) -> list[Verdict]:
+    """One verdict per shipped row that was measured; none without the float row.
+
+    Args:
+        rows: the table.
+        chosen: row name -> what to add where the weights were chosen on the evaluation images.
+    """
+    base = find_row(rows, FLOAT)
+    if base is None or finite(base.value) is None:
+        return []
+    return [
+        _verdict(row, base, score_heading(rows), chosen.get(row.name, ""))
+        for row in shipped_rows(rows)
+        if finite(row.value) is not None
+    ]
+
+
+def difference_interval(row: ResultRow, base: ResultRow) -> Interval | None:
+    """Paired interval of a row's score less that of another row; None where one has no draws."""
+    return paired_interval(row.draws, base.draws) if row.draws else None
+
+
+def score_interval(row: ResultRow) -> Interval | None:
+    """Interval of a row's score; None where it has no draws."""
+    return interval(row.draws)
+
+
+def interval_text(found: Interval | None, *, signed: bool = False) -> str:
+    """`0.5512 to 0.5989`, or `-0.0031 to +0.0122`; empty without an interval."""
+    if found is None:
+        return ""
+    low, high = (f"{value:+.4f}" if signed else f"{value:.4f}" for value in (found.low, found.high))
+    return f"{low} to {high}"
+
+
+def _verdict(row: ResultRow, base: ResultRow, score: str, remark: str) -> Verdict:
+    value, reference = float(row.value or 0.0), float(base.value or 0.0)
+    difference = value - reference
+    change = (
+        "the same as"
+        if round(difference, 4) == 0
+        else f"{abs(difference):.4f} {'above' if difference > 0 else 'below'}"
+    )
+    text = f"{row.name} reaches {score} {value:.4f}, {change} the float model ({reference:.4f})."
+    found = difference_interval(row, base)
+    if found is None:
+        return Verdict(
+            row.name, f"{text} There is no interval: the rows were not resampled.", "unknown", remark
+        )
+    images = row.extras.get("images")
+    over = f" over {images} images" if images else ""
+    text += f" {LEVEL:.0%} interval of the difference: {interval_text(found, signed=True)} (paired bootstrap{over})."
+    if found.holds_zero:
+        return Verdict(
+            row.name, f"{text} The difference is within the noise of these images.", "noise", remark
+        )
+    state = "better" if difference > 0 else "worse"
+    return Verdict(
+        row.name, f"{text} The difference is larger than the noise of these images.", state, remark
+    )
