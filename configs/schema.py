@@ -338,6 +338,12 @@ class Config:
     weights: str | None = setting(None, "Checkpoint of the float detector; none trains or starts at random")
     run_dir: str | None = setting(None, "Run directory; none makes runs/EXPERIMENT/TIME")
     resume: bool = setting(False, "Go on where the run in run_dir (or the latest one) stopped")
+    checkpoint_minutes: float = setting(
+        5.0,
+        "Time between saved states of training and fine-tuning; 0 saves one after every step",
+        unit="minutes",
+        minimum=0,
+    )
     seed: int = setting(0, "Seed of every random choice", minimum=0)
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto (a GPU where there is one)")
     threads: int = setting(0, "CPU threads of torch; 0 takes all cores", unit="threads", minimum=0)

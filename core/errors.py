@@ -48,6 +48,12 @@ class RunError(ConfigError):
     """A run directory lacks what a stage needs, or holds another run."""
 
 
+class StateError(RunError):
+    """What a stopped run left to go on from is damaged."""
+
+    exit_code = EXIT_INPUT
+
+
 class TraceError(ConfigError):
     """The network cannot be turned into an fx graph."""
 

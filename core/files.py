@@ -8,6 +8,7 @@ reader sees the old file or the new one, never a part, and a full disk leaves th
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from core.errors import OctetError, WriteError
+from core.errors import DataError, OctetError, WriteError
 from core.failures import known_failure, write_failure
 
 LATEST = "latest"  # beside the runs of an experiment: points to the newest
@@ -85,6 +86,34 @@ def write_json(path: Path, content: Any) -> None:
         WriteError: the file cannot be written; it is as it was before.
     """
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def rename(path: Path, target: Path) -> None:
+    """Give a complete file another name in the same folder, replacing what has that name; on disk when this returns.
+
+    Raises:
+        WriteError: the folder cannot be written.
+    """
+    try:
+        path.replace(target)
+        _flush(target.parent)
+    except OSError as error:
+        raise write_failure(target, error) from error
+
+
+def hash_file(path: Path | str) -> str:
+    """SHA-256 of a file's content.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror or error}): check the path and its permissions"
+        ) from error
 
 
 def make_folder(path: Path) -> bool:

@@ -109,6 +109,11 @@ class DetectionLoader(DataLoader[Batch]):
         self.batch_sampler.epoch = epoch
         self.batch_sampler.first_batch = first_batch
 
+    def resume_epoch(self, epoch: int, samples: int) -> None:
+        """Let the next iteration yield what is left of an epoch when `samples` of it, over all ranks, are done."""
+        sampler = self.batch_sampler
+        self.set_epoch(epoch, -(-samples // (sampler.batch_size * sampler.world_size)))
+
 
 class _Prepared(torch.utils.data.Dataset[Any]):
     """Samples letterboxed or augmented to network input size."""
@@ -297,6 +302,7 @@ def build_loader(
         prefetch_factor=PREFETCH if is_parallel else None,
         timeout=TICK if is_parallel else 0,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),  # an iteration draws nothing from torch's own
     )
 
 

@@ -54,6 +54,8 @@ def run_stage(job: Job, stage: Stage) -> None:
     changes = team.share([] if inputs is None else stage.changes(job, inputs))
     if not changes and not stage.is_always_run:
         say(f"{stage.name}: done before")
+        if team.first:
+            stage.tidy(run)
         return
     again = team.first and run.is_done(stage.name) and not stage.is_always_run
     say(f"--- {stage.name}" + (f" again: {'; '.join(changes[:3])}" if again else ""))
@@ -66,6 +68,7 @@ def run_stage(job: Job, stage: Stage) -> None:
         stage.function(job)
     if inputs is not None:
         run.ledger.finish(stage.name, inputs, stage.outputs(job), time.perf_counter() - started)
+        stage.tidy(run)
     team.wait()
 
 

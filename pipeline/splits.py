@@ -211,11 +211,11 @@ class Splits:
 
     def epochs(
         self, loader: DetectionLoader, label: str, count: int
-    ) -> Callable[[int], Iterator[tuple[Tensor, Any]]]:
-        """Epoch number -> that epoch's images and targets."""
+    ) -> Callable[[int, int], Iterator[tuple[Tensor, Any]]]:
+        """(epoch, samples of it that are done) -> images and targets of the rest of the epoch."""
 
-        def batches(epoch: int) -> Iterator[tuple[Tensor, Any]]:
-            loader.set_epoch(epoch)
+        def batches(epoch: int, samples: int) -> Iterator[tuple[Tensor, Any]]:
+            loader.resume_epoch(epoch, samples)
             return self.labelled(loader, f"{label} epoch {epoch + 1}/{count}")
 
         return batches

@@ -1,7 +1,7 @@
 """The training loop of float training and of quantization-aware fine-tuning.
 
 AdamW with a warm-up and a cosine, gradient clipping, a moving average of the weights, and a state that can be saved
-after an epoch and continued exactly. What fine-tuning does besides is an extension (see extension.py):
+after any step and continued exactly. What fine-tuning does besides is an extension (see extension.py):
 
     loss = task_weight * sum(task terms) + sum(terms of the extension)
 """
@@ -21,6 +21,7 @@ from core.errors import DivergenceError
 from core.types import TaskLoss, TrainingBatch
 from training.average import ModelAverage
 from training.extension import Extension, FloatTraining
+from training.random_states import random_states, restore_random_states
 from training.schedule import rate_factor
 
 
@@ -75,6 +76,10 @@ class StepRecord:
         return {**record, **losses, **figures}
 
 
+EpochBatches = Callable[[int, int], Iterable[TrainingBatch]]
+"""(epoch, samples of it that lie behind) -> the epoch's other batches: images float [B, C, H, W], and targets."""
+
+
 class TrainingState:
     """A model in training: everything that the next step depends on.
 
@@ -86,7 +91,8 @@ class TrainingState:
     Attributes:
         step: steps done.
         epoch: whole epochs done.
-        records: what the steps did since the state was made or loaded.
+        samples: samples of the current epoch that are done, over all processes.
+        records: what the steps did.
     """
 
     def __init__(
@@ -105,6 +111,7 @@ class TrainingState:
         )
         self.step = 0
         self.epoch = 0
+        self.samples = 0
         self.records: list[StepRecord] = []
 
     @property
@@ -121,31 +128,44 @@ class TrainingState:
             "extension": self.extension.state_dict(),
             "step": self.step,
             "epoch": self.epoch,
+            "samples": self.samples,
+            "records": [asdict(record) for record in self.records],
+            "random": random_states(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave, for the same network and options."""
+        """Go on from what `state_dict` gave, for the same network; sets the random states of this process as well.
+
+        Learning rates and weight decay are those of this object's options, which may be others than those of the state.
+        """
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        chosen = [(group["peak"], group["weight_decay"]) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, (peak, weight_decay) in zip(self.optimizer.param_groups, chosen, strict=True):
+            group.update(peak=peak, weight_decay=weight_decay)
         self.extension.load_state_dict(state["extension"])
-        self.step, self.epoch = state["step"], state["epoch"]
+        self.step, self.epoch, self.samples = state["step"], state["epoch"], state["samples"]
+        self.records = [StepRecord(**record) for record in state["records"]]
+        restore_random_states(state["random"])
 
 
 def train_epochs(
     state: TrainingState,
-    epoch_batches: Callable[[int], Iterable[TrainingBatch]],
+    epoch_batches: EpochBatches,
     steps_per_epoch: int,
     task_loss: TaskLoss,
+    after_step: Callable[[TrainingState], None] = lambda _: None,
 ) -> Iterator[TrainingState]:
     """Train a model in place; yields the state after every epoch so that the caller can validate, save or stop.
 
     Args:
-        state: new, or of a stopped training to go on from.
-        epoch_batches: epoch number -> batches (images float [B, C, H, W], targets).
-        steps_per_epoch: number of batches in an epoch.
+        state: new, or of a training that was stopped after any step, to go on from.
+        epoch_batches: see `EpochBatches`.
+        steps_per_epoch: number of batches in a whole epoch.
         task_loss: see `core.types.TaskLoss`.
+        after_step: called after every step; may save the state, or raise to stop.
 
     Raises:
         DivergenceError: a loss or gradient that is not finite; the message names the terms and the remedy.
@@ -153,9 +173,11 @@ def train_epochs(
     total = state.options.epochs * steps_per_epoch
     while state.epoch < state.options.epochs:
         state.model.train()
-        for images, targets in epoch_batches(state.epoch):
+        for images, targets in epoch_batches(state.epoch, state.samples):
             _train_step(state, images, targets, task_loss, total)
-        state.epoch += 1
+            state.samples += len(images)
+            after_step(state)
+        state.epoch, state.samples = state.epoch + 1, 0
         figures = state.extension.after_epoch(None if state.average is None else state.average.model)
         if state.records:
             state.records[-1].figures.update(figures)

@@ -7,7 +7,8 @@ runs/<experiment>/<time>/
     placement.yaml       the placement, to be read and edited
     calibration.json, ptq.safetensors
     mixed.safetensors    the calibrated model within its accuracy budget, where one was asked for
-    qat.safetensors, qat.jsonl, qat.json, qat-state.pt
+    qat.safetensors, qat.jsonl, qat.json
+    train-state/, qat-state/   states to go on from, while training and fine-tuning are not finished
     model.onnx, float.onnx, engines/
     rows/<name>.json     one table row each
     report.html, report.md, report.json

@@ -7,15 +7,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.errors import DataError, RunError
-from core.files import write_json
+from core.errors import RunError
+from core.files import hash_file, write_json
 
 FORMAT = 2
 STATE = "state.json"
@@ -141,32 +140,22 @@ def _record(entry: Mapping[str, Any]) -> Record:
     return Record(str(entry["status"]), inputs, entry["writes"], float(entry["seconds"]))
 
 
-def hash_file(path: Path | str) -> str:
-    """SHA-256 of a file's content.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        with Path(path).open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror or error}): check the path and its permissions"
-        ) from error
-
-
 def hash_files(directory: Path, patterns: Iterable[str]) -> Hashes:
     """Hashes of a directory's files by name; a plain name that is absent gives None, a pattern gives what matches."""
-    found: Hashes = {}
+    names = find_files(directory, patterns)
+    return {name: hash_file(directory / name) if (directory / name).is_file() else None for name in names}
+
+
+def find_files(directory: Path, patterns: Iterable[str]) -> list[str]:
+    """Names of a directory's files: every plain name, and what matches each pattern."""
+    names: dict[str, None] = {}
     for pattern in patterns:
-        if "*" in pattern:
-            matching = sorted(path for path in directory.glob(pattern) if path.is_file())
-            found |= {path.relative_to(directory).as_posix(): hash_file(path) for path in matching}
-        else:
-            path = directory / pattern
-            found[pattern] = hash_file(path) if path.is_file() else None
-    return found
+        matching = (
+            sorted(path for path in directory.glob(pattern) if path.is_file()) if "*" in pattern else ()
+        )
+        names |= dict.fromkeys(path.relative_to(directory).as_posix() for path in matching)
+        names |= {} if "*" in pattern else {pattern: None}
+    return list(names)
 
 
 def _shown(value: Any) -> str:

@@ -10,31 +10,30 @@ import torch
 from torch import nn
 
 from configs.schema import Config, QatConfig
-from core.files import written_atomically
 from core.rows import FLOAT, MIXED, PTQ, QAT
 from pipeline.evaluation.measuring import describe, measure_name, value_of
-from pipeline.job import Job
+from pipeline.job import Job, seed_everything
 from pipeline.networks import QUANTIZED, STAGE_OF
 from pipeline.run.progress import say
 from pipeline.splits import TRAIN, VAL
 from pipeline.stages.both_heads import with_other_head, without_other_head
 from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
 from pipeline.stages.recalibration import recalibrate, recalibration_file, take_back
+from pipeline.stages.saved_training import SavedTraining
 from pipeline.stages.stage import Stage
 from pipeline.stages.training import LIGHT, augmentation, loop_options, losses_of
 from quant import FineTuningOptions, QuantizationAware, placement_of
 from training import TrainingState, train_epochs
 
-STATE = "qat-state.pt"
-OUTCOME, LOG = "qat.json", "qat.jsonl"
+OUTCOME, LOG, STATES = "qat.json", "qat.jsonl", "qat-state"
 
 
 def finetune_stage(job: Job) -> None:
     """Fine-tune the calibrated model with the detection loss and its float copy as teacher; record the row `qat`.
 
     Where calibration alone is good enough for `qat.skip_if_drop_below`, nothing is trained and later stages take the
-    calibrated model. Which epoch's weights are kept says `qat.select`. A stopped stage goes on after its last whole
-    epoch.
+    calibrated model. Which epoch's weights are kept says `qat.select`. A stopped stage goes on after the step of its
+    last saved state.
     """
     if _calibration_suffices(job):
         return
@@ -48,20 +47,17 @@ def finetune_stage(job: Job) -> None:
     loader = job.splits.train_batches(config.batch_size, augments[config.augment])
     extension = QuantizationAware(model, fine_tuning_options(config), teacher)
     state = TrainingState(model, loop_options(config, config.task_weight), extension)
+    seed_everything(job.config.seed)  # whatever stages ran before in this process
     kept = Kept(job)
-    earlier: list[dict[str, Any]] = []
-    if job.run.path(STATE).exists():
-        _load_state(job, state, kept)
-        earlier = [record for record in job.run.read_lines(LOG) if record["epoch"] < state.epoch]
-    else:
+    saved = SavedTraining(job, STATES, LOG, state, kept)
+    if not saved.restore():
         kept.offer(model, "before fine-tuning")
     batches = job.splits.epochs(loader, "finetune", config.epochs)
     if not kept.exhausted:
-        for _ in train_epochs(state, batches, len(loader), loss):
+        for _ in train_epochs(state, batches, loader.batch_sampler.num_batches(), loss, saved.after_step):
             say(losses_of(state))
             state.records[-1].figures |= kept.offer(state.averaged, f"epoch {state.epoch}")
-            job.run.write_lines(LOG, [*earlier, *(record.as_dict() for record in state.records)])
-            _save_state(job, state, kept)
+            saved.save()
             if kept.exhausted:
                 say(f"no better epoch in {config.patience}: fine-tuning stops")
                 break
@@ -70,7 +66,6 @@ def finetune_stage(job: Job) -> None:
         model = without_other_head(model, calibrated)
     recalibrate(job, model, QAT)
     job.networks.save(model, placement_of(model), QAT)
-    job.run.path(STATE).unlink(missing_ok=True)
     job.run.write_json(
         OUTCOME, {"skipped": False, "epochs": state.epoch, "select": config.select, "kept": kept.label}
     )
@@ -161,20 +156,6 @@ def _calibration_suffices(job: Job) -> bool:
     return True
 
 
-def _save_state(job: Job, state: TrainingState, kept: Kept) -> None:
-    """Keep all that the next epoch depends on; tensors and plain data only."""
-    with written_atomically(job.run.path(STATE)) as (part,):
-        torch.save({"training": state.state_dict(), "kept": kept.as_dict()}, part)
-
-
-def _load_state(job: Job, state: TrainingState, kept: Kept) -> None:
-    """Go on from the file."""
-    saved = torch.load(job.run.path(STATE), map_location=job.device, weights_only=True)
-    state.load_state_dict(saved["training"])
-    kept.restore(saved["kept"])
-    say(f"fine-tuning goes on after epoch {state.epoch}")
-
-
 def needed_stages(config: Config) -> tuple[str, ...]:
     """The stages whose results fine-tuning reads."""
     return ("calibrate",) if config.qat.skip_if_drop_below is None else ("float", "calibrate")
@@ -197,5 +178,6 @@ FINETUNE = Stage(
         recalibration_file(MIXED),
     ),
     writes=(QUANTIZED[QAT], OUTCOME, LOG, recalibration_file(QAT), QAT.path),
-    partial=(STATE, LOG),
+    partial=(f"{STATES}/*.pt", LOG),
+    adjustable=("qat.learning_rate", "qat.scale_learning_rate", "qat.clip_norm"),
 )

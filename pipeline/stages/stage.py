@@ -8,6 +8,7 @@ else is.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Config
+from core.files import hash_file
 from pipeline.job import Job
-from pipeline.run.ledger import Inputs, hash_file, hash_files
+from pipeline.run.directory import Run
+from pipeline.run.ledger import Inputs, find_files, hash_files
 from pipeline.run.progress import say
 
 PREVIOUS = "previous"  # folder of a run: what a stage had written before it ran again
@@ -42,7 +45,8 @@ class Stage:
         writes: artifacts, or patterns. What is there from an earlier time moves away before the stage runs again.
         editable: artifacts that the user may edit: the readers then run again, this stage does not.
         partial: artifacts that an unfinished run of the stage leaves to go on from; they outlive a stop, and are
-            removed when the stage starts with other inputs.
+            removed when the stage has finished, or starts with other inputs.
+        adjustable: settings that an unfinished stage may go on with when they have changed.
         is_shared: whether the processes of a team work on it together.
         is_always_run: whether it runs each time it is asked for.
     """
@@ -59,6 +63,7 @@ class Stage:
     writes: tuple[str, ...] = ()
     editable: tuple[str, ...] = ()
     partial: tuple[str, ...] = ()
+    adjustable: tuple[str, ...] = ()
     is_shared: bool = False
     is_always_run: bool = False
 
@@ -108,9 +113,10 @@ class Stage:
         user has edited is kept beside the new one under another name.
         """
         record, run = job.run.ledger.get(self.name), job.run
-        goes_on = record is not None and not record.is_done and not record.inputs.changes(inputs)
+        goes_on = record is not None and not record.is_done and self._can_go_on(record.inputs, inputs)
+        needed = find_files(run.directory, self.partial) if goes_on else []
         for name, value in hash_files(run.directory, (*self.writes, *self.partial)).items():
-            if value is None or (goes_on and name in self.partial):
+            if value is None or name in needed:
                 continue
             if name in self.editable and (record is None or record.outputs.get(name) != value):
                 kept = _unused(run.path(name))
@@ -122,6 +128,19 @@ class Stage:
                 run.path(name).replace(kept)
             else:
                 run.path(name).unlink()
+
+    def _can_go_on(self, before: Inputs, now: Inputs) -> bool:
+        """Whether what an unfinished run left fits the inputs of now."""
+        adjusted = {name: now.settings[name] for name in self.adjustable if name in now.settings}
+        return not Inputs({**before.settings, **adjusted}, before.reads).changes(now)
+
+    def tidy(self, run: Run) -> None:
+        """Remove what the finished stage needed to go on from."""
+        for name in find_files(run.directory, self.partial):
+            if name not in self.writes:
+                run.path(name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not empty
+                    run.path(name).parent.rmdir()
 
 
 def _unused(path: Path) -> Path:

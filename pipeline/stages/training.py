@@ -10,10 +10,11 @@ from pipeline.job import Job
 from pipeline.run.progress import say
 from pipeline.splits import TRAIN, VAL
 from pipeline.stages.load import FLOAT_FILES
+from pipeline.stages.saved_training import SavedTraining
 from pipeline.stages.stage import Stage
 from training import TrainingOptions, TrainingState, train_epochs
 
-LOG = "train.jsonl"
+LOG, STATES = "train.jsonl", "train-state"
 LIGHT = AugmentOptions(
     mosaic=0.0,
     degrees=0.0,
@@ -42,13 +43,16 @@ def train_stage(job: Job) -> None:
     light_batches = job.splits.epochs(plain, "train", config.epochs)
     last_heavy = config.epochs - config.close_mosaic
 
-    def batches(epoch: int) -> Any:
-        return heavy_batches(epoch) if epoch < last_heavy else light_batches(epoch)
+    def batches(epoch: int, samples: int) -> Any:
+        return (heavy_batches if epoch < last_heavy else light_batches)(epoch, samples)
 
     state = TrainingState(detector.network, loop_options(config))
-    for _ in train_epochs(state, batches, len(loader), job.networks.loss(detector)):
+    saved = SavedTraining(job, STATES, LOG, state)
+    saved.restore()
+    num_steps = loader.batch_sampler.num_batches()
+    for _ in train_epochs(state, batches, num_steps, job.networks.loss(detector), saved.after_step):
         say(losses_of(state))
-        job.run.write_lines(LOG, (record.as_dict() for record in state.records))
+        saved.save()
     detector.network.load_state_dict(state.averaged.state_dict())
     job.networks.keep(detector.eval())
 
@@ -105,4 +109,6 @@ TRAIN_FLOAT = Stage(
     splits=(TRAIN, VAL),
     files=("weights",),
     writes=(*FLOAT_FILES, LOG),
+    partial=(f"{STATES}/*.pt", LOG),
+    adjustable=("train.learning_rate", "train.clip_norm"),
 )

@@ -114,7 +114,7 @@ def test_artifacts_are_complete_and_nothing_is_left_half_written(finished_run: P
     assert expected <= names
     leftovers = [p for p in run.rglob("*") if p.name.startswith(".") or "partial" in p.name]
     assert not leftovers
-    assert not (run / "qat-state.pt").exists()
+    assert not list(run.rglob("*-state/*"))
 
 
 def test_losses_are_logged_term_by_term(finished_run: Path) -> None:

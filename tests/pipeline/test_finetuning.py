@@ -19,8 +19,8 @@ from core.rows import FLOAT, PTQ, ResultRow, RowKey
 from pipeline.evaluation.measuring import CustomMetrics
 from pipeline.networks import QUANTIZED
 from pipeline.run.directory import Run
-from pipeline.stages import finetuning
-from pipeline.stages.finetuning import Kept, finetune_stage
+from pipeline.stages.finetuning import finetune_stage
+from pipeline.stages.saved_training import SavedTraining
 from quant import calibrate, insert, place
 
 STEPS = 3
@@ -41,6 +41,10 @@ class Network(nn.Module):
 class Loader(list[int]):
     """As long as an epoch."""
 
+    @property
+    def batch_sampler(self) -> SimpleNamespace:
+        return SimpleNamespace(num_batches=lambda: len(self))
+
 
 class SmallJob:
     """What the stage asks of a job and its parts; evaluations return the given values in turn."""
@@ -48,13 +52,17 @@ class SmallJob:
     task = "detect"
     calibrated_key = PTQ
 
-    def __init__(self, directory: Path, values: list[float], **qat: Any) -> None:
+    def __init__(
+        self, directory: Path, values: list[float], checkpoint_minutes: float = 60.0, **qat: Any
+    ) -> None:
         settings = {"epochs": 4, "learning_rate": 1e-3, **qat}
         self.config = SimpleNamespace(
             qat=QatConfig(**settings),
             augment=Config(experiment="x").augment,
             metric=SimpleNamespace(factory="m:f"),
             quant=SimpleNamespace(recalibrate_scores=False),
+            checkpoint_minutes=checkpoint_minutes,
+            seed=0,
         )
         self.run, self.device = Run(directory), torch.device("cpu")
         torch.manual_seed(0)
@@ -73,8 +81,8 @@ class SmallJob:
         return Loader(range(STEPS))
 
     def epochs(self, loader: Loader, label: str, count: int) -> Any:
-        def batches(epoch: int) -> Any:
-            for step in loader:
+        def batches(epoch: int, samples: int) -> Any:
+            for step in loader[samples // 2 :]:
                 generator = torch.Generator().manual_seed(100 * epoch + step)
                 yield torch.rand(2, 3, 8, 8, generator=generator), torch.zeros(1)
 
@@ -174,14 +182,14 @@ def test_a_stopped_stage_goes_on_as_if_undisturbed(
     (tmp_path / "straight").mkdir()
     straight = stage(SmallJob(tmp_path / "straight", values, **settings))
     (tmp_path / "stopped").mkdir()
-    save = finetuning._save_state
+    save = SavedTraining.save
 
-    def save_and_die(job: Any, state: Any, kept: Kept) -> None:
-        save(job, state, kept)
-        if state.epoch == stop_after:
+    def save_and_die(saved: SavedTraining) -> None:
+        save(saved)
+        if saved.state.epoch == stop_after:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetuning, "_save_state", save_and_die)
+    monkeypatch.setattr(SavedTraining, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         stage(SmallJob(tmp_path / "stopped", values, **settings))
     monkeypatch.undo()
@@ -191,7 +199,37 @@ def test_a_stopped_stage_goes_on_as_if_undisturbed(
     logs = [(tmp_path / name / "qat.jsonl").read_text().splitlines() for name in ("stopped", "straight")]
     timeless = [[{**json.loads(line), "seconds": 0} for line in log] for log in logs]
     assert timeless[0] == timeless[1]
-    assert not (tmp_path / "stopped/qat-state.pt").exists()
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5])
+def test_a_stage_stopped_after_any_step_goes_on_as_if_undisturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    """The validation of whole epochs is not repeated; the log has every step once."""
+    values = [0.1, 0.5, 0.4, 0.3, 0.9]
+    settings = {"epochs": 3, "checkpoint_minutes": 0.0}
+    for name in ("straight", "stopped"):
+        (tmp_path / name).mkdir()
+    straight = stage(SmallJob(tmp_path / "straight", values, **settings))
+    after_step = SavedTraining.after_step
+
+    def save_and_die(saved: SavedTraining, state: Any) -> None:
+        after_step(saved, state)
+        if state.step == stop_at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SavedTraining, "after_step", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        stage(SmallJob(tmp_path / "stopped", values, **settings))
+    monkeypatch.undo()
+    measured = 1 if stop_at <= STEPS else 2
+    resumed = stage(SmallJob(tmp_path / "stopped", values[measured:], **settings))
+    assert resumed.rows["qat"] == straight.rows["qat"]
+    assert same(resumed.weights(), straight.weights())
+    logs = [(tmp_path / name / "qat.jsonl").read_text().splitlines() for name in ("stopped", "straight")]
+    assert len(logs[0]) == 3 * STEPS
+    timeless = [[{**json.loads(line), "seconds": 0} for line in log] for log in logs]
+    assert timeless[0] == timeless[1]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from core.errors import RunError
 from pipeline.input_check import check_settings_of_others
 from pipeline.main import run_stage
 from pipeline.run.directory import Run
+from pipeline.run.ledger import Ledger
 from pipeline.stages.order import ORDER, stages_of
 from pipeline.stages.stage import Stage, flat_settings
 from training.team import ALONE
@@ -187,6 +188,56 @@ def test_partial_work_is_kept_for_the_same_inputs_only(tmp_path: Path) -> None:
     assert not job.run.is_done("finetune")
 
 
+def test_partial_work_survives_a_change_of_an_adjustable_setting(tmp_path: Path) -> None:
+    """As a lowered learning rate after a divergence."""
+    job: Any = SmallJob(tmp_path)
+    seen: list[bool] = []
+
+    def stop(job: Any) -> None:
+        seen.append(job.run.path("states/1.pt").exists())
+        job.run.write_text("states/1.pt", "half")
+        raise KeyboardInterrupt
+
+    stage = Stage(
+        "finetune",
+        stop,
+        settings=("seed", "qat"),
+        partial=("states/*.pt",),
+        adjustable=("qat.learning_rate",),
+    )
+    for rate, epochs in ((1e-3, 5), (1e-4, 5), (1e-4, 5), (1e-5, 6)):
+        job.config.qat.learning_rate, job.config.qat.epochs = rate, epochs
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(job, stage)
+    assert seen == [False, True, True, False]
+
+
+def test_partial_work_goes_when_the_stage_is_marked_as_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job: Any = SmallJob(tmp_path)
+
+    def work(job: Any) -> None:
+        job.calls.append("again" if job.run.path("states/1.pt").exists() else "new")
+        for name in ("states/1.pt", "log.txt", "out.txt"):
+            job.run.write_text(name, name)
+
+    stage = Stage("finetune", work, writes=("out.txt", "log.txt"), partial=("states/*.pt", "log.txt"))
+    finish = Ledger.finish
+    monkeypatch.setattr(Ledger, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):  # killed in the last lines
+        run_stage(job, stage)
+    monkeypatch.setattr(Ledger, "finish", lambda *inputs: [finish(*inputs), exec("raise KeyboardInterrupt")])
+    with pytest.raises(KeyboardInterrupt):  # killed right behind them
+        run_stage(job, stage)
+    assert job.run.path("states/1.pt").exists()
+    monkeypatch.undo()
+    run_stage(job, stage)
+    assert job.calls == ["new", "again"]
+    assert not job.run.path("states/1.pt").exists()
+    assert job.run.path("log.txt").exists()
+
+
 def test_runs_of_other_versions_are_refused_and_left_alone(tmp_path: Path) -> None:
     old = json.dumps([{"name": "float", "seconds": 1.0}])
     (tmp_path / "state.json").write_text(old)
@@ -237,7 +288,7 @@ def test_what_a_stage_reads_an_earlier_one_writes() -> None:
 def test_declared_settings_exist() -> None:
     config = Config(experiment="x")
     for stage in ORDER:
-        for name in (*stage.chosen_settings(config), *stage.ignored, *stage.files):
+        for name in (*stage.chosen_settings(config), *stage.ignored, *stage.files, *stage.adjustable):
             flat_settings(config, name)
 
 

@@ -10,9 +10,9 @@ from training import TrainingOptions, TrainingState, train_epochs
 STEPS = 4
 
 
-def batches(epoch):
+def batches(epoch, samples=0):
     """Images and regression targets that depend on the epoch."""
-    for step in range(STEPS):
+    for step in range(samples // 4, STEPS):
         images = small_images(4, seed=100 * epoch + step)
         yield images, images.mean(1, keepdim=True)[:, :, ::2, ::2].repeat(1, 4, 1, 1)
 

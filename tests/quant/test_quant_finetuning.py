@@ -226,7 +226,7 @@ def test_the_step_of_a_scale_does_not_depend_on_the_size_of_the_tensor(kind, rep
         images, weights = torch.zeros(1, 3, 5, 5), factors.repeat(1, repeats, 1, 1)
     before = model.quantizer.log_scale.detach().clone()
     state = new_state(model, epochs=1, scale_learning_rate=1e-3)
-    list(train_epochs(state, lambda epoch: [(images, weights)], 1, weighted_mean))
+    list(train_epochs(state, lambda epoch, samples: [(images, weights)], 1, weighted_mean))
     step = float((model.quantizer.log_scale.detach() - before).sum())
     assert step == pytest.approx(-expected, rel=1e-2)
     assert 1e-7 < abs(slope) < 1e-6  # above Adam's eps, below the median of a detector's weight scales
