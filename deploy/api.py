@@ -3,6 +3,7 @@
 from core.targets import TARGETS
 from deploy.benchmark.timing import LatencyReport, benchmark_alternately
 from deploy.check.report import CheckReport, check_graph, inspect_graph
+from deploy.check.svg import describe_graph
 from deploy.export import ExportReport, export_onnx
 from deploy.graph.model import load_onnx, save_onnx, verify_onnx
 from deploy.parity.codes import compare_codes
@@ -16,6 +17,6 @@ from deploy.targets.outputs import NMSOptions
 __all__ = [
     "TARGETS", "CheckReport", "CompareReport", "EngineRequest", "ExportReport", "LatencyReport", "NMSOptions",
     "ONNXRuntime", "OpenVINORuntime", "Runtime", "benchmark_alternately", "build_engine", "check_graph",
-    "compare_arrays", "compare_codes", "engine_size", "export_onnx", "inspect_graph", "load_onnx",
+    "compare_arrays", "compare_codes", "describe_graph", "engine_size", "export_onnx", "inspect_graph", "load_onnx",
     "open_engine", "save_onnx", "unexplained_variance", "verify_onnx",
 ]  # fmt: skip

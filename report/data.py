@@ -15,6 +15,9 @@ from core.rows import ResultRow, engine_key, find_row
 
 MODEL_KEYS = ("parameters", "macs", "strides", "shares", "layers")
 LAYER_KEYS = ("name", "kind", "parameters", "macs", "output", "precision")
+GRAPH_KEYS = ("file", "nodes", "groups")
+NODE_KEYS = ("name", "operator", "precision", "sources")
+GROUP_KEYS = ("name", "tensors", "layers")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -54,6 +57,9 @@ class ReportData:
         model: facts about the network at `image_size`: {"parameters": int, "macs": int (multiply-accumulates for one
             image), "strides": [int], "shares": precision -> share of the MACs, 0..1, "layers": [{"name", "kind",
             "parameters", "macs", "output", "precision"}] in the order they run}; None where nobody measured it.
+        graph: the exported graph: {"file": name, "nodes": [{"name", "operator", "precision", "sources" (positions),
+            "output" (shape)}] in topological order, "groups": [{"name", "tensors", "layers"}] of one scale each}; None
+            where nothing was exported.
         findings: of the graph check: [{"name", "hazard", "remedy", ...}].
         notes: sentences for the reader.
         chosen: row name -> what to add to its accuracy where its weights were chosen on the evaluation images.
@@ -73,6 +79,7 @@ class ReportData:
     placement: Sequence[Mapping[str, Any]] | None = None
     calibration: Mapping[str, Any] | None = None
     model: Mapping[str, Any] | None = None
+    graph: Mapping[str, Any] | None = None
     findings: Sequence[Mapping[str, Any]] = ()
     fixed_point: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
@@ -98,6 +105,9 @@ class ReportData:
             ("finding", self.findings, ("name", "hazard", "remedy")),
             ("model", (self.model,) if self.model is not None else (), MODEL_KEYS),
             ("layer", (self.model or {}).get("layers", ()), LAYER_KEYS),
+            ("graph", (self.graph,) if self.graph is not None else (), GRAPH_KEYS),
+            ("graph node", (self.graph or {}).get("nodes", ()), NODE_KEYS),
+            ("graph group", (self.graph or {}).get("groups", ()), GROUP_KEYS),
             ("fixed-point item", self.fixed_point, ("name", "values", "differing", "largest_step")),
         ):
             for item in items:

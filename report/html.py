@@ -20,12 +20,14 @@ from core.rows import FLOAT, ResultRow, find_row, shipped_rows
 from report import operating
 from report.charts import SECTIONS, Chart, all_charts
 from report.data import ReportData, reference_engine
+from report.graph import HEIGHT, WIDTH, draw
 from report.tables import (
     LAYER_HEADINGS,
     LEGEND,
     MISSING,
     cell_text,
     columns_for,
+    finite,
     layer_lines,
     model_facts,
     score_heading,
@@ -51,7 +53,7 @@ def render_html(data: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    charts = all_charts(data)
+    charts, graph = all_charts(data), graph_view(data)
     return environment.get_template("report.html.j2").render(
         data=data,
         columns=columns_for(data.rows),
@@ -79,6 +81,11 @@ def render_html(data: ReportData) -> str:
         findings=dict_table(data.findings, ("name", "hazard", "remedy")),
         fixed_point=dict_table(data.fixed_point, ("name", "values", "differing", "largest_step")),
         total_seconds=sum(float(stage["seconds"]) for stage in data.stages),
+        graph=graph,
+        graph_file=(data.graph or {}).get("file"),
+        graph_json=safe_json(graph["details"]) if graph else "",
+        graph_script=_own_file("graph.js"),
+        box_size=(WIDTH, HEIGHT),
         pictures=[
             (panel.title, [(name, data_uri(png)) for name, png in panel.images]) for panel in data.detections
         ],
@@ -108,8 +115,22 @@ def _plotly_js() -> str:
 def chart_json(charts: Iterable[Chart]) -> Markup:
     """Return the charts as JSON that is safe inside a script element, whatever the names in it hold."""
     content = [{"key": chart.key, "traces": chart.traces, "layout": chart.layout} for chart in charts]
+    return safe_json(content)
+
+
+def safe_json(content: object) -> Markup:
+    """Return JSON that is safe inside a script element, whatever the names in it hold."""
     text = json.dumps(content, allow_nan=False)
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def graph_view(data: ReportData) -> dict[str, Any] | None:
+    """Return the graph with its boxes in their places; None where the run has no exported graph."""
+    if not data.graph:
+        return None
+    layers = {str(layer["name"]): layer for layer in (data.model or {}).get("layers", ())}
+    scored = ((str(item["unit"]), finite(float(item["score"]))) for item in data.sensitivity or ())
+    return draw(data.graph, layers, {unit: score for unit, score in scored if score is not None})
 
 
 def data_uri(png: bytes) -> str:

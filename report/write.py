@@ -67,6 +67,7 @@ def to_json(data: ReportData) -> dict[str, Any]:
         "versions": _plain(data.versions),
         "machine": _plain(data.machine),
         "model": _plain(data.model),
+        "graph": _plain(data.graph),
         "findings": _plain(data.findings),
         "fixed_point": _plain(data.fixed_point),
         "notes": _plain(data.notes),

@@ -1,10 +1,14 @@
-"""An ONNX graph as an SVG, coloured by precision: Q/DQ and constants left out, one box for every other node."""
+"""An ONNX graph as boxes and as an SVG, coloured by precision: Q/DQ and constants left out, one box per other node."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 from onnx import NodeProto
 
 from deploy.graph.drawing import Box, draw_boxes
+from deploy.graph.model import load_onnx
 from deploy.graph.view import View
 
 HIDDEN = frozenset({"QuantizeLinear", "DequantizeLinear"})
@@ -12,14 +16,42 @@ HIDDEN = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 def draw_graph(view: View) -> str:
     """SVG text of a graph."""
-    nodes = [n for n in view.graph.nodes if n.op_type not in HIDDEN and n.output[0] not in view.fixed]
-    places = {id(node): index for index, node in enumerate(nodes)}
     return draw_boxes(
         [
-            Box(node.name, _label(node), view.node_precision(node), tuple(_sources(view, node, places)))
-            for node in nodes
+            Box(node.name, _label(node), view.node_precision(node), tuple(sources))
+            for node, sources in _nodes(view)
         ]
     )
+
+
+def describe_graph(path: Path) -> list[dict[str, Any]]:
+    """The nodes of an ONNX file in topological order, as plain data.
+
+    Returns:
+        `name`, `operator`, `precision` ("int8", "fp8", "fp16", "bf16", "fp32" or "other"), `sources` (positions of the
+        nodes that it reads) and `output` (shape of the first output, None for an open dimension).
+
+    Raises:
+        DeployError: the file is no ONNX graph.
+    """
+    view = View(load_onnx(path))
+    return [
+        {
+            "name": node.name,
+            "operator": node.op_type,
+            "precision": view.node_precision(node),
+            "sources": sources,
+            "output": list(view.shapes.get(node.output[0], ())),
+        }
+        for node, sources in _nodes(view)
+    ]
+
+
+def _nodes(view: View) -> list[tuple[NodeProto, list[int]]]:
+    """Nodes that are drawn, and the positions of those that feed each."""
+    nodes = [n for n in view.graph.nodes if n.op_type not in HIDDEN and n.output[0] not in view.fixed]
+    places = {id(node): index for index, node in enumerate(nodes)}
+    return [(node, _sources(view, node, places)) for node in nodes]
 
 
 def _sources(view: View, node: NodeProto, places: dict[int, int]) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 from core.machine import describe_machine, describe_versions
 from core.rows import PTQ, QAT
 from data import decode_mask, to_picture
+from deploy import describe_graph
 from models import measure_network
 from pipeline.evaluation.suppression import is_nms_free
 from pipeline.gates import missed_gates
@@ -49,6 +50,7 @@ def report_stage(job: Job) -> None:
         if run.path("calibration.json").exists()
         else None,
         model=_model_facts(job),
+        graph=_graph(job),
         findings=_findings(job),
         fixed_point=job.run.read_json(FIXED_POINT)["tensors"] if job.run.path(FIXED_POINT).exists() else [],
         notes=_notes(job),
@@ -164,6 +166,31 @@ def _grids(placement: Placement) -> dict[str, str]:
     of_group = {group.name: group.grid.name for group in placement.groups}
     grids = {site.layer: site.grid.name for site in placement.weights}
     return grids | {site.name: of_group[site.groups[0]] for site in placement.matmuls}
+
+
+def _graph(job: Job) -> dict[str, Any] | None:
+    """The first exported graph, and the groups of the placement."""
+    if not job.run.path("export.json").exists():
+        return None
+    exports = job.run.read_json("export.json")["exports"]
+    paths = [job.run.path(export["path"]) for export in exports]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return None
+    placement = job.run.path("placement.yaml")
+    groups = load_placement(placement).groups if placement.exists() else ()
+    return {
+        "file": path.name,
+        "nodes": describe_graph(path),
+        "groups": [
+            {
+                "name": group.name,
+                "tensors": [site.name for site in group.tensors],
+                "layers": list(group.layers),
+            }
+            for group in groups
+        ],
+    }
 
 
 def _findings(job: Job) -> list[dict[str, Any]]:

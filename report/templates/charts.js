@@ -1,4 +1,4 @@
-// Draws the charts with the page's own colours, and again when the page changes between light and dark or wide and narrow.
+// Draws each chart with the page's own colours when it comes near the window, and again when the page changes between light and dark or wide and narrow.
 // A chart that cannot be drawn is named in the page; the others are drawn all the same.
 (function () {
   "use strict";
@@ -50,24 +50,46 @@
     });
   }
 
-  async function draw() {
-    document.querySelectorAll(".not-drawn").forEach((line) => line.remove());
-    let charts = [];
+  let charts = [];
+  const drawn = new Set();
+
+  async function draw(chart) {
+    drawn.add(chart);
     try {
-      charts = Array.from(JSON.parse(document.getElementById("report-charts").textContent));
+      await drawChart(chart, colours());
     } catch (error) {
-      tell("data", error);
-    }
-    const palette = colours();
-    for (const chart of charts) {
-      try {
-        await drawChart(chart, palette);
-      } catch (error) {
-        tell(chart && chart.key, error);
-      }
+      tell(chart && chart.key, error);
     }
   }
 
-  draw();
-  for (const query of [dark, narrow]) query.addEventListener("change", draw);
+  async function drawAgain() {
+    document.querySelectorAll(".not-drawn").forEach((line) => line.remove());
+    for (const chart of drawn) await draw(chart);
+  }
+
+  async function drawAll() {
+    for (const chart of charts) if (!drawn.has(chart)) await draw(chart);
+  }
+
+  try {
+    charts = Array.from(JSON.parse(document.getElementById("report-charts").textContent));
+  } catch (error) {
+    tell("data", error);
+  }
+  // A chart is drawn when it comes near the window, so that the page opens at once; printing draws all of them.
+  const observer = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      if (!entry.isIntersecting) continue;
+      observer.unobserve(entry.target);
+      const chart = charts.find((one) => one && "chart-" + one.key === entry.target.id);
+      if (chart && !drawn.has(chart)) draw(chart);
+    }
+  }, { rootMargin: "800px" });
+  for (const chart of charts) {
+    const place = document.getElementById("chart-" + (chart && chart.key));
+    if (place) observer.observe(place);
+    else draw(chart);
+  }
+  for (const query of [dark, narrow]) query.addEventListener("change", drawAgain);
+  window.addEventListener("beforeprint", drawAll);
 })();

@@ -58,8 +58,9 @@ class ReportPage:
         self.driver.get(self.address)
 
     def open(self, path: Path, width: int = 1440, scheme: str = "light") -> dict[str, list[str]]:
-        """Show the file, wait until as many charts are drawn or reported as there are places; return `counts`."""
+        """Show the file, have all charts drawn as for print, wait until each is drawn or reported; return `counts`."""
         self.load(path, width, scheme)
+        self.run("window.dispatchEvent(new Event('beforeprint'))")
         self.until(
             f"const c = (() => {{{COUNTS}}})(); return c.drawn.length + c.notes.length >= c.places.length"
         )

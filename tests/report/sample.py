@@ -140,7 +140,30 @@ def sample_data() -> ReportData:
                 for n in range(30)
             ],
         },
+        graph=sample_graph(),
         findings=[{"name": "Conv_3", "hazard": "float conv & slow", "remedy": "quantize <it>"}],
         notes=["A note with <b>markup</b>."],
         chosen={"engine:openvino:int8": "Chosen on the images that it is reported on."},
     )
+
+
+def sample_graph() -> dict[str, Any]:
+    """A chain of 40 convolutions with activations; every second layer reads one group, one name is hostile."""
+    nodes: list[dict[str, Any]] = []
+    groups = []
+    for number in range(40):
+        name = EVIL if number == 30 else f"backbone.block{number}"
+        before = [len(nodes) - 1] if nodes else []
+        precision = "fp32" if number % 5 == 4 else "int8"
+        nodes.append({"name": f"{name}.conv", "operator": "Conv", "precision": precision, "sources": before})
+        nodes.append(
+            {"name": f"{name}.act", "operator": "Relu", "precision": "fp32", "sources": [len(nodes) - 1]}
+        )
+        groups.append(
+            {
+                "name": f"{name}.act",
+                "tensors": [f"{name}.act"],
+                "layers": [f"backbone.block{number + 1}.conv"],
+            }
+        )
+    return {"file": "model.onnx", "nodes": nodes, "groups": groups}
