@@ -1,23 +1,12 @@
-"""Fake quantization: rounding to a grid, its gradient, and the two quantizers that a network carries.
+"""Fake quantization: the two quantizers that a network carries, and their place in autograd.
 
-Why it is our own: torch's fused `fake_quantize_*` kernels give the forward pass and the in-range mask in one
-sweep over memory, but their gradient for the scale is slow. With the scale learned in the log domain the
-gradient needs no further sweep of its own. For x quantized to y = s * clamp(round(x / s), lo, hi), with m = 1
-where round(x / s) stays inside [lo, hi], LSQ (arXiv:1902.08153, equation 3) says
+Scales are learned in the log domain, which keeps every scale positive by construction and lets one learning rate serve
+scales that differ by orders of magnitude. The arithmetic and the gradients stand in quant/rounding.py.
 
-    dy/ds = round(x/s) - x/s   where m = 1,    lo or hi   elsewhere,
-
-so s * dy/ds = y - m * x everywhere, and for a loss L with g = dL/dy
-
-    dL/dx     = m * g                                (straight-through, clipped)
-    dL/dlog s = sum(g * (y - m * x)) = <g, y> - <dL/dx, x>
-
-that is: two dot products of tensors which exist anyway. The log domain also keeps every scale positive by
-construction and lets one learning rate serve scales that differ by orders of magnitude.
-
-LSQ also divides the gradient by sqrt(number of values * highest code), to balance the steps of scales and weights under
-SGD. Here it is left out: AdamW divides a gradient by its own size, so the factor changes nothing, unless it makes the
-gradient so small that AdamW's eps (1e-8) outweighs it, and then scales move the slower the larger image and batch are.
+LSQ (arXiv:1902.08153) also divides the gradient by sqrt(number of values * highest code), to balance the steps of
+scales and weights under SGD. Here it is left out: AdamW divides a gradient by its own size, so the factor changes
+nothing, unless it makes the gradient so small that AdamW's eps (1e-8) outweighs it, and then scales move the slower the
+larger image and batch are.
 
 The codes are those of a `Grid` (core/grid.py). An FP8 grid has codes q of unequal steps in the place of round(x / s),
 and m = 1 where |x / s| <= 448: with y = s * q(x / s) and the straight-through dq/dx = m / s, dy/ds is q(x/s) - x/s or
@@ -34,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from core.grid import INT8, INT8_WEIGHTS, Grid
+from quant.rounding import channel_gradients, gradients, round_to_grid
 
 MIN_SCALE = 1e-10
 MAX_SCALE = 1e30
@@ -47,66 +37,35 @@ class Mode(enum.Enum):
     QUANTIZE = "quantize"  # rounds it to the grid
 
 
-def _round_to_grid(x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """X on the grid and the in-range mask, with a scale that stays where it is, on the device."""
-    if grid.is_fp8:
-        return grid.round(x, scale), x.abs() <= scale * grid.high
-    zero_point = torch.zeros(1, dtype=torch.int32, device=x.device)
-    enabled = torch.ones(1, dtype=torch.int64, device=x.device)
-    y, mask = torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
-        x, scale.reshape(1), zero_point, enabled, grid.low, grid.high
-    )
-    return y, mask
-
-
 class _FakeQuantizeTensor(torch.autograd.Function):
     """Per-tensor fake quantization with gradients for the input and the logarithm of the scale."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_scale: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-        y, mask = _round_to_grid(x, scale, grid)
-        ctx.save_for_backward(x, y, mask)
-        return y
+        ctx.save_for_backward(x, scale)
+        ctx.grid = grid
+        return round_to_grid(x, scale, grid)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, mask = ctx.saved_tensors
-        g = gradients[0].contiguous()
-        grad_x = g * mask
-        grad_log_scale = None
-        if ctx.needs_input_grad[1]:
-            along_y = torch.dot(g.reshape(-1), y.contiguous().reshape(-1))
-            along_x = torch.dot(grad_x.reshape(-1), x.contiguous().reshape(-1))
-            grad_log_scale = along_y - along_x
-        return grad_x, grad_log_scale, None, None
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        return *gradients(outer[0], x, scale, ctx.grid, ctx.needs_input_grad[1]), None, None
 
 
 class _FakeQuantizeChannel(torch.autograd.Function):
     """Per-channel fake quantization with gradients for the input and the logarithm of each scale."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, log_scale: Tensor, scale: Tensor, axis: int, grid: Grid) -> Tensor:
-        if grid.is_fp8:
-            y, mask = _round_to_grid(x, _broadcast(scale, axis, x.ndim), grid)
-        else:
-            zero_point = torch.zeros(scale.shape, dtype=torch.int32, device=x.device)
-            y, mask = torch.ops.aten.fake_quantize_per_channel_affine_cachemask(
-                x, scale, zero_point, axis, grid.low, grid.high
-            )
-        ctx.save_for_backward(x, y, mask)
-        ctx.axis, ctx.one_scale = axis, scale.numel() == 1
-        return y
+    def forward(ctx: Any, x: Tensor, log_scale: Tensor, steps: Tensor, grid: Grid) -> Tensor:
+        ctx.save_for_backward(x, steps)
+        ctx.grid = grid
+        return round_to_grid(x, steps, grid)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, mask = ctx.saved_tensors
-        g = gradients[0]
-        grad_x = g * mask
-        grad_log_scale = None
-        if ctx.needs_input_grad[1]:
-            others = [d for d in range(x.ndim) if ctx.one_scale or d != ctx.axis]
-            grad_log_scale = (g * y - grad_x * x).sum(others).reshape(-1)
-        return grad_x, grad_log_scale, None, None, None
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        x, steps = ctx.saved_tensors
+        grad_x, grad_steps = channel_gradients(outer[0], x, steps, ctx.grid, ctx.needs_input_grad[1])
+        return grad_x, None if grad_steps is None else grad_steps.reshape(-1), None, None
 
 
 class _ExportFP8(torch.autograd.Function):
@@ -178,10 +137,8 @@ class FakeQuantize(nn.Module):
         y = x.float()
         if torch.is_grad_enabled() and (x.requires_grad or self.log_scale.requires_grad):
             y = _FakeQuantizeTensor.apply(y, self.log_scale, self.scale, self.grid)
-        elif y.device.type == "cpu" and not self.grid.is_fp8:
-            y = torch.fake_quantize_per_tensor_affine(y, float(self.scale), 0, low, high)
-        else:  # reading the scale as a number would wait for all that the device has still to do
-            y, _ = _round_to_grid(y, self.scale, self.grid)
+        else:
+            y = round_to_grid(y, self.scale, self.grid)
         return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -280,7 +237,7 @@ class WeightFakeQuantize(nn.Module):
         if self.training and not self.learned:
             self.follow(weight)
         w = weight.float()
-        y = _FakeQuantizeChannel.apply(w, self.log_scale, self.scale, self.axis, self.grid)
+        y = _FakeQuantizeChannel.apply(w, self.log_scale, self.steps(w.ndim), self.grid)
         return y.to(weight.dtype)
 
     @torch.no_grad()

@@ -218,7 +218,7 @@ def _train_step(state: TrainingState, images: Tensor, targets: Any, task_loss: T
     loss.backward()
     norms = _clip(state.optimizer, options.clip_norm)
     if not all(math.isfinite(norm) for norm in norms.values()):
-        # quantizers turn NaN into their lowest code, so a broken weight need not show in the next loss
+        # a clipped activation hides an infinite weight, so a broken step need not show in the next loss
         raise _diverged("gradient", state, values)
     state.optimizer.step()
     state.extension.after_step(progress)

@@ -13,7 +13,8 @@ from core.grid import INT8_WEIGHTS, Grid
 from models import build_detector, fold_detector
 from quant import FakeQuantize, Mode, WeightFakeQuantize, insert, place
 from quant.calibration.observers import choose_weight_scale
-from quant.fake_quantize import MAX_SCALE, MIN_SCALE, _round_to_grid
+from quant.fake_quantize import MAX_SCALE, MIN_SCALE
+from quant.rounding import round_to_grid
 
 WIDTHS = range(2, 9)
 SCALES = st.floats(2.0**-20, 2.0**20, allow_nan=False)
@@ -44,7 +45,7 @@ def test_a_scale_on_the_device_gives_the_same_bits_as_one_read_from_it(scale, bi
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     x = torch.randn(500, generator=torch.Generator().manual_seed(seed)) * scale * high
     step = torch.tensor(scale)
-    y, _ = _round_to_grid(x, step, Grid(bits))
+    y = round_to_grid(x, step, Grid(bits))
     assert torch.equal(y, torch.fake_quantize_per_tensor_affine(x, float(step), 0, low, high))
 
 

@@ -1,0 +1,143 @@
+"""The arithmetic of fake quantization: rounding to a grid, and the gradients for the values and the scale.
+
+For x quantized to y = s * clamp(round(x / s), lo, hi), with m = 1 where round(x / s) stays inside [lo, hi] and 0
+elsewhere, LSQ (arXiv:1902.08153, equation 3) says
+
+    dy/ds = round(x/s) - x/s   where m = 1,    lo or hi   elsewhere,
+
+so s * dy/ds = y - m * x everywhere, and for a loss L with g = dL/dy
+
+    dL/dx     = m * g                        (straight-through, clipped)
+    dL/dlog s = sum(g * (y - m * x)).
+
+The difference y - m * x is taken value by value, before the sum: <g, y> and <m * g, x> can each be a thousand times as
+large as what is left of them, and float32 then loses the gradient of a scale whose values and gradients have a mean.
+
+An operator of torch on a large tensor costs what its way through memory costs, and torch's `fake_quantize_*` operators
+cost several times that. So values are taken in pieces that stay in a processor's cache, and each piece is multiplied,
+rounded, clamped and multiplied in place. Nothing but x is kept for the backward pass, which computes y and m again.
+Results have the memory layout of x.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from core.grid import Grid
+
+PIECE = 1 << 17  # values for each thread: half a MiB of float32
+
+_zero_outside = torch.ops.aten.hardtanh_backward  # first argument where low < second < high, 0 elsewhere
+
+
+def round_to_grid(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """The values of the grid that are closest to x, float32; `scale` is a scalar or broadcasts over x."""
+    if grid.is_fp8:
+        return grid.round(x, scale)
+    y, inverse = torch.empty_like(x), scale.reciprocal()
+    pieces = _pieces((x, y)) if scale.ndim == 0 else [(x, y)]
+    for source, result in pieces:
+        _round_into(result, source, scale, inverse, grid)
+    return y
+
+
+def gradients(g: Tensor, x: Tensor, scale: Tensor, grid: Grid, learned: bool) -> tuple[Tensor, Tensor | None]:
+    """Gradients for x and for the logarithm of its one scale (None unless learned), from that for the result."""
+    if g.stride() != x.stride():
+        g = torch.empty_like(x).copy_(g)
+    if grid.is_fp8:
+        grad_x = _inside_fp8(g, x, scale, grid)
+        rest = grid.round(x, scale).sub_(_inside_fp8(x, x, scale, grid)) if learned else None
+        return grad_x, None if rest is None else (g * rest).sum()
+    grad_x, inverse = torch.empty_like(x), scale.reciprocal()
+    low, high = _open_bounds(grid.low, grid.high)
+    sums, scratch = [], _Scratch()
+    for source, along, result in _pieces((x, g, grad_x)):
+        u, inside = scratch.like(source)
+        torch.mul(source, inverse, out=u)
+        _zero_outside.grad_input(along, u, low, high, grad_input=result)
+        if learned:
+            _zero_outside.grad_input(source, u, low, high, grad_input=inside)
+            u.round_().clamp_(grid.low, grid.high).mul_(scale).sub_(inside)
+            sums.append(torch.dot(along, u) if u.ndim == 1 else u.mul_(along).sum())
+    return grad_x, torch.stack(sums).double().sum().float() if learned else None
+
+
+def channel_gradients(
+    g: Tensor, x: Tensor, scale: Tensor, grid: Grid, learned: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same for scales of channels, which broadcast over x; the second gradient has the shape of `scale`."""
+    if grid.is_fp8:
+        grad_x = _inside_fp8(g, x, scale, grid)
+        inside = _inside_fp8(x, x, scale, grid) if learned else x
+        y = grid.round(x, scale) if learned else x
+    else:
+        low, high = _open_bounds(grid.low, grid.high)
+        u = x * scale.reciprocal()
+        grad_x = _zero_outside(g, u, low, high)
+        inside = _zero_outside(x, u, low, high) if learned else x
+        y = u.round_().clamp_(grid.low, grid.high).mul_(scale) if learned else x
+    return grad_x, y.sub_(inside).mul_(g).sum_to_size(scale.shape) if learned else None
+
+
+def _round_into(result: Tensor, x: Tensor, scale: Tensor, inverse: Tensor, grid: Grid) -> None:
+    torch.mul(x, inverse, out=result)
+    result.round_().clamp_(grid.low, grid.high).mul_(scale)
+
+
+def _inside_fp8(values: Tensor, x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """Values where x is inside an FP8 grid, 0 elsewhere."""
+    return values * (x.abs() <= scale * grid.high)
+
+
+@cache
+def _open_bounds(low: int, high: int) -> tuple[float, float]:
+    """The float32 numbers between which, without them, lie all that round to codes low..high; halves go to even."""
+    below, above = torch.tensor(low - 0.5), torch.tensor(high + 0.5)
+    if low % 2 == 0:
+        below = torch.nextafter(below, torch.tensor(-math.inf))
+    if high % 2 == 0:
+        above = torch.nextafter(above, torch.tensor(math.inf))
+    return float(below), float(above)
+
+
+class _Scratch:
+    """Two buffers that all pieces of a tensor use."""
+
+    def __init__(self) -> None:
+        self.buffers: tuple[Tensor, Tensor] | None = None
+
+    def like(self, piece: Tensor) -> tuple[Tensor, Tensor]:
+        """The buffers in the shape of a piece; the first piece is the largest."""
+        if self.buffers is None:
+            self.buffers = torch.empty_like(piece), torch.empty_like(piece)
+        first, second = self.buffers
+        if first.shape == piece.shape:
+            return first, second
+        return first[: len(piece)], second[: len(piece)]
+
+
+def _pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one layout cut into flat pieces; whole on a GPU, or where they are not dense."""
+    x = tensors[0]
+    size = PIECE * torch.get_num_threads()
+    flat = _flattened(tensors)
+    if flat is None or x.device.type != "cpu" or x.numel() <= size:
+        yield tuple(flat or tensors)
+        return
+    yield from zip(*(tensor.split(size) for tensor in flat), strict=True)
+
+
+def _flattened(tensors: Sequence[Tensor]) -> list[Tensor] | None:
+    """Flat views in the order of memory; None where the tensors are neither contiguous nor channels-last."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return [tensor.view(-1) for tensor in tensors]
+    for layout, order in ((torch.channels_last, (0, 2, 3, 1)), (torch.channels_last_3d, (0, 2, 3, 4, 1))):
+        if all(t.ndim == len(order) and t.is_contiguous(memory_format=layout) for t in tensors):
+            return [tensor.permute(order).view(-1) for tensor in tensors]
+    return None
