@@ -279,7 +279,7 @@ def training(
     ]
     batch = (images, torch.cat(rows))
     state = TrainingState(network, TrainingOptions(steps, learning_rate=1e-6, **options), extension)
-    return train_epochs(state, lambda epoch: [batch], 1, detector_loss(detector))
+    return train_epochs(state, lambda epoch, done: [batch], 1, detector_loss(detector))
 
 
 def memory_of(kind: str, options: argparse.Namespace) -> None:
