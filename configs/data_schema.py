@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from configs.setting import setting
+from core.choices import CLASS_MAPS, DANGLING_LINKS
 from core.image_size import ImageSize
 
 
@@ -56,12 +57,12 @@ class DataConfig:
         "names",
         "Classes of weights and data that are in another order: matched by name (other names are refused), or taken by "
         "number, whatever they are called",
-        choices=("names", "order"),
+        choices=CLASS_MAPS,
     )
     dangling_links: str = setting(
         "error",
         "Links in the dataset that lead nowhere: refused, or left out and counted",
-        choices=("error", "skip"),
+        choices=DANGLING_LINKS,
     )
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     limit_train: int | None = setting(

@@ -31,9 +31,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from configs.compose import CONFIG_DIR, HYDRA_VERSION_BASE, SCHEMAS, explain, load, register_configs
+from configs.help import help_text
 from configs.overrides import check_overrides
 from configs.schema import Config
-from core.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError, OctetError
+from core.command import discard_output
+from core.errors import EXIT_BROKEN_PIPE, EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError, OctetError
 from core.failures import known_failure
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -65,6 +67,7 @@ def hydra_entry(
             full_error = os.environ.get(_FULL_ERROR, "0") == "1"
             try:
                 _run(function, config_name, full_error, after_sweep)
+                sys.stdout.flush()
             except (ConfigError, HydraException, OmegaConfBaseException, YAMLError) as error:
                 if full_error:
                     raise
@@ -74,6 +77,9 @@ def hydra_entry(
                 if full_error:
                     raise
                 _stop(str(error), error.exit_code)
+            except BrokenPipeError:
+                discard_output()
+                raise SystemExit(EXIT_BROKEN_PIPE) from None
             except Exception as error:
                 known = known_failure(error)
                 if full_error or known is None:
@@ -100,8 +106,12 @@ def _run(
             f"Unknown argument '{unknown[0]}': settings are written KEY=VALUE, flags are listed by --help."
         )
     schema = SCHEMAS[config_name]
-    extra_dirs = [Path(arguments.config_dir)] if arguments.config_dir else []
-    check_overrides(arguments.overrides, schema, [CONFIG_DIR, *extra_dirs], arguments.multirun)
+    config_dirs = [CONFIG_DIR, *([Path(arguments.config_dir)] if arguments.config_dir else [])]
+    if arguments.help:
+        print(help_text(config_name, Path(sys.argv[0]).name, config_dirs))
+        return
+    if not arguments.shell_completion:  # takes install=SHELL, which is no setting
+        check_overrides(arguments.overrides, schema, config_dirs, arguments.multirun)
     register_configs()
     failures: list[int] = []
     finished: list[tuple[str, Path]] = []

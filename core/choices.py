@@ -33,3 +33,6 @@ DEFAULT_CAPABILITIES = (
     "SM89",
     "SM120",
 )  # GeForce RTX 30, 40 and 50; without any the library asks for a GPU
+TORCH = "torch"  # pipeline.prediction: the run's network itself, where an engine's runtime could be named
+DANGLING_LINKS = ("error", "skip")  # data.dataset
+BY_NAME, BY_ORDER = CLASS_MAPS = ("names", "order")  # pipeline.class_names

@@ -15,16 +15,16 @@ from core.failures import known_failure
 from core.files import followed
 from core.image_size import ImageSize
 
-Main = Callable[[Sequence[str] | None], int]
+Main = Callable[..., int]
 
 
-def reports_errors(main: Main) -> Callable[..., int]:
+def reports_errors(main: Main) -> Main:
     """Decorate the `main(arguments)` of a command: an `OctetError` is printed to stderr and its exit code returned."""
 
     @functools.wraps(main)
-    def command(arguments: Sequence[str] | None = None) -> int:
+    def command(arguments: Sequence[str] | None = None, **options: str) -> int:
         try:
-            return main(arguments)
+            return main(arguments, **options)
         except OctetError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
@@ -36,6 +36,23 @@ def reports_errors(main: Main) -> Callable[..., int]:
             return known.exit_code
 
     return command
+
+
+def command_parser(program: str, description: str, examples: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of a command.
+
+    Args:
+        program: how the command was called: `octet data`, or `python -m data`.
+        description: one sentence.
+        examples: command lines that stand at the end of the help, with `%(prog)s` for the program.
+    """
+    epilog = "\n  ".join(["examples:", *examples]) if examples else None
+    return argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def path_argument(text: str) -> Path:
@@ -52,10 +69,14 @@ def run_command(main: Callable[[], int]) -> NoReturn:
         print("Interrupted.", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
-        # what is left to flush at exit goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         code = EXIT_BROKEN_PIPE
     sys.exit(code)
+
+
+def discard_output() -> None:
+    """Send what is left to flush at exit nowhere: nobody reads standard output any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def size_argument(text: str) -> ImageSize:

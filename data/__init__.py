@@ -1,60 +1,22 @@
-"""Datasets, augmentation, loaders, the synthetic set, and COCO metrics."""
+"""Datasets, augmentation, loaders, the synthetic set, and COCO metrics.
 
-from data.augment import AugmentOptions
-from data.classes import class_positions, reorder_classes
-from data.dataset import LINKS, ground_truth, open_dataset
-from data.formats.synthetic import generate_synthetic
-from data.images import list_images, read_image
-from data.inventory import Inventory
-from data.letterbox import letterbox, to_input, unletterbox
-from data.loader import DetectionLoader, build_loader
-from data.masks import Rle, decode_mask
-from data.metrics.detection import (
-    DetectionMetrics,
-    Detections,
-    Found,
-    Predict,
-    collect,
-    compute_metrics,
-    evaluate,
-    measure_agreement,
-    measure_operating_point,
-    resample_score,
-    to_picture,
-)
-from data.samples import Batch, Dataset, Instances, Sample
+`data.api` lists the public names; it is imported when one of them is first used, so that `python -m data` starts
+without torch.
+"""
 
-__all__ = [
-    "LINKS",
-    "AugmentOptions",
-    "Batch",
-    "Dataset",
-    "DetectionLoader",
-    "DetectionMetrics",
-    "Detections",
-    "Found",
-    "Instances",
-    "Inventory",
-    "Predict",
-    "Rle",
-    "Sample",
-    "build_loader",
-    "class_positions",
-    "collect",
-    "compute_metrics",
-    "decode_mask",
-    "evaluate",
-    "generate_synthetic",
-    "ground_truth",
-    "letterbox",
-    "list_images",
-    "measure_agreement",
-    "measure_operating_point",
-    "open_dataset",
-    "read_image",
-    "reorder_classes",
-    "resample_score",
-    "to_input",
-    "to_picture",
-    "unletterbox",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from data.letterbox import letterbox  # at once: the module of the same name would be found in its place
+
+if TYPE_CHECKING:
+    from data.api import *  # noqa: F403
+
+__all__ = ["letterbox"]
+
+
+def __getattr__(name: str) -> Any:
+    api = import_module("data.api")
+    if name in api.__all__:
+        return getattr(api, name)
+    raise AttributeError(f"module 'data' has no attribute {name!r}")

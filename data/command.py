@@ -16,14 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from core.command import reports_errors
+from core.choices import DANGLING_LINKS
+from core.command import command_parser, reports_errors
 from core.errors import EXIT_INPUT, EXIT_OK, DataError
 from core.files import write_json
 from data.classes import class_positions
-from data.dataset import FORMATS, LINKS, DetectionDataset, find_splits, open_dataset
+from data.dataset import FORMATS, DetectionDataset, find_splits, open_dataset
 from data.duplicates import find_copies
 from data.inventory import Inventory
 
+EXAMPLES = (
+    "%(prog)s datasets/bccd",
+    "%(prog)s datasets/mine/data.yaml --split val --segments --json data.json",
+)
 SIZES_SHOWN = 3
 DEFAULT_PLACES = 3
 
@@ -68,9 +73,9 @@ class Look:
 
 
 @reports_errors
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "python -m data") -> int:
     """Run the command; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parser(program).parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     splits = options.split or find_splits(options.dataset, options.format) or ["val"]
     looks = [_look(options, split) for split in splits]
@@ -151,10 +156,8 @@ def _between(looks: Sequence[Look]) -> Iterator[str]:
         yield f"warning: {len(groups)} images occur more than once {where}; the first: {first_group}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data", description="Say what is in a dataset, and what is wrong."
-    )
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = command_parser(program, "Say what is in a dataset, and what is wrong.", EXAMPLES)
     parser.add_argument("dataset", type=Path, help="folder of a dataset, or a YOLO data.yaml")
     parser.add_argument(
         "--split", action="append", help="may be repeated; default: those that the dataset names"
@@ -164,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         "--segments", action="store_true", help="look at the masks, too, for a segmentation network"
     )
     parser.add_argument(
-        "--dangling-links", choices=LINKS, default="error", help="as data.dangling_links of a run"
+        "--dangling-links", choices=DANGLING_LINKS, default="error", help="as data.dangling_links of a run"
     )
     parser.add_argument("--places", type=int, default=DEFAULT_PLACES, help="places shown for each warning")
     parser.add_argument("--json", type=Path, help="write everything to this file")

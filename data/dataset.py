@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.utils.data
 
+from core.choices import DANGLING_LINKS
 from core.errors import DataError
 from core.names import closest_hint, listing
 from data.formats.coco import find_annotations, read_coco
@@ -23,14 +23,13 @@ from data.masks import coco_segmentation
 from data.samples import Dataset, ImageRecord, Sample
 
 FORMATS = ("auto", "yolo", "coco")
-LINKS = ("error", "skip")
 SPLITS = ("train", "val", "test")
 DEGENERATE = "Left out {number} boxes that are NaN, infinite, without area, or outside their image"
 
 _log = logging.getLogger(__name__)
 
 
-class DetectionDataset(torch.utils.data.Dataset[Sample]):
+class DetectionDataset:
     """Images with boxes, decoded on access.
 
     Args:
@@ -121,8 +120,8 @@ def open_dataset(
         raise DataError(
             f"No dataset at {root}: expected a folder or a data.yaml. Set data.root to where it lies."
         )
-    if links not in LINKS:
-        raise DataError(f"links is {links!r}, expected one of {', '.join(LINKS)}.")
+    if links not in DANGLING_LINKS:
+        raise DataError(f"links is {links!r}, expected one of {', '.join(DANGLING_LINKS)}.")
     inventory = inventory or Inventory()
     yaml_file, annotation_file = _locate(root, split, format)
     if yaml_file is not None:

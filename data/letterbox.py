@@ -8,18 +8,22 @@ smaller of the two that fit; the resized side is rounded to the nearest pixel; b
 shrinking; the padding is split evenly, and where it is odd the extra pixel goes to the right and to the bottom.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    Boxes = TypeVar("Boxes", Tensor, NDArray[np.float32], NDArray[np.float64])
 
 PAD_VALUE = 114
-
-Boxes = TypeVar("Boxes", Tensor, NDArray[np.float32], NDArray[np.float64])
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def unletterbox(boxes: Boxes, info: LetterboxInfo) -> Boxes:
     Returns:
         A new tensor or array of the same shape and type.
     """
-    moved = boxes.clone() if isinstance(boxes, Tensor) else boxes.copy()
+    moved = boxes.copy() if isinstance(boxes, np.ndarray) else boxes.clone()
     moved[..., 0:4:2] = ((moved[..., 0:4:2] - info.pad_x) / info.ratio).clip(0, info.width)
     moved[..., 1:4:2] = ((moved[..., 1:4:2] - info.pad_y) / info.ratio).clip(0, info.height)
     return moved

@@ -7,18 +7,22 @@ Boxes are xyxy throughout. `Sample` and `ImageRecord` hold them in pixels of the
 pixels of the network input.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from data.letterbox import LetterboxInfo
 from data.masks import Segmentation
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -119,12 +123,12 @@ class Batch:
     def __len__(self) -> int:
         return int(self.images.shape[0])
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> Batch:
         """Copy to page-locked memory; called by the DataLoader where CUDA is present."""
         masks = None if self.masks is None else self.masks.pin_memory()
         return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.image_ids, self.infos, masks)
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
         return Batch(
             self.images.to(device, non_blocking=True),

@@ -9,6 +9,7 @@ from models.folding import fold_detector
 from models.losses.detection import DetectionLoss
 from models.losses.dual import DualLoss, detector_loss
 from models.losses.segmentation import SegmentationLoss, SegmentTargets
+from models.overlaps import pairwise_iou
 from models.segmentation import best_segments, soft_masks, suppress_segments
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "load_detector",
     "measure_network",
     "non_max_suppression",
+    "pairwise_iou",
     "placeholder_names",
     "read_checkpoint",
     "save_detector",

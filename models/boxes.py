@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
 
 from core.choices import ONE2MANY, ONE2ONE
 from models.heads import REG_MAX, Raw
+from models.overlaps import suppress_by_class
 
 MAX_CANDIDATES = 30_000
 
@@ -203,7 +203,7 @@ def _suppress_image(
         scores, best = scores.topk(MAX_CANDIDATES)
         anchor, label = anchor[best], label[best]
     boxes = centre_to_corners(rows_A[anchor, :4])
-    kept = batched_nms(boxes.float(), scores.float(), label, iou)[:max_detections]
+    kept = suppress_by_class(boxes.float(), scores.float(), label, iou)[:max_detections]
     detections = torch.cat((boxes[kept], scores[kept, None], label[kept, None].to(boxes.dtype)), dim=1)
     return detections, anchor[kept]
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from core.choices import BY_ORDER
 from core.errors import DataError
 from core.names import listing
 from data import Dataset, class_positions, reorder_classes
 from models import placeholder_names
 
-BY_NAME, BY_ORDER = "names", "order"
 SHOWN = 5
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 
 from torch import Tensor, fx, nn
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 from core.folding import BatchNorm, folded_parameters
 from quant.graph import trace
@@ -103,9 +103,12 @@ def _swapped(weight: Tensor, groups: int) -> Tensor:
 
 def _thaw(network: nn.Module) -> nn.Module:
     """Replace torchvision's frozen normalisations by ordinary ones that compute the same, so that they are seen."""
+    torchvision_layers = sys.modules.get("torchvision.ops.misc")  # not imported: the network has none of them
+    if torchvision_layers is None:
+        return network
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, FrozenBatchNorm2d):
+            if isinstance(child, torchvision_layers.FrozenBatchNorm2d):
                 norm = nn.BatchNorm2d(child.weight.numel(), eps=child.eps).to(child.weight)
                 state = child.state_dict()
                 norm.load_state_dict(

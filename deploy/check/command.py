@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.command import path_argument, reports_errors, size_argument
+from core.command import command_parser, path_argument, reports_errors, size_argument
 from core.errors import EXIT_GATE
 from core.files import write_json, write_text
 from core.targets import TARGETS
@@ -28,11 +28,17 @@ from deploy.graph.view import View
 if TYPE_CHECKING:
     from deploy.compile.report import CompileReport
 
+EXAMPLES = (
+    "%(prog)s runs/bccd/latest/model.onnx --strict",
+    "%(prog)s model.onnx --fix mended.onnx --images datasets/bccd/images/val",
+    "%(prog)s model.onnx --compile SM86,SM89",
+)
+
 
 @reports_errors
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "python -m deploy.check") -> int:
     """Run the check; returns the exit code."""
-    parser = _parser()
+    parser = _parser(program)
     options = parser.parse_args(arguments)
     if options.images is not None and options.fix is None:
         parser.error("--images compares the graphs before and after --fix OUT.onnx; give both")
@@ -129,8 +135,8 @@ def format_build(build: CompileReport) -> str:
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m deploy.check", description="Check a Q/DQ ONNX graph.")
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = command_parser(program, "Check a Q/DQ ONNX graph.", EXAMPLES)
     parser.add_argument("model", type=path_argument, help="ONNX file")
     parser.add_argument("--strict", action="store_true", help="exit with 4 when there are findings")
     parser.add_argument("--json", type=Path, help="write findings and summary to this file")

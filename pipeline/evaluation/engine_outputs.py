@@ -15,12 +15,11 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
 
 from core.errors import DeployError
 from data import Found, Instances, Predict
 from deploy.runtimes.base import FloatArray, Runtime
-from models import Decode, soft_masks
+from models import Decode, pairwise_iou, soft_masks
 from pipeline.evaluation.suppression import suppress_overlaps
 
 RAW_NAME = re.compile(r"box_(\d+)")
@@ -181,7 +180,7 @@ def match_detections(found: Tensor, reference: Tensor, iou: float = 0.5) -> list
         reference: [M, 6], the same.
         iou: 0..1.
     """
-    overlap = box_iou(found[:, :4], reference[:, :4])
+    overlap = pairwise_iou(found[:, :4], reference[:, :4])
     overlap[found[:, 5, None] != reference[None, :, 5]] = 0
     pairs = []
     for index in found[:, 4].argsort(descending=True, stable=True).tolist():

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from configs.compose import read
-from core.choices import ONE2ONE
+from core.choices import ONE2ONE, TORCH
 from core.errors import DataError, DeployError, RunError
 from core.image_size import ImageSize
 from core.names import listing
@@ -36,7 +36,6 @@ from pipeline.run.files import find_engine
 from pipeline.run.progress import say
 from pipeline.stages.export import model_name, target_of
 
-TORCH = "torch"
 ENGINE_SUFFIXES = tuple(dict.fromkeys(end for entry in RUNTIMES.values() for end in entry.suffixes))
 FLOAT = "float"
 DEFAULT_SIZE = ImageSize.of(640)

@@ -24,8 +24,7 @@ from pipeline import evaluate
 from pipeline.class_names import ClassNames, is_unnamed
 from pipeline.input_check import check_input
 from pipeline.job import Job
-from pipeline.predict import partner_classes
-from pipeline.prediction.predictors import Predictor
+from pipeline.prediction.predictors import Predictor, partner_classes
 from pipeline.run.directory import Run
 from pipeline.splits import Splits
 from pipeline.stages.load import load_stage
