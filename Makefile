@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-fast check format bench clean distclean
+.PHONY: help setup demo test test-all test-fast check docs format bench clean distclean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -38,10 +38,15 @@ test-all: $(STAMP) ## Run the tests, and those that repeat them for every archit
 test-fast: $(STAMP) ## Run the tests that take seconds
 	@$(PYTEST) -m "not slow and not exhaustive"
 
-check: $(STAMP) ## Lint, formatting and types
+check: $(STAMP) ## Lint, formatting, types, prose and documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(PACKAGES) examples benchmarks $(ENTRIES)
+	$(BIN)/python scripts/prose.py
+	$(MAKE) --no-print-directory docs
+
+docs: $(STAMP) ## Build the documentation strictly into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: $(STAMP) ## Sort imports and format
 	$(BIN)/ruff check --fix --quiet . || true
@@ -51,7 +56,7 @@ bench: $(STAMP) ## Run every script in benchmarks/
 	@shopt -s nullglob; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 clean: ## Remove caches and build leftovers (runs/ and .venv stay)
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv as well

@@ -25,23 +25,23 @@ class DataConfig:
     """Where the images come from and how they are fed."""
 
     kind: str = setting(
-        "folder", "folder reads data.root; synthetic draws its own", choices=("folder", "synthetic")
+        "folder", "folder reads data.root; synthetic generates images", choices=("folder", "synthetic")
     )
     root: str | None = setting(
         None, "Folder of the dataset: a YOLO data.yaml tree or COCO JSON; for synthetic, a cache"
     )
-    format: str = setting("auto", "Layout of the folder; auto looks", choices=("auto", "yolo", "coco"))
+    format: str = setting("auto", "Layout of the folder; auto detects it", choices=("auto", "yolo", "coco"))
     factory: str | None = setting(
         None,
         "path/to/file.py:function or package.module:function, from a split's name to its dataset, instead of a folder; "
         "see docs/custom.md",
     )
     cache_dir: str | None = setting(
-        "runs/cache", "Folder that remembers which images were verified; none verifies them on every run"
+        "runs/cache", "Folder that records which images were verified; none verifies them in every run"
     )
     image_size: Any = setting(
         640,
-        "Network input after letterboxing: one number for a square, or [height, width]",
+        "Network input after letterboxing: one number for a square, or a list of height and width",
         unit="pixels",
         minimum=32,
         multiple=32,
@@ -55,13 +55,13 @@ class DataConfig:
     )
     class_map: str = setting(
         "names",
-        "Classes of weights and data that are in another order: matched by name (other names are refused), or taken by "
-        "number, whatever they are called",
+        "How classes of weights and data are matched: by name, which renumbers labels in another order and refuses "
+        "other names, or by number, which ignores names",
         choices=CLASS_MAPS,
     )
     dangling_links: str = setting(
         "error",
-        "Links in the dataset that lead nowhere: refused, or left out and counted",
+        "Broken links in the dataset: refused, or left out and counted",
         choices=DANGLING_LINKS,
     )
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)

@@ -30,7 +30,7 @@ class GraphConfig:
     target: str = setting("openvino", "Which engine the ONNX graph is written for", choices=TARGETS)
     batch: int = setting(
         1,
-        "Batch of the timed engine; with dynamic_batch=false also the only one that the graph takes",
+        "Batch of the timed engine; with dynamic_batch=false also the only batch of the graph",
         unit="images",
         minimum=1,
     )
@@ -40,7 +40,7 @@ class GraphConfig:
     dynamic_size: bool = setting(False, "Leave height and width open in the ONNX graph")
     outputs: str = setting(
         "decoded",
-        "What the graph gives: decoded boxes, raw level maps, the best detections of a head that needs no NMS "
+        "Outputs of the graph: decoded boxes, raw level maps, the best detections of a head that needs no NMS "
         "(end2end), or detections after NMS in the graph",
         choices=OUTPUTS,
     )
@@ -50,7 +50,7 @@ class GraphConfig:
     )
     opset: int | None = setting(
         None,
-        "ONNX operator set; none takes the target's (docs/deployment.md)",
+        "ONNX operator set; none uses the target's default (docs/deployment.md)",
         minimum=LOWEST_OPSET,
         maximum=HIGHEST_OPSET,
     )
@@ -75,7 +75,7 @@ class DeployConfig(GraphConfig):
     runtimes: list[str] = setting(["openvino"], "Engines to build, evaluate and time", choices=RUNTIMES)
     float_precisions: list[str] = setting(
         ["f32"],
-        "Precisions of the float engines that INT8 is compared with, where the machine has them",
+        "Precisions of the float engines that INT8 is compared with, if the machine supports them",
         choices=PRECISION_NAMES,
     )
     compute_capabilities: list[str] = setting(
@@ -88,10 +88,10 @@ class DeployConfig(GraphConfig):
         "Precision of the float part of OpenVINO's INT8 engine; auto leaves it to OpenVINO",
         choices=HINTS,
     )
-    threads: int = setting(0, "CPU threads of an engine; 0 takes all cores", unit="threads", minimum=0)
+    threads: int = setting(0, "CPU threads of an engine; 0 uses all cores", unit="threads", minimum=0)
     fixed_point_images: int = setting(
         2,
-        "Validation images whose INT8 codes are compared between torch and the exported graph; 0 leaves it out",
+        "Validation images whose INT8 codes are compared between torch and the exported graph; 0 skips this",
         unit="images",
         minimum=0,
     )

@@ -1,6 +1,6 @@
 """Write docs/configuration.md from the schema: `python -m configs.describe > docs/configuration.md`.
 
-A test compares the page with what this prints, so the page cannot fall behind.
+A test compares the page with what this prints, so the page is always up to date.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ INTRODUCTION = """\
 
 This page is written by `python -m configs.describe`; a test compares it with `configs/schema.py`.
 
-A configuration is composed from YAML files and the command line by [Hydra](https://hydra.cc), checked for names and
-types by the schema and for limits before anything is loaded. Later wins: schema defaults, group options, experiment,
-command line.
+A configuration is composed from YAML files and the command line by [Hydra](https://hydra.cc), and its
+names, types and limits are checked before anything is loaded. Later values override earlier ones: schema defaults,
+group options, experiment, command line.
 
 ```bash
 python train_qat.py +experiment=demo qat.epochs=3 quant=w4a8
@@ -30,14 +30,15 @@ python train_qat.py -m +experiment=demo seed=0,1,2
 ```
 
 - `+experiment=NAME` adds an experiment; the plus sign is needed because no experiment is in the defaults.
-- `GROUP=OPTION` chooses a file of a group, `KEY=VALUE` sets one value, `KEY=null` takes a value back to none.
+- `GROUP=OPTION` chooses a file of a group, `KEY=VALUE` sets one value, `KEY=null` resets a value to none.
 - Quote lists and mappings for the shell: `'stages=[float,calibrate]'`,
   `'quant.policy=[{match: head.*, keep_float: true}]'`. New keys of a free mapping need a plus sign:
   `'+data.merge_classes={vehicle: [car, bus]}'`.
 - `-m` runs every combination of values separated by commas, each in its own directory below
   `runs/<experiment>/multirun/<time>`. A job that fails does not stop the others; the sweep then ends with the
   highest of their exit codes.
-- `--config-dir FOLDER` adds a tree of your own: `FOLDER/experiment/mine.yaml`, beginning with `# @package _global_`.
+- `--config-dir FOLDER` adds your own configuration files: `FOLDER/experiment/mine.yaml`, with `# @package _global_`
+  in the first line.
 - `--cfg job` prints the composed configuration, `HYDRA_FULL_ERROR=1` in the environment adds tracebacks.
 """
 

@@ -14,8 +14,8 @@ class EvaluateConfig:
     confidence: float = setting(0.001, "Lowest class score kept", unit="0..1", minimum=0, maximum=1)
     user_confidence: float = setting(
         0.25,
-        "Score above which detections are used; precision, recall and agreement with float are taken there, or at "
-        "evaluate.confidence where that is higher",
+        "Score above which detections are used; precision, recall and agreement with float are measured there, or at "
+        "evaluate.confidence if that is higher",
         unit="0..1",
         minimum=0,
         maximum=1,

@@ -40,18 +40,18 @@ STAGES = (
 class ModelConfig:
     """The detector."""
 
-    name: str = setting("auto", "Architecture; auto recognises it from the checkpoint's keys", choices=MODELS)
+    name: str = setting("auto", "Architecture; auto recognizes it by the checkpoint's keys", choices=MODELS)
     activation: str | None = setting(
-        None, "Activation of every conv; none takes what the checkpoint says, else silu", choices=ACTIVATIONS
+        None, "Activation of every conv; none uses the checkpoint's, otherwise silu", choices=ACTIVATIONS
     )
     head: str | None = setting(
         None,
-        "For networks with two heads, which one is quantized and deployed: one2one needs no NMS; none takes one2one "
-        "where the checkpoint has it",
+        "For networks with two heads, which one is quantized and deployed: one2one needs no NMS; none selects one2one "
+        "if the checkpoint has it",
         choices=HEADS,
     )
     num_classes: int | None = setting(
-        None, "Class count; none takes it from the weights or the data", minimum=1
+        None, "Number of classes; none reads it from the weights or the data", minimum=1
     )
     factory: str | None = setting(
         None,
@@ -86,7 +86,7 @@ class TrainConfig:
     learning_rate: float = setting(1e-3, "Peak learning rate (AdamW, cosine)", above=0)
     weight_decay: float = setting(0.05, "AdamW weight decay on conv weights", minimum=0)
     warmup_fraction: float = setting(
-        0.05, "Part of all steps spent warming up", unit="0..1", minimum=0, maximum=1
+        0.05, "Share of steps used for warm-up", unit="0..1", minimum=0, maximum=1
     )
     ema_decay: float = setting(
         0.999, "Decay of the weight average that is evaluated", unit="0..1", minimum=0, maximum=1
@@ -141,12 +141,12 @@ class QuantConfig:
 
     grid: str = setting(
         INTEGER,
-        "Kind of the codes: integers, or FP8 E4M3 for TensorRT on SM89, SM120 and SM121",
+        "Codes: integers, or FP8 E4M3 for TensorRT on SM89, SM120 and SM121",
         choices=GRIDS,
     )
     attention: str = setting(
         ATTENTION[0],
-        "Of attention, beside its convolutions: float quantizes nothing, matmul both operands of its matrix products",
+        "Matrix products of attention: float leaves them in float, matmul quantizes both operands",
         choices=ATTENTION,
     )
     observer: str = setting("mse", "How a scale is chosen from observed values", choices=OBSERVERS)
@@ -155,36 +155,37 @@ class QuantConfig:
     calibration_batch_size: int = setting(8, "Images per calibration step", unit="images", minimum=1)
     imported_ranges: str = setting(
         "use",
-        "Ranges in a quantized checkpoint: use takes them for the scales, ignore calibrates everything",
+        "Ranges in a quantized checkpoint: use makes them the scales, ignore calibrates everything",
         choices=("use", "ignore"),
     )
     share_concat_scales: str = setting(
         "all",
-        "One scale per concat for all its inputs: always, never, or where measured to cost no accuracy; policy rules "
+        "One scale for all inputs of a concat: always, never, or if measured to cost no accuracy; policy rules "
         "decide for single concats",
         choices=("all", "measured", "none"),
     )
     share_tolerance: float = setting(
         0.1,
-        "For share_concat_scales=measured: relative rise of the output error that a shared scale may cost",
+        "For share_concat_scales=measured: relative increase of the output error that a shared scale may cause",
         unit="fraction",
         minimum=0,
     )
     equalize: bool = setting(
-        False, "Even out channel ranges between layers around ReLU before quantizing (arXiv:1906.04721)"
+        False, "Equalize channel ranges of the layers around a ReLU before quantizing (arXiv:1906.04721)"
     )
     greedy_rounding: bool = setting(
         False,
-        "Round weights up or down, one flip after the other, by their layer's output error (the problem of "
+        "Choose the rounding of each weight, one at a time, by the output error of its layer (the problem of "
         "arXiv:2004.10568)",
     )
     bias_correction: bool = setting(
-        False, "Move the mean output of every quantized layer back to the float one (arXiv:1906.04721)"
+        False,
+        "Correct the mean output of every quantized layer to that of the float layer (arXiv:1906.04721)",
     )
     recalibrate_scores: bool = setting(
         False,
-        "Fit a rising line per class from the quantized model's logits to the float model's on the calibration images, "
-        "and fold it into the last layers",
+        "Fit an increasing line per class from the quantized model's logits to the float model's on the calibration "
+        "images, and fold it into the last layers",
     )
     weights: WeightQuantConfig = field(default_factory=WeightQuantConfig)
     activations: ActivationQuantConfig = field(default_factory=ActivationQuantConfig)
@@ -202,8 +203,8 @@ class QuantConfig:
     placement: str | None = setting(None, "Path of a saved and edited placement to use instead of a new one")
     accuracy_budget: float | None = setting(
         None,
-        "AP that calibration may lose: leaves as few groups as possible float to keep within it (adds the stages float "
-        "and sensitivity)",
+        "AP that calibration may lose: leaves as few groups as possible in float to stay within it (adds the stages "
+        "float and sensitivity)",
         unit="AP",
         minimum=0,
         maximum=1,
@@ -220,7 +221,7 @@ class QatConfig:
     scale_learning_rate: float = setting(1e-4, "Peak learning rate of the quantizer scales", above=0)
     weight_decay: float = setting(1e-4, "AdamW weight decay on conv weights", minimum=0)
     warmup_fraction: float = setting(
-        0.1, "Part of all steps spent warming up", unit="0..1", minimum=0, maximum=1
+        0.1, "Share of steps used for warm-up", unit="0..1", minimum=0, maximum=1
     )
     ema_decay: float = setting(
         0.99, "Decay of the weight average that is evaluated", unit="0..1", minimum=0, maximum=1
@@ -235,30 +236,32 @@ class QatConfig:
     distill_output: float = setting(1.0, "Weight of output distillation from the float copy", minimum=0)
     distill_features: float = setting(
         0.0,
-        "Weight of feature distillation: tensors inside the network against the float copy's",
+        "Weight of feature distillation: tensors inside the network compared with those of the float copy",
         minimum=0,
     )
     distill_feature_names: list[str] = setting(
-        [], "Name patterns of the tensors compared, e.g. neck.*; empty takes what enters the head"
+        [], "Name patterns of the tensors compared, e.g. neck.*; empty selects the inputs of the head"
     )
     oscillation: str = setting(
         "none",
-        "Weights that flip between two grid points: left alone, pulled to cell centres, or frozen",
+        "Weights that oscillate between two grid points: unchanged, pulled to the centre of their interval, or frozen",
         choices=("none", "dampen", "freeze"),
     )
     dampen_weight: float = setting(
-        0.01, "For oscillation=dampen: weight of the pull at the end; it rises from 0", minimum=0
+        0.01,
+        "For oscillation=dampen: weight of the dampening loss at the end; it increases from 0",
+        minimum=0,
     )
     freeze_threshold: float = setting(
         0.03,
-        "For oscillation=freeze: flip frequency that freezes a weight at the end; it falls from 4 times as much",
+        "For oscillation=freeze: frequency of changes that freezes a weight at the end, 4 times as much at the start",
         unit="flips per step",
         above=0,
         maximum=1,
     )
     skip_if_drop_below: float | None = setting(
         None,
-        "Leave fine-tuning out where the row ptq loses less than this against float; none always fine-tunes",
+        "Skip fine-tuning if the row ptq loses less than this against float; none always fine-tunes",
         unit="AP",
         minimum=0,
         maximum=1,
@@ -284,7 +287,7 @@ class QatConfig:
     )
     validate_images: int | None = setting(
         None,
-        "Validation images per epoch; none takes all, 0 measures at the end only. The end is always on all",
+        "Validation images per epoch; none uses all, 0 measures at the end only. The final row always uses all",
         unit="images",
         minimum=0,
     )
@@ -308,25 +311,25 @@ class AutotuneConfig:
 
     gpu: str | None = setting(
         None,
-        "GPU that latency is estimated for, without having it: rtx3060, rtx4060, rtx4090, rtx5090, l4, a10, orin, or "
-        "one of gpu_file; none measures layers with the first of deploy.runtimes on this machine",
+        "GPU that latency is estimated for; it need not be present: rtx3060, rtx4060, rtx4090, rtx5090, l4, a10, orin, "
+        "or one of gpu_file; none measures layers with the first of deploy.runtimes on this machine",
     )
     gpu_file: str | None = setting(None, "YAML file of GPUs to use instead of deploy/autotune/gpus.yaml")
     mixtures: int = setting(
         6,
-        "Engines with mixed precisions that costs are taken from, beside those with one precision",
+        "Engines with mixed precisions that costs are derived from, in addition to those with one precision",
         unit="engines",
         minimum=0,
     )
     seconds: float = setting(2.0, "For measured costs: how long each engine runs", unit="seconds", above=0)
     confirmed: int = setting(
-        3, "Plans of the front that are built again and measured on AP", unit="plans", minimum=1
+        3, "Plans of the front that are built and whose AP is measured", unit="plans", minimum=1
     )
     max_ap_loss: float = setting(
         0.005, "AP that the chosen plan may lose against float", unit="AP", minimum=0, maximum=1
     )
     quantize_slower: bool = setting(
-        False, "Also quantize units whose kernels are slower quantized than in float, where the AP allows it"
+        False, "Also quantize units whose kernels are slower quantized than in float, if the AP allows it"
     )
 
 
@@ -335,9 +338,11 @@ class Config:
     """One run of train_qat.py."""
 
     experiment: str = setting(MISSING, "Name of the run; set by +experiment=NAME")
-    weights: str | None = setting(None, "Checkpoint of the float detector; none trains or starts at random")
-    run_dir: str | None = setting(None, "Run directory; none makes runs/EXPERIMENT/TIME")
-    resume: bool = setting(False, "Go on where the run in run_dir (or the latest one) stopped")
+    weights: str | None = setting(
+        None, "Checkpoint of the float detector; none starts training from random weights"
+    )
+    run_dir: str | None = setting(None, "Run directory; none creates runs/EXPERIMENT/TIME")
+    resume: bool = setting(False, "Continue the run in run_dir (or the latest one)")
     checkpoint_minutes: float = setting(
         5.0,
         "Time between saved states of training and fine-tuning; 0 saves one after every step",
@@ -345,8 +350,8 @@ class Config:
         minimum=0,
     )
     seed: int = setting(0, "Seed of every random choice", minimum=0)
-    device: str = setting("auto", "cpu, cuda, cuda:N, or auto (a GPU where there is one)")
-    threads: int = setting(0, "CPU threads of torch; 0 takes all cores", unit="threads", minimum=0)
+    device: str = setting("auto", "cpu, cuda, cuda:N, or auto (a GPU if there is one)")
+    threads: int = setting(0, "CPU threads of torch; 0 uses all cores", unit="threads", minimum=0)
     stages: list[str] = setting(
         ["float", "calibrate", "finetune", "export", "engine", "report"],
         "Stages to run, in this order",
@@ -381,5 +386,5 @@ class ExportConfig(GraphConfig):
 
     run: str = setting(MISSING, "Run directory of train_qat.py, e.g. runs/demo/latest")
     output: str | None = setting(None, "Path of the ONNX file; none writes into the run directory")
-    build: bool = setting(False, "Also build the engine, where its runtime is installed")
+    build: bool = setting(False, "Also build the engine, if its runtime is installed")
     device: str = setting("cpu", "Device that exports; the file is the same")

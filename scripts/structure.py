@@ -3,8 +3,8 @@
     python scripts/structure.py [--root DIR]
 
 One line per package. `modules` counts files, `arrows` the pairs of modules of which one imports the other. A part is a
-sub-package or a module beside it; `part arrows` lead from one part to another. `levels` is the number of parts on the
-longest chain of imports, a cycle counting as one. Imports inside functions count, too.
+sub-package or a module of the package itself; `part arrows` lead from one part to another. `levels` is the number of
+parts on the longest chain of imports, a cycle counting as one. Imports inside functions count, too.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def module_graph(modules: dict[str, Path]) -> Graph:
 
 
 def part_graph(modules: dict[str, Path]) -> Graph:
-    """Return which part imports which; a part is a sub-package or a module beside it."""
+    """Return which part imports which; a part is a sub-package or a module of the package itself."""
 
     def part(name: str) -> str:
         return ".".join(name.split(".")[:2])

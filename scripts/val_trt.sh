@@ -99,7 +99,7 @@ build() { "$python" -m deploy.engine build "$1" "$out" --runtime "$runtime" --pr
 quantized="$(build "$out/$precision.onnx" "$precision")"
 fp16="$(build "$float" fp16)"
 
-# 4. Accuracy, then latency in turns; CUDA graphs with TensorRT only, TensorRT for RTX compiles kernels while it runs.
+# 4. Accuracy, then latency, timed alternately; CUDA graphs with TensorRT only: TensorRT for RTX compiles kernels at run time.
 if "$can_run"; then
     "$python" -m pipeline.evaluate "$quantized" --data "$data" --size "$size" --json "$out/accuracy.json" >&2
     "$python" -m pipeline.evaluate "$fp16" --data "$data" --size "$size" --json "$out/accuracy-fp16.json" >&2
