@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -80,16 +81,33 @@ def compose_export(overrides: Sequence[str]) -> ExportConfig:
 def _compose(
     name: str, schema: type[AnyConfig], overrides: Sequence[str], config_dirs: Sequence[Path]
 ) -> AnyConfig:
+    return load(_composed(name, schema, overrides, config_dirs), schema)
+
+
+def usual_settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """The settings of a command line before they are checked, as nested plain data; "???" where one must be given."""
+    settings = OmegaConf.to_container(_composed("config", Config, overrides, ()), resolve=True)
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items()}
+
+
+def _composed(
+    name: str, schema: type[AnyConfig], overrides: Sequence[str], config_dirs: Sequence[Path]
+) -> DictConfig:
     register_configs()
     check_overrides(overrides, schema, [CONFIG_DIR, *config_dirs])
     places = ",".join(f"file://{Path(path).resolve()}" for path in config_dirs)
     extra: list[str] = [f"hydra.searchpath=[{places}]"] if places else []
+    outer = GlobalHydra.instance()  # of the entry, where one runs
+    running = outer.hydra
+    outer.clear()
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base=HYDRA_VERSION_BASE):
-            cfg = hydra_compose(name, overrides=[*overrides, *extra])
+            return hydra_compose(name, overrides=[*overrides, *extra])
     except (OmegaConfBaseException, HydraException, YAMLError) as error:
         raise ConfigError(explain(error, schema)) from error
-    return load(cfg, schema)
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 def dump(config: Config | ExportConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -14,6 +15,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 INSTRUCTIONS = (
     "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp",
 )  # fmt: skip
+DISTRIBUTION = "octet"
 PACKAGES = ("torch", "torchvision", "onnx", "tensorrt-rtx-cu12", "numpy", "pycocotools", "hotcoco")
 
 
@@ -43,6 +45,23 @@ def describe_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def describe_build() -> dict[str, str]:
+    """Version of Octet, and its commit where it runs from a git checkout; "-dirty" stands for changes since."""
+    try:
+        build = {"version": metadata.version(DISTRIBUTION)}
+    except metadata.PackageNotFoundError:
+        build = {}
+    root = Path(__file__).resolve().parent.parent
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        try:
+            found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+            build["commit"] = found.stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            build["commit"] = "unknown: git is missing, or refuses this folder"
+    return build
 
 
 def available_processors() -> set[int]:

@@ -8,7 +8,7 @@ from data.images import list_images, read_image
 from data.inventory import Inventory
 from data.letterbox import letterbox, to_input, unletterbox
 from data.loader import DetectionLoader, build_loader
-from data.masks import Rle, decode_mask
+from data.masks import Rle, decode_mask, outlines_of
 from data.metrics.detection import (
     DetectionMetrics,
     Detections,
@@ -50,6 +50,7 @@ __all__ = [
     "measure_agreement",
     "measure_operating_point",
     "open_dataset",
+    "outlines_of",
     "read_image",
     "reorder_classes",
     "resample_score",

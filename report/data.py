@@ -12,26 +12,14 @@ from typing import Any
 from core.errors import ReportError
 from core.image_size import ImageSize, SizeLike
 from core.rows import ResultRow, engine_key, find_row
+from report.panels import DetectionPanel
 
 MODEL_KEYS = ("parameters", "macs", "strides", "shares", "layers")
 LAYER_KEYS = ("name", "kind", "parameters", "macs", "output", "precision")
 GRAPH_KEYS = ("file", "nodes", "groups")
 NODE_KEYS = ("name", "operator", "precision", "sources")
 GROUP_KEYS = ("name", "tensors", "layers")
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
-
-@dataclass(frozen=True)
-class DetectionPanel:
-    """One picture, as several rows of the table see it.
-
-    Attributes:
-        title: what is shown, e.g. the file's name.
-        images: (row name, PNG bytes) in the order to be shown.
-    """
-
-    title: str
-    images: Sequence[tuple[str, bytes]]
+COMMAND_KEYS = ("title", "command")
 
 
 @dataclass
@@ -44,12 +32,14 @@ class ReportData:
         image_size: of the network's input, pixels: one number for a square, or (height, width).
         rows: the result table, in the order to be shown; the row "float" is what others are compared with.
         versions: package -> version.
+        build: of Octet: property -> value, such as its version and commit.
         machine: property -> value.
         stages: [{"name": str, "seconds": float}], in the order they ran.
         curves: training records; "step" is required, "stage", "epoch" and "learning_rate" are known, every
             other number is drawn: names that begin with "ap" or "validation" as validation results, with "share_"
             as shares of the weights, the rest as loss terms.
-        detections: pictures side by side.
+        detections: pictures side by side, the most interesting first.
+        class_names: by class index of the detections.
         sensitivity: [{"unit": str, "score": float, ...}], any order; None where the stage did not run.
         placement: [{"name": str, "kind": "activation" | "weight" | "float", ...}]; "scale" is drawn where given.
         calibration: how scales settle: {"images": [int], "largest": [float], "median": [float]}, the relative
@@ -63,6 +53,10 @@ class ReportData:
         findings: of the graph check: [{"name", "hazard", "remedy", ...}].
         notes: sentences for the reader.
         chosen: row name -> what to add to its accuracy where its weights were chosen on the evaluation images.
+        commands: what to do next: [{"title": str, "command": str, "remark": str}].
+        configuration: setting -> value, by dotted key.
+        changed: those settings that are not at their defaults.
+        hashes: SHA-256 by what was hashed: weights, splits of the data, graphs.
         gates: what the run misses of the limits that the user set, in sentences; None where no limit was set.
     """
 
@@ -71,10 +65,12 @@ class ReportData:
     image_size: SizeLike
     rows: Sequence[ResultRow]
     versions: Mapping[str, str] = field(default_factory=dict)
+    build: Mapping[str, Any] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
     stages: Sequence[Mapping[str, Any]] = ()
     curves: Sequence[Mapping[str, Any]] = ()
     detections: Sequence[DetectionPanel] = ()
+    class_names: Sequence[str] = ()
     sensitivity: Sequence[Mapping[str, Any]] | None = None
     placement: Sequence[Mapping[str, Any]] | None = None
     calibration: Mapping[str, Any] | None = None
@@ -84,6 +80,10 @@ class ReportData:
     fixed_point: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
     chosen: Mapping[str, str] = field(default_factory=dict)
+    commands: Sequence[Mapping[str, str]] = ()
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+    changed: Sequence[str] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)
     gates: Sequence[str] | None = None
 
     @property
@@ -108,6 +108,7 @@ class ReportData:
             ("graph", (self.graph,) if self.graph is not None else (), GRAPH_KEYS),
             ("graph node", (self.graph or {}).get("nodes", ()), NODE_KEYS),
             ("graph group", (self.graph or {}).get("groups", ()), GROUP_KEYS),
+            ("command", self.commands, COMMAND_KEYS),
             ("fixed-point item", self.fixed_point, ("name", "values", "differing", "largest_step")),
         ):
             for item in items:
@@ -117,12 +118,7 @@ class ReportData:
                         f"{kind} {dict(item)} lacks {', '.join(missing)}: expected {', '.join(keys)}."
                     )
         for panel in self.detections:
-            for name, png in panel.images:
-                if not png.startswith(PNG_SIGNATURE):
-                    raise ReportError(
-                        f"picture '{name}' of '{panel.title}' is no PNG (starts with {png[:8]!r}); "
-                        "draw it with report.draw_detections."
-                    )
+            panel.check(len(self.class_names))
 
 
 def reference_engine(rows: Sequence[ResultRow], row: ResultRow) -> ResultRow | None:

@@ -6,7 +6,6 @@ script, plotly.js, and JSON in which `<`, `>` and `&` are written as escapes, so
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from report import operating
 from report.charts import SECTIONS, Chart, all_charts
 from report.data import ReportData, reference_engine
 from report.graph import HEIGHT, WIDTH, draw
+from report.panels import drawn_panel
 from report.tables import (
     LAYER_HEADINGS,
     LEGEND,
@@ -86,9 +86,8 @@ def render_html(data: ReportData) -> str:
         graph_json=safe_json(graph["details"]) if graph else "",
         graph_script=_own_file("graph.js"),
         box_size=(WIDTH, HEIGHT),
-        pictures=[
-            (panel.title, [(name, data_uri(png)) for name, png in panel.images]) for panel in data.detections
-        ],
+        panels=[drawn_panel(panel, data.class_names) for panel in data.detections],
+        changed={key: data.configuration.get(key) for key in data.changed},
         style=_own_file("style.css"),
         script=_own_file("charts.js"),
         plotly_js=Markup(_plotly_js()) if charts else "",
@@ -131,11 +130,6 @@ def graph_view(data: ReportData) -> dict[str, Any] | None:
     layers = {str(layer["name"]): layer for layer in (data.model or {}).get("layers", ())}
     scored = ((str(item["unit"]), finite(float(item["score"]))) for item in data.sensitivity or ())
     return draw(data.graph, layers, {unit: score for unit, score in scored if score is not None})
-
-
-def data_uri(png: bytes) -> str:
-    """Return the picture as a data address."""
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def dict_table(items: Iterable[Mapping[str, Any]], first: Sequence[str]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from core.files import write_text
+from report.build import FORMAT, PLAIN, render
 from report.data import ReportData
-from report.html import render_html
 from report.operating import markdown_operating
 from report.tables import (
     LAYER_HEADINGS,
@@ -50,13 +50,14 @@ def write_report(run_dir: Path, data: ReportData) -> ReportPaths:
     paths = ReportPaths(run_dir / "report.json", run_dir / "report.md", run_dir / "report.html")
     write_text(paths.json, json.dumps(to_json(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
     write_text(paths.markdown, to_markdown(data))
-    write_text(paths.html, render_html(data))
+    write_text(paths.html, render([(run_dir.name, data)]))
     return paths
 
 
 def to_json(data: ReportData) -> dict[str, Any]:
-    """Return the content of report.json; NaN and infinity become null."""
+    """Return the content of report.json, all that the page shows; NaN and infinity become null."""
     return {
+        "format": FORMAT,
         "experiment": data.experiment,
         "weights": data.weights,
         "image_size": data.input_size.plain,
@@ -64,15 +65,8 @@ def to_json(data: ReportData) -> dict[str, Any]:
         "stages": [
             {"name": str(stage["name"]), "seconds": _plain(float(stage["seconds"]))} for stage in data.stages
         ],
-        "versions": _plain(data.versions),
-        "machine": _plain(data.machine),
-        "model": _plain(data.model),
-        "graph": _plain(data.graph),
-        "findings": _plain(data.findings),
-        "fixed_point": _plain(data.fixed_point),
-        "notes": _plain(data.notes),
-        "chosen": _plain(data.chosen),
-        "gates": _plain(data.gates),
+        **{name: _plain(getattr(data, name)) for name in PLAIN},
+        "detections": [panel.as_dict() for panel in data.detections],
     }
 
 

@@ -6,23 +6,22 @@ from typing import Any
 
 import torch
 
-from core.machine import describe_machine, describe_versions
-from core.rows import PTQ, QAT
-from data import decode_mask, to_picture
+from core.machine import describe_build, describe_machine, describe_versions
+from core.rows import QAT
 from deploy import describe_graph
 from models import measure_network
-from pipeline.evaluation.suppression import is_nms_free
 from pipeline.gates import missed_gates
 from pipeline.job import Job
-from pipeline.networks import FLOAT_MODEL, QUANTIZED
+from pipeline.networks import FLOAT_MODEL
+from pipeline.run.commands import changed_settings, flat_configuration, next_commands
 from pipeline.run.progress import say
 from pipeline.stages.fixed_point import FIXED_POINT
+from pipeline.stages.pictures import detection_panels
 from pipeline.stages.stage import Stage
 from quant import Placement, load_placement
-from report import DetectionPanel, ReportData, draw_detections, write_report
+from report import ReportData, write_report
 
-PICTURES = 4
-PICTURE_CONFIDENCE = 0.25
+HASH_LENGTH = 64  # hexadecimal digits of SHA-256; facts of the machine stand among the hashes
 
 
 def report_stage(job: Job) -> None:
@@ -34,6 +33,7 @@ def report_stage(job: Job) -> None:
         image_size=job.config.data.input_size,
         rows=run.rows(),
         versions=describe_versions(),
+        build=describe_build(),
         machine={**describe_machine(), "threads": torch.get_num_threads(), **describe_device(job.device)},
         stages=run.stages(),
         curves=[
@@ -41,7 +41,8 @@ def report_stage(job: Job) -> None:
             for stage, file in (("train", "train.jsonl"), ("finetune", "qat.jsonl"))
             for record in run.read_lines(file)
         ],
-        detections=_panels(job),
+        detections=detection_panels(job),
+        class_names=job.networks.detector.names if run.path(FLOAT_MODEL).exists() else (),
         sensitivity=run.read_json("sensitivity.json")["units"]
         if run.path("sensitivity.json").exists()
         else None,
@@ -55,6 +56,10 @@ def report_stage(job: Job) -> None:
         fixed_point=job.run.read_json(FIXED_POINT)["tensors"] if job.run.path(FIXED_POINT).exists() else [],
         notes=_notes(job),
         chosen=_chosen(job),
+        commands=next_commands(job.config, run),
+        configuration=flat_configuration(job.config),
+        changed=list(changed_settings(job.config)),
+        hashes=_hashes(job),
         gates=_missed_gates(job),
     )
     paths = write_report(run.directory, data)
@@ -65,32 +70,6 @@ def describe_device(device: torch.device) -> dict[str, str]:
     """Where torch ran."""
     gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     return {"device": str(device), **gpu}
-
-
-def _panels(job: Job) -> list[DetectionPanel]:
-    """The same validation pictures as the float and the quantized model see them."""
-    networks: dict[str, torch.nn.Module] = {}
-    if job.run.path(FLOAT_MODEL).exists():
-        networks["float"] = job.networks.detector.network
-    if job.run.path(QUANTIZED[PTQ]).exists():
-        model, key = job.networks.best()
-        networks[key.name] = model
-    decode = job.networks.detector.decode
-    panels = []
-    for batch in job.splits.letterboxed(job.splits.val, 1, PICTURES):
-        images = batch.to(job.device).images.float() / 255
-        sample = job.splits.val[job.splits.val.ids.index(batch.image_ids[0])]
-        pictures = []
-        for name, network in networks.items():
-            with torch.inference_mode():
-                decoded = decode(network(images))
-            found = job.evaluator.detections(decoded, PICTURE_CONFIDENCE, is_nms_free(decode))[0]
-            size = (int(images.shape[2]), int(images.shape[3]))
-            boxes, codes = to_picture(found, batch.infos[0], size)
-            masks = [decode_mask(code) for code in codes or ()]
-            pictures.append((name, draw_detections(sample.image, boxes, job.networks.detector.names, masks)))
-        panels.append(DetectionPanel(f"image {batch.image_ids[0]}", pictures))
-    return panels
 
 
 def _placement_items(job: Job) -> list[dict[str, Any]] | None:
@@ -199,6 +178,20 @@ def _findings(job: Job) -> list[dict[str, Any]]:
         return []
     checks = job.run.read_json("export.json")["checks"]
     return [{"file": name, **finding} for name, check in checks.items() for finding in check["findings"]]
+
+
+def _hashes(job: Job) -> dict[str, str]:
+    """SHA-256 of what the stages read and wrote: weights, splits of the data, graphs and engines."""
+    found: dict[str, str | None] = {}
+    for record in job.run.ledger.records().values():
+        reads = {name: value for name, value in record.inputs.reads.items() if " " in name}
+        found |= {**reads, **record.outputs}
+    wanted = ("split", "file of", ".onnx", ".safetensors", ".engine", ".xml", ".yaml")
+    return {
+        name: value
+        for name, value in found.items()
+        if value is not None and len(value) == HASH_LENGTH and any(part in name for part in wanted)
+    }
 
 
 def _chosen(job: Job) -> dict[str, str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from core.operating_point import Agreement, OperatingPoint, PointFigures
 from core.rows import ResultRow, RowKey, RowKind
-from report import DetectionPanel, ReportData, draw_detections
+from report import DetectionPanel, DetectionView, ReportData
 
 EVIL = "</script><script>alert('x')</script><img src=x onerror=alert(1)>"
 
@@ -18,6 +20,12 @@ def make_row(name: str, *figures: float, **named: object) -> ResultRow:
     """A row by its name."""
     kind, *engine = name.split(":")
     return ResultRow(RowKey(RowKind(kind), *engine), *figures, **named)  # type: ignore[arg-type]
+
+
+def jpeg(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture(seed)).save(buffer, format="JPEG")
+    return buffer.getvalue()
 
 
 def picture(seed: int) -> np.ndarray:
@@ -96,9 +104,10 @@ def curves(stage: str, validated_epochs: int) -> list[dict[str, Any]]:
 
 def sample_data() -> ReportData:
     boxes = [[10, 10, 60, 70, 0.9, 0], [30, 20, 150, 110, 0.4, 1]]
-    shown = [
-        (name, draw_detections(picture(1), boxes, ["cell", EVIL]))
-        for name in ("float", "engine:openvino:int8")
+    truth = DetectionView("ground truth", [[12, 9, 61, 72, None, 0]], [], [[[12, 9, 61, 9, 61, 72]]])
+    views = [
+        truth,
+        *(DetectionView(name, boxes, [False, True]) for name in ("float", "engine:openvino:int8")),
     ]
     return ReportData(
         experiment="sample",
@@ -109,7 +118,15 @@ def sample_data() -> ReportData:
         machine={"cpu": "two cores", "gpu": None},
         stages=[{"name": "float", "seconds": 12.5}, {"name": "finetune", "seconds": 130.0}],
         curves=[*curves("train", 0), *curves("finetune", 4)],
-        detections=[DetectionPanel(EVIL, shown)],
+        detections=[DetectionPanel(EVIL, jpeg(1), (120, 160), views, "2 boxes differ")],
+        class_names=["cell", EVIL],
+        build={"version": "0.1.0", "commit": EVIL},
+        commands=[
+            {"title": "Make this run again", "command": f"python train_qat.py '{EVIL}'", "remark": "soon"}
+        ],
+        configuration={"seed": 3, "stages": ["float"], "data.root": EVIL},
+        changed=["seed"],
+        hashes={"file of weights": "ab" * 32},
         sensitivity=[{"unit": f"backbone.block{n}", "score": 1.0 / n} for n in range(1, 60)]
         + [{"unit": EVIL, "score": 0.001}],
         placement=[

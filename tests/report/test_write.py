@@ -17,6 +17,7 @@ from core.errors import ReportError
 from core.files import write_text
 from core.rows import FLOAT, ResultRow, engine_key
 from report import DetectionPanel, ReportData, write_report
+from report.__main__ import main
 from report.charts import Chart
 from report.html import chart_json, headline
 from tests.report.sample import EVIL, make_row, sample_data, sample_rows
@@ -144,7 +145,7 @@ def test_html_fetches_nothing(page: Page) -> None:
         if key in ("src", "href")
     ]
     assert addresses
-    assert all(address.startswith("data:image/png;base64,") for address in addresses)
+    assert all(address.startswith(("data:image/jpeg;base64,", "#picture-")) for address in addresses)
     assert page.all("link") == []
     policy = next(
         meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"
@@ -201,11 +202,40 @@ def test_tables_are_accessible(page: Page) -> None:
 
 
 def test_pictures_are_inside(page: Page) -> None:
-    images = page.all("img")
-    assert len(images) == 2
-    for image in images:
-        picture = Image.open(io.BytesIO(base64.b64decode(image["src"].split(",", 1)[1])))
-        picture.verify()
+    (image,) = page.all("image")
+    picture = Image.open(io.BytesIO(base64.b64decode(image["href"].split(",", 1)[1])))
+    assert picture.size == (160, 120)
+    assert [use["href"] for use in page.all("use")] == ["#picture-0"] * 3
+    boxes = [rect for rect in page.all("rect") if rect.get("width") == "50.0"]
+    assert [(box["x"], box["y"], box["height"]) for box in boxes] == [("10.0", "10.0", "60.0")] * 2
+    assert [shape["points"] for shape in page.all("polygon")] == ["12.0 9.0 61.0 9.0 61.0 72.0"]
+
+
+def test_report_json_gives_the_same_page_again(tmp_path: Path) -> None:
+    paths = write_report(tmp_path, sample_data())
+    first = paths.html.read_text(encoding="utf-8")
+    paths.html.unlink()
+    assert main([str(tmp_path)]) == 0
+    assert paths.html.read_text(encoding="utf-8") == first
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read"),
+        ("{", "is no JSON"),
+        ('{"rows": []}', "another version of Octet"),
+        ('{"format": 2}', "is damaged"),
+    ],
+)
+def test_an_unusable_report_json_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, message: str
+) -> None:
+    if text is not None:
+        (tmp_path / "report.json").write_text(text)
+    assert main([str(tmp_path)]) == 3
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_an_empty_report_is_still_a_report(tmp_path: Path) -> None:
@@ -221,7 +251,9 @@ def test_an_empty_report_is_still_a_report(tmp_path: Path) -> None:
         ({"stages": [{"name": "float"}]}, "lacks seconds"),
         ({"model": {"parameters": 1, "macs": 2, "strides": [], "shares": {}}}, "lacks layers"),
         ({"sensitivity": [{"score": 1.0}]}, "lacks unit"),
-        ({"detections": [DetectionPanel("cells", [("float", b"GIF89a")])]}, "no PNG"),
+        ({"detections": [DetectionPanel("cells", b"GIF89a", (9, 9))]}, "no JPEG"),
+        ({"class_names": ["cell"]}, "class 1: expected one of 1 class names"),
+        ({"commands": [{"title": "Again"}]}, "lacks command"),
     ],
 )
 def test_bad_data_is_named_and_nothing_is_written(tmp_path: Path, change: dict, message: str) -> None:

@@ -1,0 +1,122 @@
+"""Commands that a report prints: to make the run again, to go on in it, to deploy it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from configs.compose import CONFIG_DIR, usual_settings
+from configs.schema import Config
+from core.targets import TARGETS
+from pipeline.run.directory import Run
+from pipeline.run.files import EXPORT_REPORT
+
+OF_THE_START = (
+    "experiment",
+    "run_dir",
+    "resume",
+)  # what a run is called and how it was started, not what it does
+GENERAL = "detector"  # the experiment for any detector and data
+WHOLE = ("data.merge_classes",)  # dictionaries with keys of the user's own
+_PLAIN = re.compile(r"[A-Za-z_./][\w./:@+%-]*")
+_WORDS = frozenset({"null", "true", "false", "yes", "no", "on", "off", "nan", "inf"})
+
+
+def flat_configuration(config: Config) -> dict[str, Any]:
+    """Setting -> value, by dotted key; lists and free dictionaries stay whole."""
+    return _flatten(asdict(config))
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        is_section = isinstance(value, Mapping) and value and key not in WHOLE
+        found |= _flatten(value, f"{key}.") if is_section else {key: value}
+    return found
+
+
+def changed_settings(config: Config) -> dict[str, Any]:
+    """The settings that are not at the defaults of their experiment."""
+    usual = _flatten(usual_settings([_experiment(config)]))
+    return {
+        key: value
+        for key, value in flat_configuration(config).items()
+        if key not in OF_THE_START and usual.get(key, ()) != value
+    }
+
+
+def overrides(config: Config) -> list[str]:
+    """What makes this configuration on the command line of `train_qat.py`."""
+    return [_experiment(config), *(override(key, value) for key, value in changed_settings(config).items())]
+
+
+def _experiment(config: Config) -> str:
+    """The experiment; for one of the user's own, whose file may be anywhere, the general one."""
+    is_known = (CONFIG_DIR / "experiment" / f"{config.experiment}.yaml").is_file()
+    return "+" + override("experiment", config.experiment if is_known else GENERAL)
+
+
+def override(key: str, value: Any) -> str:
+    """`key=value` as Hydra reads it on a command line.
+
+    Example: `override("stages", ["float", "export"])` is `stages=[float,export]`.
+    """
+    return f"{'+' if key in WHOLE else ''}{key}={_hydra(value)}"
+
+
+def _hydra(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{_hydra(str(key))}:{_hydra(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_hydra, value)) + "]"
+    text = str(value)
+    if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
+        return text
+    escaped = re.sub(r"\\+(?='|$)", lambda match: match[0] * 2, text).replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def next_commands(config: Config, run: Run) -> list[dict[str, str]]:
+    """What a reader of the report may want to do: title, command, remark."""
+    again = shlex.join(["python", "train_qat.py", *overrides(config)])
+    place = shlex.quote(str(run.directory))
+    found = [
+        _command(
+            "Make this run again", again, "in a new run directory; compare the hashes of weights and data"
+        ),
+        _command(
+            "Go on in this run", f"{again} run_dir={place} resume=true", "stages that are done are skipped"
+        ),
+        _command(
+            "This page again", f"python -m report {place}", "from report.json alone; name two runs to compare"
+        ),
+    ]
+    if run.path(EXPORT_REPORT).exists():
+        target = config.deploy.target
+        others = ", ".join(name for name in TARGETS if name != target)
+        found += [
+            _command("Export", f"python export.py run={place} target={target}", f"other targets: {others}"),
+            _command(
+                "See what it detects", f"python -m pipeline.predict {place} IMAGE", "image, folder or video"
+            ),
+            _command(
+                "Measure on other images",
+                f"python -m pipeline.evaluate {place} --data FOLDER",
+                "figures of images that took no part in any choice",
+            ),
+        ]
+    return found
+
+
+def _command(title: str, command: str, remark: str) -> dict[str, str]:
+    return {"title": title, "command": command, "remark": remark}
