@@ -6,7 +6,7 @@
     if __name__ == "__main__":
         main()
 
-Hydra runs underneath, so `-m` sweeps, `--cfg job`, `--help` and shell completion work. What differs from a
+This uses Hydra, so `-m` sweeps, `--cfg job`, `--help` and shell completion work. Differences from a
 plain `hydra.main`: mistakes end in one message and exit code 2 (HYDRA_FULL_ERROR=1 shows the traceback), and
 the function receives a dataclass instead of a DictConfig.
 """

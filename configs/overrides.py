@@ -99,7 +99,7 @@ def check_overrides(
 
 
 def _unreadable(text: str, types: dict[str, Any]) -> str:
-    """What to type in place of an override that Hydra's grammar does not take."""
+    """The correct text for an override that Hydra's grammar does not accept."""
     key, equals, value = text.partition("=")
     name = key.strip()
     if not equals:

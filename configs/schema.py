@@ -1,11 +1,11 @@
-"""Every setting of Octet, typed, with its meaning, unit and limits beside it.
+"""Every setting of Octet: type, meaning, unit and limits.
 
-The dataclasses are what Hydra checks the YAML files and the command line against (registered by
-`register_configs`) and what the pipeline receives. The limits written here are enforced by
-`configs.validation`, and a test holds `docs/configuration.md` against them, so a setting is described once.
+Hydra checks the YAML files and the command line with these dataclasses (registered by `register_configs`), and the
+pipeline receives them. `configs.validation` enforces the limits, and a test compares `docs/configuration.md` with
+them, so a setting is described once.
 
-Values that stay within plain types: str, int, float, bool, list and dict. `None` means "decide by itself"
-or "no limit", as the description says.
+Values have plain types: str, int, float, bool, list and dict. `None` means "decide automatically" or "no limit",
+as described for each setting.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class ActivationQuantConfig:
     bits: int = setting(8, "Bits; below 8 in simulation only", unit="bits", minimum=2, maximum=8)
     unsigned: bool = setting(
         False,
-        "Codes 0 to 255 for tensors that are never negative (images, behind ReLU): half the step. CPU engines only",
+        "Codes 0 to 255 for tensors that are never negative (images, results of ReLU): half the step. CPU engines only",
     )
 
 

@@ -1,6 +1,6 @@
-"""Names of methods that the configuration offers and another package implements.
+"""Names of methods that the configuration offers and other packages implement.
 
-Adding one takes its name here and its implementation there; a test holds both against each other.
+To add one, add its name here and its implementation there; a test compares both.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ GRIDS = (INTEGER, FP8)  # core.grid
 INT8 = "int8"
 QUANTIZED = (INT8, FP8, "int8-fp8")  # precisions of quantized graphs and engines; the last has codes of both
 OBSERVERS = ("minmax", "percentile", "mse", "entropy")  # quant.calibration.observers
-ATTENTION = ("float", "matmul")  # quant.placement.placer: what runs in INT8 of attention beside convolutions
+ATTENTION = (
+    "float",
+    "matmul",
+)  # quant.placement.placer: what is quantized of attention in addition to convolutions
 SENSITIVITY_METHODS = {  # quant.sensitivity and the stage
     "fisher": "one backward pass (arXiv:2210.08502)",
     "sqnr": "output error",

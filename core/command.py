@@ -1,4 +1,4 @@
-"""How every command ends: errors as one message with their exit code, and quietly where nobody reads the output."""
+"""How every command ends: errors as one message with their exit code, and silently if the output is not read."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def run_command(main: Callable[[], int]) -> NoReturn:
 
 
 def discard_output() -> None:
-    """Send what is left to flush at exit nowhere: nobody reads standard output any more."""
+    """Discard what is flushed at exit: standard output is no longer read."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -88,6 +88,6 @@ def size_argument(text: str) -> ImageSize:
     size = ImageSize.parse(text)
     if size is None:
         raise argparse.ArgumentTypeError(
-            f"'{text}' is no size; expected PIXELS or HEIGHTxWIDTH, such as 384x640"
+            f"'{text}' is not a size; expected PIXELS or HEIGHTxWIDTH, such as 384x640"
         )
     return size

@@ -1,4 +1,4 @@
-"""Every error that a user can meet, and the exit code of each.
+"""Every error that a user can get, and the exit code of each.
 
 A message names the value that was found, what was expected, and what to do about it. Commands print the message and
 leave with `exit_code`; any other exception is a defect and keeps its traceback.
@@ -49,7 +49,7 @@ class RunError(ConfigError):
 
 
 class StateError(RunError):
-    """What a stopped run left to go on from is damaged."""
+    """The saved state of a stopped run is damaged."""
 
     exit_code = EXIT_INPUT
 
@@ -78,7 +78,7 @@ class CalibrationError(OctetError, ValueError):
 
 
 class RangeError(OctetError, ValueError):
-    """A range that came with a checkpoint does not fit the network."""
+    """A range of a checkpoint does not fit the network."""
 
 
 class DivergenceError(OctetError, RuntimeError):

@@ -1,8 +1,8 @@
-"""Failures of the machine that libraries report in words of their own: what they mean to the user.
+"""Failures of the machine that libraries report in their own messages: what they mean to the user.
 
-A full disk, a killed loader process or a limit of the system is no defect of the program, whichever library meets it
-first. `known_failure` turns such an exception into an `OctetError` with its remedy; every other exception stays what it
-is, and keeps its traceback.
+A full disk, a killed loader process or a limit of the system is not a defect of the program, whichever library
+reports it. `known_failure` turns such an exception into an `OctetError` with its remedy; every other exception stays
+what it is, and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from core.errors import DataError, OctetError, WriteError
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN})
 WRITERS = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream error", "I/O error: ")
-"""Parts of what torch, OpenVINO and safetensors say where they cannot write."""
+"""Parts of the messages of torch, OpenVINO and safetensors when they cannot write."""
 
 
 def known_failure(error: BaseException) -> OctetError | None:
@@ -50,7 +50,7 @@ def write_failure(path: object, error: BaseException) -> WriteError:
     elif code == errno.ENAMETOOLONG:
         remedy = "choose a shorter name"
     elif code == errno.ENOTDIR:
-        remedy = "a file is in the place of a folder; choose another path"
+        remedy = "a file exists where a folder is needed; choose another path"
     return WriteError(f"{'A file' if path is None else path} cannot be written ({reason}): {remedy}")
 
 
@@ -65,13 +65,13 @@ def _disk_failure(error: OSError) -> OctetError | None:
 
 
 def _stated_code(text: str) -> int | None:
-    """The system's error number in the words of a library written in Rust."""
+    """The system's error number in a message of a library written in Rust."""
     number = re.search(r"os error (\d+)", text)
     return int(number[1]) if number else None
 
 
 def _loader_failure(text: str) -> DataError | None:
-    """The meaning of what torch's DataLoader says about its workers."""
+    """The meaning of a message of torch's DataLoader about its workers."""
     if text.startswith("DataLoader worker (pid"):
         pids = re.search(r"\(pid(?:\(s\))? ([\d, ]+)\)", text)
         signal = re.search(r"killed by signal: ([\w ]+)", text)

@@ -21,7 +21,7 @@ from typing import Any
 from core.errors import DataError, OctetError, WriteError
 from core.failures import known_failure, write_failure
 
-LATEST = "latest"  # beside the runs of an experiment: points to the newest
+LATEST = "latest"  # in the folder of an experiment's runs: points to the newest
 MODE = 0o644  # a writer's file may be private; artifacts are to be shared
 MAX_NAME_BYTES = 1024
 LITTLE_BYTES = 65536
@@ -33,7 +33,7 @@ def written_atomically(*paths: Path) -> Iterator[tuple[Path, ...]]:
 
     For writers that want a path of their own (safetensors, torch.save, OpenVINO). Files that belong together are
     given together: no target is replaced before every temporary file is complete and on disk. The temporary files have
-    the targets' names, in a hidden folder beside them; whatever else a writer leaves there is removed.
+    the targets' names, in a hidden folder next to them; other files that a writer leaves there are removed.
 
     Raises:
         WriteError: a folder or a file cannot be written; every target is as it was before.
@@ -128,7 +128,9 @@ def make_folder(path: Path) -> bool:
     except FileExistsError as error:
         if path.is_dir():
             return False
-        raise WriteError(f"{path} cannot be made: a file is in its place; choose another path") from error
+        raise WriteError(
+            f"{path} cannot be created: a file with this name exists; choose another path"
+        ) from error
     except OSError as error:
         raise write_failure(path, error) from error
     return True
@@ -152,7 +154,7 @@ def check_writable(folder: Path) -> None:
 
 
 def point_to(link: Path, target: str) -> None:
-    """Point a symbolic link at `target` beside it, in one step: the link exists all the time.
+    """Point a symbolic link at `target` in the same folder, atomically: the link always exists.
 
     Where the file system takes no symbolic links, a text file holds the name instead; `followed` understands both.
 
@@ -174,7 +176,7 @@ def check_link(link: Path) -> None:
     """Find out whether a link can be made at a path.
 
     Raises:
-        WriteError: a folder is in its place.
+        WriteError: a folder has this name.
     """
     if link.is_dir() and not link.is_symlink():
         raise WriteError(f"{link} is a folder, but is to point to the newest run: rename or remove it")
@@ -206,7 +208,7 @@ def _temporary_for(path: Path, folders: dict[Path, Path]) -> Path:
 
 
 def _is_full(folders: dict[Path, Path]) -> bool:
-    """Whether a disk is full: a writer's own words need not say so."""
+    """Whether a disk is full: the message of a writer need not state it."""
     return any(shutil.disk_usage(folder).free < LITTLE_BYTES for folder in folders)
 
 

@@ -1,6 +1,6 @@
 """Batch-normalisation folding: the arithmetic that `models` and `quant` share.
 
-A normalisation (x - mean) / sqrt(var + eps) * gamma + beta behind a layer with weight W and bias b is part of the layer
+A normalisation (x - mean) / sqrt(var + eps) * gamma + beta after a layer with weight W and bias b is part of the layer
 when, per output channel and with g = gamma / sqrt(var + eps),
 
     W' = W * g        b' = beta + (b - mean) * g
@@ -29,7 +29,7 @@ def folded_parameters(weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> t
     Args:
         weight: [output channels, ...].
         bias: [output channels], or None.
-        norm: the normalisation behind the layer; it must keep running statistics.
+        norm: the normalisation after the layer; it must keep running statistics.
 
     Returns:
         Weight and bias, float64.

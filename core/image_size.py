@@ -28,19 +28,21 @@ class ImageSize(NamedTuple):
 
     @classmethod
     def of(cls, value: SizeLike) -> ImageSize:
-        """The size that one number (a square) or one or two numbers (height, width) stand for.
+        """The size given by one number (a square) or by one or two numbers (height, width).
 
         Raises:
             ValueError: not one or two numbers.
         """
         numbers = (value,) if isinstance(value, int) else tuple(value)
         if not 1 <= len(numbers) <= 2:
-            raise ValueError(f"{list(numbers)} is no image size: expected one number, or height and width")
+            raise ValueError(
+                f"{list(numbers)} is not an image size: expected one number, or height and width"
+            )
         return cls(numbers[0], numbers[-1])
 
     @classmethod
     def parse(cls, text: str) -> ImageSize | None:
-        """The size that "384x640" or "640" stands for, as files and command lines write it; None for other text."""
+        """The size given as "384x640" or "640" in files and on command lines; None for other text."""
         parts = text.split("x")
         if len(parts) > 2 or not all(part.isdecimal() and len(part) < MOST_DIGITS for part in parts):
             return None

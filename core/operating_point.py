@@ -1,7 +1,7 @@
 """What users of a detector see at their confidence threshold, as typed fields of a row.
 
 AP sums over all thresholds and does not change when every score is halved. Whoever draws the boxes above one threshold
-notices that at once. These figures are taken at that threshold, and beside the float model's detections.
+notices that at once. These figures are measured at that threshold, and compared with the float model's detections.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MOST_SHIFT = 0.01  # mean score shift that a drop-in replacement stays below
 
 @dataclass(frozen=True)
 class Agreement:
-    """Detections of a model beside those of the float model, both above one threshold; None where there are none.
+    """Detections of a model and those of the float model, both above one threshold; None where there are none.
 
     Attributes:
         reference: detections of the float model.

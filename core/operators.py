@@ -1,7 +1,7 @@
 """What each operator is to quantization: one table for torch.fx graphs and for ONNX graphs, and two rules over it.
 
 Placement reads the names of modules, functions and methods, the graph check and the export passes read the ONNX types.
-A rule that both sides apply (which layers are too narrow, which summand an engine fuses) stands here as one function,
+A rule that both sides apply (which layers are too narrow, which summand an engine fuses) is one function here,
 so that a placed and exported network passes the check. Data only: torch names are strings, see `quant.graph`.
 
 Sources: NVIDIA's tensorflow-quantization guide (custom Q/DQ cases) and modelopt's ONNX quantization.
@@ -96,7 +96,7 @@ SIGMOIDS = ("Sigmoid", "HardSigmoid")
 ACTIVATIONS = frozenset(
     (*SIGMOIDS, "Relu", "LeakyRelu", "HardSwish", "Clip", "Mish", "Gelu", "Tanh", "Elu", "PRelu")
 )
-"""ONNX types that engines fuse with the convolution in front of them."""
+"""ONNX types that engines fuse with the convolution before them."""
 
 
 def narrow_reason(
@@ -151,8 +151,8 @@ class TensorGraph(Protocol[T]):
 def fused_summand(graph: TensorGraph[T], summands: Sequence[T]) -> T | None:
     """The summand whose layer an engine fuses with the sum; it is left unquantized, every other one is quantized.
 
-    It comes directly from a layer, its activation or an inner sum, and nothing else reads it: behind a concat or a
-    split the sum is a kernel of its own. Of several, the one with most layers behind it is chosen: the residual branch.
+    It comes directly from a layer, its activation or an inner sum, and nothing else reads it: after a concat or a
+    split the sum is a separate kernel. Of several, the one after most layers is chosen: the residual branch.
     """
     fresh = [
         tensor for tensor in summands if graph.num_readers(tensor) == 1 and _comes_from_layer(graph, tensor)

@@ -165,7 +165,7 @@ class ResultRow:
 
     @property
     def not_run(self) -> str | None:
-        """What to say in place of a latency: "built for SM86, SM89; not run here"; None for any other row."""
+        """What to print instead of a latency: "built for SM86, SM89; not run here"; None for any other row."""
         built = self.extras.get("built_for")
         if not built or self.latency_ms_median is not None:
             return None

@@ -24,10 +24,10 @@ class RuntimeEntry:
         name: what `deploy.runtimes` calls it.
         title: what messages call it.
         factory: `module:class` of its `deploy.runtimes.base.Runtime`.
-        library: the Python package behind it, which only its own modules import.
+        library: the Python package that it uses, which only its own modules import.
         targets: targets whose graphs it runs in INT8, the preferred one first.
         suffixes: endings of the files that it opens; the first is that of the engines it builds.
-        companions: endings of the files that lie beside an engine and belong to it.
+        companions: endings of the files next to an engine that belong to it.
         float_precisions: precisions its float engines can have; with a single one there is one float engine,
             whatever `deploy.float_precisions` names.
         outputs: forms of the outputs that it takes, of `core.targets.OUTPUTS`.

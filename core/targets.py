@@ -36,7 +36,7 @@ class Target:
         wants_images: its passes measure ranges on images, and add quantizers that the torch model does not have.
         result_quantizers: its engine runs a convolution in integers only where the result is quantized as well.
         half: the float part is FP16, which ONNX Runtime's reference kernels do not run.
-        float_target: target that float models are exported for in its place; None for itself.
+        float_target: target that float models are exported for instead; None for itself.
     """
 
     name: str

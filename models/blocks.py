@@ -1,6 +1,6 @@
 """Building blocks of the YOLOv9 / GELAN networks (arXiv:2402.13616), as plain PyTorch.
 
-Why they look the way they do: the networks are traced by `torch.fx`, folded, quantized and exported, so a block holds
+Constraints: the networks are traced by `torch.fx`, folded, quantized and exported, so a block holds
 only leaf modules and pure functions, every tensor that a deployment engine sees is a module's output, activations are
 never in place, and nothing depends on the values in a tensor. Module names say what a part does; `OFFICIAL_NAMES` on
 each class maps the names used by the official checkpoints to them, so that a checkpoint's key can be walked down the
@@ -137,7 +137,7 @@ class RepBottleneck(nn.Module):
 
 
 class RepCSP(nn.Module):
-    """Cross-stage partial block: a path through residual blocks beside a plain 1x1 path, joined at the exit."""
+    """Cross-stage partial block: residual blocks and a plain 1x1 path in parallel, joined at the exit."""
 
     OFFICIAL_NAMES: ClassVar[dict[str, str]] = {
         "cv1": "entry",

@@ -1,8 +1,8 @@
 """Cross-stage partial blocks (CSPNet, arXiv:1911.11929) of YOLOv5, YOLOv8, YOLO11 and later families.
 
-Two layouts. `C3` runs a chain of bottlenecks beside a plain 1x1 path and joins both. `SplitChain` splits its entry in
-two halves, runs blocks in a chain on the second and joins both halves with the result of every block; `C2f` and `C3k2`
-say which blocks. Parts follow the rules of `models.blocks`.
+Two layouts. `C3` runs a chain of bottlenecks in parallel to a plain 1x1 path and joins both. `SplitChain` splits its
+entry in two halves, runs blocks in a chain on the second and joins both halves with the result of every block; `C2f`
+and `C3k2` say which blocks. Parts follow the rules of `models.blocks`.
 
 Shapes: B batch, C channels, H and W in cells of the block's own level.
 """
@@ -45,7 +45,7 @@ class Bottleneck(nn.Module):
 
 
 class C3(RepCSP):
-    """Bottlenecks in a chain beside a plain 1x1 path, joined by a 1x1 convolution (YOLOv5).
+    """Bottlenecks in a chain in parallel to a plain 1x1 path, joined by a 1x1 convolution (YOLOv5).
 
     Args:
         in_channels: Channels of the input.
@@ -73,7 +73,7 @@ class C3(RepCSP):
 
 
 class C3k(C3):
-    """A `C3` of two bottlenecks with 3x3 kernels only, as it stands inside `C3k2` (YOLO11)."""
+    """A `C3` of two bottlenecks with 3x3 kernels only, as used inside `C3k2` (YOLO11)."""
 
     def __init__(self, channels: int, shortcut: bool, activation: str) -> None:
         super().__init__(channels, channels, 2, shortcut, activation, kernels=(3, 3))
@@ -149,7 +149,7 @@ class C3k2(SplitChain):
         out_channels: Channels of the result.
         repeats: Number of blocks.
         inner: What a block is: `bottleneck` (to half the width and back), `c3k`, or `attention` (such a bottleneck
-            and an attention block behind it).
+            followed by an attention block).
         activation: `silu` or `relu`.
         ratio: Channels of each half, over `out_channels`.
     """

@@ -175,7 +175,7 @@ def non_max_suppression(
         max_detections: Kept per image, best scores first. At most 30,000 candidates per image enter the suppression.
 
     Returns:
-        One tensor [N, 6] per image: x1, y1, x2, y2 in input pixels, score, class; by falling score.
+        One tensor [N, 6] per image: x1, y1, x2, y2 in input pixels, score, class; in descending order of score.
 
     Raises:
         ValueError: If `decoded` has fewer than 5 rows or a threshold is out of range.
@@ -217,7 +217,7 @@ def best_pairs(decoded: Tensor, confidence: float, max_detections: int = 300) ->
         max_detections: Kept per image, best scores first.
 
     Returns:
-        For each image detections [N, 6] (x1, y1, x2, y2 in input pixels, score, class), by falling score, and the
+        For each image detections [N, 6] (x1, y1, x2, y2 in input pixels, score, class), by descending score, and the
         anchor index [N] of each.
 
     Raises:

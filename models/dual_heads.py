@@ -73,7 +73,7 @@ class DualHead(UltralyticsBranches):
 
 
 class DirectDualHead(DualHead):
-    """Both detection branches with one value for each box side, its distance in cells, in place of a distribution."""
+    """Both detection branches with one value for each box side, its distance in cells, instead of a distribution."""
 
     reg_max: ClassVar[int] = 1
 

@@ -1,8 +1,8 @@
 """Batch-normalisation folding and RepConv merging: what a deployed network computes, in fewer layers.
 
-A normalisation becomes part of the convolution before it (core/folding.py). A smaller kernel beside a larger one is a
-kernel of the larger size that is zero around its centre, so both add up to one kernel. The sums are done in float64
-whatever the weights' type.
+A normalisation becomes part of the convolution before it (core/folding.py). A smaller kernel in parallel to a larger
+one is a kernel of the larger size that is zero around its centre, so both add up to one kernel. The sums are done in
+float64 whatever the weights' type.
 """
 
 import copy

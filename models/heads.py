@@ -1,7 +1,6 @@
 """The detection head: per level one box branch (DFL logits) and one class branch (logits), nothing decoded.
 
-Decoding lives in `models.boxes.Decode`, apart from the network, because it stays in float while the network is
-quantized.
+Decoding is a separate module, `models.boxes.Decode`, because it stays in float while the network is quantized.
 
 Shapes: B batch, K classes, R bins of a box side's distribution, h and w cells of a level.
 """
@@ -82,7 +81,7 @@ class HeadBranches(nn.Module):
         return {"head": first}
 
     def initialise_biases(self, num_classes: int, strides: Sequence[int]) -> None:
-        """Start from rare objects: without it the class loss of the many empty cells swamps the first steps.
+        """Assume rare objects at the start: otherwise the class loss of the many empty cells dominates the first steps.
 
         The class bias is the log-odds (approximately the log) of about five objects in a 640 x 640 image spread over
         the level's cells and the classes: stride 8, K = 3 gives log(5 / 3 / 80^2) = -8.25.

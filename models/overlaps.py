@@ -30,7 +30,7 @@ def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
 
 
 def suppress_by_class(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float) -> Tensor:
-    """Indices of the boxes that overlap no better box of their own class by more than `iou`, by falling score.
+    """Indices of the boxes that overlap no better box of their own class by more than `iou`, by descending score.
 
     The same result as `torchvision.ops.batched_nms`: few boxes are moved apart by class and suppressed in one call,
     many are suppressed class by class.

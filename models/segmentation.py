@@ -36,7 +36,7 @@ class Prototypes(nn.Module):
 
     Args:
         in_channels: Channels of the finest level.
-        learned_upsampling: A transposed convolution in place of nearest-neighbour enlargement.
+        learned_upsampling: A transposed convolution instead of nearest-neighbour upsampling.
         activation: `silu` or `relu`.
     """
 
@@ -115,7 +115,7 @@ class BranchedSegmentationHead(MaskBranches):
         self.prototype_conv = ConvBlock(finest, finest, 3, activation=activation)
 
     def make_prototypes(self, in_channels: int, activation: str) -> nn.Module:
-        """A 1x1 convolution, behind the branch."""
+        """A 1x1 convolution after the branch."""
         return ConvBlock(in_channels, NUM_PROTOTYPES, 1, activation=activation)
 
     def prototype_maps(self, finest: Tensor) -> Tensor:

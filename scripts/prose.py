@@ -22,7 +22,10 @@ from proselint.registry import CheckRegistry
 from proselint.tools import LintFile
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKED = ("*.md", "docs/**/*.md", "benchmarks/*.md", "scripts/*.py", "scripts/*.sh", "examples/*.py")
+CHECKED = (
+    "*.md", "docs/**/*.md", "benchmarks/*.md", "scripts/*.py", "scripts/*.sh", "examples/*.py", "*.py",
+    "core/**/*.py", "models/**/*.py", "configs/**/*.py",
+)  # fmt: skip
 PHRASES = {  # regular expression -> what to write
     r"without a word": "silently, or: without a message",
     r"stands? in (for|here|behind|under)|stand-in": "replaces, or: is used instead of",

@@ -52,7 +52,7 @@ def describe_checkpoint(path: str | Path) -> dict[str, str]:
     activation = metadata.get("manifest", {}).get("activation") or metadata.get("activation")
     facts["activation"] = str(
         activation
-        or "not stated: SiLU is assumed; say model.activation=relu in a run, or --activation relu here"
+        or "not stated: SiLU is assumed; set model.activation=relu in a run, or --activation relu here"
     )
     facts["parameters"] = f"{sum(tensor.numel() for key, tensor in weights.items() if _is_parameter(key)):,}"
     facts["tensors"] = f"{len(weights)} ({_describe_types(weights)})"
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--convert", type=Path, metavar="OUT", help="write OUT (.safetensors) and its manifest"
     )
-    parser.add_argument("--activation", choices=("silu", "relu"), help="for files that do not say theirs")
+    parser.add_argument("--activation", choices=("silu", "relu"), help="for files that do not state it")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     facts = describe_checkpoint(options.file)

@@ -120,7 +120,7 @@ def _is_engine_with_header(head: bytes, size: int) -> bool:
 def _refuse_text(path: Path, head: bytes) -> None:
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:HEAD_BYTES].lower()
     if start.startswith((b"<!doctype html", b"<html")) or (start.startswith(b"<") and b"<html" in start):
-        raise _refusal(path, "an HTML page", f"a web page was saved in place of the file: {_DOWNLOAD}")
+        raise _refusal(path, "an HTML page", f"a web page was saved instead of the file: {_DOWNLOAD}")
     if start.startswith(b"<?xml") or start.startswith(b"<net"):
         if b"<net" in start:
             raise _refusal(path, "the XML file of an OpenVINO model", _EXPORT)

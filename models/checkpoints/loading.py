@@ -135,7 +135,7 @@ def detector_from_checkpoint(
 
 
 def save_detector(detector: Detector, path: str | Path) -> None:
-    """Write the weights as `.safetensors` and what they are as JSON beside it; both appear at once or not at all.
+    """Write the weights as `.safetensors` and what they are as JSON next to it; both are written or neither.
 
     Args:
         detector: The detector; its tensors keep their type; imported quantizer ranges are kept too.
@@ -217,7 +217,7 @@ def _choose_activation(
             f"{source} was trained with {stated}, not {activation}: leave the activation out or set it to {stated}"
         )
     if stated is None and activation is None:
-        _logger.warning("%s does not say its activation; SiLU is assumed", source)
+        _logger.warning("%s does not state its activation; SiLU is assumed", source)
     return str(stated or activation or "silu")
 
 

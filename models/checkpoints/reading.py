@@ -1,4 +1,4 @@
-"""What a checkpoint file holds, whatever wrote it: tensors by name and plain facts, read without running anything.
+"""The content of a checkpoint file of any tool: tensors by name and plain facts, read without running anything.
 
 Torch zip files (pickled models of the official YOLOv9 trainer and of Ultralytics, plain state dicts), `.safetensors`
 and `.npz` all end up as one `Checkpoint`. Which network it fits is `models.checkpoints.convert`'s business.
@@ -105,7 +105,7 @@ def _check_digest(path: Path, expected: Any) -> None:
         raise CheckpointError(
             f"{path} is not the file that {manifest_path(path).name} describes (sha256 {found[:12]}..., expected "
             f"{str(expected)[:12]}...): one of them is damaged or was exchanged; "
-            "remove the manifest to load the file all the same"
+            "remove the manifest to load the file anyway"
         )
 
 

@@ -1,6 +1,6 @@
-"""What a pickled model says beside its tensors, held against the network that its keys and shapes show.
+"""What a pickled model states in addition to its tensors, compared with the network that its keys and shapes show.
 
-A network may have all keys and shapes of a known one and still compute something else: no activation behind a
+A network may have all keys and shapes of a known one and still compute something else: no activation after a
 convolution, other strides. Such a file is refused, since its figures would be wrong without a sign.
 """
 
@@ -58,7 +58,7 @@ def check_statements(
                 wrong.append(key)
     if wrong:
         raise CheckpointError(
-            f"{source} has an activation where {detector.architecture} has none, or none where it has one, behind "
+            f"{source} has an activation where {detector.architecture} has none, or none where it has one, after "
             f"{listing(wrong, MAX_KEYS_SHOWN)}: a changed network, see model=custom in docs/custom.md"
         )
 

@@ -2,7 +2,7 @@
 
 The official trainer of `yolov9-*.yaml` trains a second head on an auxiliary branch (programmable gradient information,
 arXiv:2402.13616, section 4.1). Deployment keeps the main head, whose branches are called `cv4`, `cv5` and `dfl2`
-beside the auxiliary `cv2`, `cv3` and `dfl`, and drops the layers that only the auxiliary head reads. Some forms also
+next to the auxiliary `cv2`, `cv3` and `dfl`, and drops the layers that only the auxiliary head reads. Some forms also
 start with a layer that does nothing, which shifts all others by one.
 """
 
@@ -40,7 +40,7 @@ class TrainingForm:
     auxiliary_branches: frozenset[str] = frozenset()
 
     def deployed_key(self, key: str) -> str | None:
-        """Deployed name of a key; None for the auxiliary branch. A key that belongs nowhere keeps its name."""
+        """Deployed name of a key; None for the auxiliary branch. A key without a counterpart keeps its name."""
         layer, rest = _split(key)
         if layer == self.head:
             branch, dot, tail = rest.partition(".")

@@ -1,4 +1,4 @@
-"""YOLO11: one function per size, with its numbers in sight. Attention stands behind the pyramid pooling."""
+"""YOLO11: one function per size, with explicit numbers. Attention follows the pyramid pooling."""
 
 import re
 from collections import OrderedDict

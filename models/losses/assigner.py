@@ -1,4 +1,4 @@
-"""Which anchor points learn which object: the task-aligned assigner (TOOD, arXiv:2108.07755, section 3.2).
+"""Which anchor points are trained on which object: the task-aligned assigner (TOOD, arXiv:2108.07755, section 3.2).
 
 Shapes: B batch, M objects per image (padded), A anchor points, K classes. Boxes are "xyxy, input pixels".
 """

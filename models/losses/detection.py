@@ -32,7 +32,7 @@ class DetectionLoss(nn.Module):
     - `cls`: binary cross-entropy of all points against the soft targets of the assigner (arXiv:2108.07755).
     - `box`: 1 - CIoU (arXiv:1911.08287) of positive points, weighted by their target score.
     - `dfl`: distribution focal loss (arXiv:2006.04388, eq. 6) of positive points, weighted likewise.
-    - `l1`, in its place where R is 1: the distances' errors as shares of the image's sides, summed over the four
+    - `l1`, instead of it if R is 1: the distances' errors as shares of the image's sides, summed over the four
       (arXiv:2005.12872, section 3.1).
 
     Args:

@@ -20,7 +20,7 @@ DEFAULT_MASK_GAIN = 6.125  # arXiv:1904.02689, section 3.3
 
 @dataclass(frozen=True)
 class SegmentTargets:
-    """What a segmentation network learns from.
+    """Targets of a segmentation network.
 
     Attributes:
         boxes: [T, 6]: batch index, class, x1, y1, x2, y2 in input pixels; T may be 0.

@@ -76,7 +76,7 @@ def test_published_folded_weights(shared_data: Path, caplog: pytest.LogCaptureFi
     assert detector.activation == "relu"
     with caplog.at_level(logging.WARNING):
         load_detector(path)
-    assert "does not say its activation" in caplog.text
+    assert "does not state its activation" in caplog.text
 
 
 def test_half_precision_becomes_single(small: Detector, tmp_path: Path) -> None:
