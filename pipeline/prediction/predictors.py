@@ -32,9 +32,8 @@ from pipeline.evaluation.engine_outputs import OutputReader
 from pipeline.evaluation.suppression import is_nms_free, suppress_overlaps
 from pipeline.job import Job, choose_device
 from pipeline.run.directory import CONFIG, Run
-from pipeline.run.files import find_engine
+from pipeline.run.files import find_engine, model_name, target_of
 from pipeline.run.progress import say
-from pipeline.stages.export import model_name, target_of
 
 ENGINE_SUFFIXES = tuple(dict.fromkeys(end for entry in RUNTIMES.values() for end in entry.suffixes))
 FLOAT = "float"
@@ -151,7 +150,7 @@ def open_run(directory: Path, options: Options) -> Predictor:
         network, row = job.networks.best()
         return _of_job(job, network, f"{row} (torch)", options)
     entry = RUNTIMES[runtime]
-    graph = model_name(job, target_of(job, runtime))
+    graph = model_name(job.config, target_of(job.config, runtime))
     engine = find_engine(job.run, entry, graph)
     if engine is None:
         if not entry.reads_onnx:

@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from configs.schema import Config
 from core.choices import QUANTIZED
 from core.command import path_argument, reports_errors, run_command
 from core.errors import DeployError
@@ -22,6 +23,17 @@ from pipeline.run.directory import Run
 FLOAT_ONNX = "float.onnx"
 ENGINES = "engines"  # folder of the stage `engine`
 EXPORT_REPORT = "export.json"
+INT8_MODEL = "model.onnx"
+
+
+def target_of(config: Config, runtime: str) -> str:
+    """Target whose graph a runtime runs: the configured one where it takes it."""
+    return RUNTIMES[runtime].target_for(config.deploy.target)
+
+
+def model_name(config: Config, target: str) -> str:
+    """File name of the INT8 ONNX for a target: the configured one is `model.onnx`."""
+    return INT8_MODEL if target == config.deploy.target else f"model-{target}.onnx"
 
 
 def export_path(run: Run, target: str) -> Path:

@@ -19,10 +19,9 @@ from deploy.graph.quantizers import quantized_precision
 from deploy.runtimes.engines import runtime_class
 from pipeline.job import Job
 from pipeline.networks import QUANTIZED
-from pipeline.run.files import ENGINES, FLOAT_ONNX
+from pipeline.run.files import ENGINES, FLOAT_ONNX, model_name, target_of
 from pipeline.run.progress import say
 from pipeline.splits import VAL
-from pipeline.stages.export import model_name, target_of
 from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
 from pipeline.stages.parity import check_parity, engine_row, reader_of
 from pipeline.stages.stage import Stage
@@ -35,7 +34,7 @@ def check_runtimes(job: Job) -> None:
         DeployError: a runtime is missing, with the way to get it, or does not take the target.
     """
     for name in job.config.deploy.runtimes:
-        runtime_class(name).require(target_of(job, name))
+        runtime_class(name).require(target_of(job.config, name))
 
 
 def engine_stage(job: Job) -> None:
@@ -116,7 +115,7 @@ def build_engines(job: Job, runtime: str) -> Iterator[tuple[Path, EngineRequest]
     """
     config = job.config.deploy
     entry = RUNTIMES[runtime]
-    quantized = job.run.need(model_name(job, target_of(job, runtime)), "export")
+    quantized = job.run.need(model_name(job.config, target_of(job.config, runtime)), "export")
     plain = job.run.need(FLOAT_ONNX, "export")
     floats = [(plain, precision) for precision in entry.float_engines(config.float_precisions)]
     for graph, precision in [(quantized, quantized_precision(load_onnx(quantized)) or INT8), *floats]:

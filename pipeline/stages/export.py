@@ -13,7 +13,6 @@ from torch import Tensor, fx, nn
 from configs.deploy_schema import NMSConfig
 from core.choices import ONE2ONE
 from core.errors import ConfigError, DataError
-from core.runtimes import RUNTIMES
 from core.targets import FP8_OPSET, TARGETS
 from data import to_input
 from deploy import (
@@ -27,7 +26,7 @@ from deploy.runtimes.base import FloatArray
 from models import Detector
 from pipeline.job import Job
 from pipeline.networks import QUANTIZED, head_of
-from pipeline.run.files import EXPORT_REPORT, FLOAT_ONNX
+from pipeline.run.files import EXPORT_REPORT, FLOAT_ONNX, model_name, target_of
 from pipeline.run.progress import say
 from pipeline.splits import TRAIN, VAL
 from pipeline.stages.fixed_point import FIXED_POINT, compare_fixed_point
@@ -36,7 +35,6 @@ from pipeline.stages.parity import check_parity, describe
 from pipeline.stages.stage import Stage
 from quant import Placement, placement_of, with_named_nodes
 
-INT8_MODEL = "model.onnx"
 MASK_TEXTS = {
     "task": "segment",
     "output0": "[B, 4 + classes + prototypes, anchors]: cx, cy, w, h in input pixels, class scores, mask coefficients",
@@ -83,14 +81,16 @@ def export_stage(job: Job) -> None:
     ONNX Runtime executes the files as the reference: their arithmetic is checked before any engine is built.
     """
     reports = {
-        target: export_quantized(job, target, job.run.path(model_name(job, target)))
+        target: export_quantized(job, target, job.run.path(model_name(job.config, target)))
         for target in targets(job)
     }
     export_float(job, job.run.path(FLOAT_ONNX))
     parity = {}
     # ONNX Runtime has neither FP16 kernels for the typed graph nor TensorRT's plugin
     readable = [] if job.config.deploy.outputs == "efficient_nms" else [FLOAT_ONNX]
-    readable += [model_name(job, target) for target in reports if readable and not TARGETS[target].half]
+    readable += [
+        model_name(job.config, target) for target in reports if readable and not TARGETS[target].half
+    ]
     for name in readable:
         with ONNXRuntime(job.run.path(name), optimize=False) as reference:
             parity[name] = check_parity(job, reference)
@@ -115,7 +115,7 @@ def compare_with_torch(job: Job) -> None:
     """Compare the codes of a graph that quantizes just what torch does with torch's; export one if there is none."""
     target = next((name for name in targets(job) if TARGETS[name].is_exact), None)
     if target is not None:
-        compare_fixed_point(job, job.run.path(model_name(job, target)))
+        compare_fixed_point(job, job.run.path(model_name(job.config, target)))
         return
     with tempfile.TemporaryDirectory() as folder:
         compare_fixed_point(job, export_exact(job, Path(folder) / "exact.onnx"))
@@ -139,17 +139,9 @@ def has_fp8(network: fx.GraphModule) -> bool:
 def targets(job: Job) -> list[str]:
     """Targets that the run exports for: the configured one, and that of every runtime."""
     config = job.config.deploy
-    return list(dict.fromkeys([config.target, *(target_of(job, runtime) for runtime in config.runtimes)]))
-
-
-def target_of(job: Job, runtime: str) -> str:
-    """Target whose graph a runtime runs: the configured one where it takes it."""
-    return RUNTIMES[runtime].target_for(job.config.deploy.target)
-
-
-def model_name(job: Job, target: str) -> str:
-    """File name of the INT8 ONNX for a target: the configured one is `model.onnx`."""
-    return INT8_MODEL if target == job.config.deploy.target else f"model-{target}.onnx"
+    return list(
+        dict.fromkeys([config.target, *(target_of(job.config, runtime) for runtime in config.runtimes)])
+    )
 
 
 def check_export(job: Job) -> None:

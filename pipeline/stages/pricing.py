@@ -21,8 +21,8 @@ from deploy.compile.report import fixed_shapes
 from deploy.graph.view import View
 from deploy.runtimes.engines import runtime_class
 from pipeline.job import Job
+from pipeline.run.files import target_of
 from pipeline.run.progress import track
-from pipeline.stages.export import target_of
 from pipeline.stages.plans import FLOATING, Plans
 
 ESTIMATED_TARGET = "tensorrt_rtx"
@@ -106,7 +106,7 @@ class MeasuredPricing(Pricing):
     def __init__(self, job: Job, runtime: str) -> None:
         self.job = job
         self.entry = RUNTIMES[runtime]
-        self.target = target_of(job, runtime)
+        self.target = target_of(job.config, runtime)
         self.subject = f"{self.entry.title} on this machine"
         is_chosen_late = not self.entry.fixes_precision
         self.float_precision = (
