@@ -25,6 +25,7 @@ LATEST = "latest"  # in the folder of an experiment's runs: points to the newest
 MODE = 0o644  # a writer's file may be private; artifacts are to be shared
 MAX_NAME_BYTES = 1024
 LITTLE_BYTES = 65536
+_TEMPORARY = ".writing-"
 
 
 @contextmanager
@@ -153,6 +154,12 @@ def check_writable(folder: Path) -> None:
         raise write_failure(folder, OSError(code, os.strerror(code)))
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of writers that were killed; nobody may be writing below the folder."""
+    for temporary in folder.rglob(f"{_TEMPORARY}*"):
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def point_to(link: Path, target: str) -> None:
     """Point a symbolic link at `target` in the same folder, atomically: the link always exists.
 
@@ -201,7 +208,7 @@ def _temporary_for(path: Path, folders: dict[Path, Path]) -> Path:
     try:
         if path.parent not in folders:
             path.parent.mkdir(parents=True, exist_ok=True)
-            folders[path.parent] = Path(tempfile.mkdtemp(dir=path.parent, prefix=".writing-"))
+            folders[path.parent] = Path(tempfile.mkdtemp(dir=path.parent, prefix=_TEMPORARY))
     except OSError as error:
         raise write_failure(path, error) from error
     return folders[path.parent] / path.name

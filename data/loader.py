@@ -22,6 +22,7 @@ from data.delivery import PREFETCH, TICK, Packed, Pulse, choose_transport, deliv
 from data.letterbox import LetterboxInfo, letterbox, letterbox_boxes
 from data.masks import MASK_STRIDE, draw_masks
 from data.samples import Batch, Dataset
+from data.worker_signals import leave_signals_to_parent
 
 KEPT_BYTES = 256 * 2**20  # memory of each worker for decoded training images
 
@@ -310,5 +311,6 @@ def _start_worker(worker: int) -> None:
     info = torch.utils.data.get_worker_info()
     assert info is not None
     assert isinstance(info.dataset, _Prepared)
+    leave_signals_to_parent()
     info.dataset.pulse.start(worker)
     cv2.setNumThreads(0)  # OpenCV's thread pool does not survive a fork, and workers are parallel already

@@ -7,13 +7,16 @@ from pathlib import Path
 
 from configs.compose import dump
 from configs.schema import Config
+from core.errors import GateError
+from core.failures import known_failure
 from core.files import LATEST, check_writable
 from pipeline.gates import check_gates, shipped_value
 from pipeline.input_check import check_input
 from pipeline.job import Job
 from pipeline.run.directory import Run
 from pipeline.run.progress import mute, say, show_package_logs
-from pipeline.run.terminal import print_result, quit_on_termination
+from pipeline.run.stopping import STOPPING, Stopped, resume_command
+from pipeline.run.terminal import print_result
 from pipeline.stages.order import stages_of
 from pipeline.stages.stage import Stage
 from training.team import Team, join_team
@@ -29,7 +32,7 @@ def run_job(config: Config) -> float:
         GateError: a gate that the user set is missed (the report is written before).
         ConfigError, RunError, DataError, CheckpointError, DeployError: with value, expectation and remedy.
     """
-    quit_on_termination()
+    STOPPING.watch()
     show_package_logs()
     team = join_team()
     mute(not team.first)
@@ -39,8 +42,21 @@ def run_job(config: Config) -> float:
     say(f"run: {run.directory}")
     if team.size > 1:
         say(f"{team.size} processes: they share the calibration images; the first does all other stages")
-    for stage in stages:
-        run_stage(job, stage)
+    try:
+        for stage in stages:
+            STOPPING.check()
+            run_stage(job, stage)
+    except Stopped as stopped:
+        say(f"Stopped by {stopped.name}. To go on: {resume_command(run.directory)}")
+        raise
+    except Exception as error:
+        if known_failure(error) is not None and not isinstance(error, GateError):
+            say(f"To go on after that: {resume_command(run.directory)}")
+        raise
+    finally:
+        STOPPING.is_deferred = False
+        if team.first:
+            run.unlock()
     if team.first:
         print_result(run)
         check_gates(config, run.rows(), job.splits.task)
@@ -83,11 +99,16 @@ def open_job(config: Config, team: Team) -> Job:
     if config.resume:
         run = Run.open(given or Path("runs") / config.experiment / LATEST)
         check_writable(run.directory)
-        run.ledger.records()  # refuses runs of other versions
+        run.lock()
     else:
         run = Run.plan(given, config.experiment)
-    job = Job(config, run, team)
-    check_input(job)
-    run.make(dump(config))
+    try:
+        run.ledger.records()  # refuses runs of other versions
+        job = Job(config, run, team)
+        check_input(job)
+        run.make(dump(config))
+    except BaseException:
+        run.unlock()
+        raise
     team.share(str(run.directory))
     return job

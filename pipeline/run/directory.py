@@ -2,6 +2,7 @@
 
 runs/<experiment>/<time>/
     config.yaml          the configuration of the last start, as composed
+    run.lock             while a process works in the directory: which one
     state.json           what each stage read and wrote (see ledger.py)
     float.safetensors    the float detector, folded (+ .json manifest); a custom network's weights as they are
     placement.yaml       the placement, to be read and edited
@@ -21,6 +22,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import time
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -34,13 +36,18 @@ from core.files import (
     followed,
     make_folder,
     point_to,
+    remove_leftovers,
     write_json,
     write_text,
 )
+from core.locks import FileLock
 from core.rows import ROWS, ResultRow, sorted_rows
 from pipeline.run.ledger import Ledger
+from pipeline.run.progress import say
 
 CONFIG = "config.yaml"
+LOCK = "run.lock"
+_LOCKS: dict[Path, FileLock] = {}  # of this process, by run directory
 
 
 class Run:
@@ -98,12 +105,14 @@ class Run:
             is_new = make_folder(self.directory)
             if is_new or self.latest is None:
                 break
+        self.lock()
         try:
             if config is not None:
                 self.write_text(CONFIG, config)
             if self.latest is not None:
                 point_to(self.latest, self.directory.name)
         except WriteError:
+            self.unlock()
             if is_new:
                 shutil.rmtree(self.directory, ignore_errors=True)
             raise
@@ -124,6 +133,32 @@ class Run:
                 "start a run without resume=true, or name another"
             )
         return cls(found.resolve())
+
+    def lock(self) -> None:
+        """Keep other processes out of the directory until `unlock`, and remove what killed ones left half-written.
+
+        Raises:
+            RunError: another process works in it.
+        """
+        if self.directory.resolve() in _LOCKS:  # of this process
+            return
+        lock = FileLock(self.path(LOCK))
+        while not lock.acquire():
+            if not lock.is_watched:
+                raise RunError(
+                    f"{self.directory} is in use by {lock.owner or 'another process'}: wait for its end, stop it, or "
+                    "choose another run_dir"
+                )
+            time.sleep(1.0)
+        if lock.owner is not None:
+            say(f"the lock of {lock.owner} is stale: taken over")
+        _LOCKS[self.directory.resolve()] = lock
+        remove_leftovers(self.directory)
+
+    def unlock(self) -> None:
+        """Let other processes in again."""
+        if lock := _LOCKS.pop(self.directory.resolve(), None):
+            lock.release()
 
     def path(self, name: str) -> Path:
         """Where an artifact lies (it need not exist yet)."""

@@ -1,18 +1,14 @@
-"""The end of a run, or of a sweep, as a terminal sees it: tables on standard output, exit codes for signals."""
+"""The end of a run, or of a sweep, as a terminal sees it: tables on standard output."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from core.errors import EXIT_TERMINATED
 from core.files import write_json
 from pipeline.run.directory import Run
 from report import format_operating, format_table
@@ -49,12 +45,3 @@ def report_sweep(jobs: Sequence[tuple[str, Path]]) -> None:
         records.append({"job": differing, "directory": directory.name, "ap": row})
     Console(width=140).print(table)
     write_json(jobs[0][1].parent / "sweep.json", records)
-
-
-def quit_on_termination() -> None:
-    """Turn SIGTERM into an ordinary exit with code 143, so that files being written are cleaned up."""
-
-    def leave(_signal: int, _frame: FrameType | None) -> NoReturn:
-        raise SystemExit(EXIT_TERMINATED)
-
-    signal.signal(signal.SIGTERM, leave)

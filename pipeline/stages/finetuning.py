@@ -52,11 +52,15 @@ def finetune_stage(job: Job) -> None:
     saved = SavedTraining(job, STATES, LOG, state, kept)
     if not saved.restore():
         kept.offer(model, "before fine-tuning")
+    elif kept.epoch < state.epoch:  # stopped before the end of its validation
+        kept.offer_epoch(state)
+        saved.save()
     batches = job.splits.epochs(loader, "finetune", config.epochs)
     if not kept.exhausted:
         for _ in train_epochs(state, batches, loader.batch_sampler.num_batches(), loss, saved.after_step):
             say(losses_of(state))
-            state.records[-1].figures |= kept.offer(state.averaged, f"epoch {state.epoch}")
+            saved.save()
+            kept.offer_epoch(state)
             saved.save()
             if kept.exhausted:
                 say(f"no better epoch in {config.patience}: fine-tuning stops")
@@ -95,6 +99,7 @@ class Kept:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.best = -math.inf
+        self.epoch = 0  # of the last one offered
         self.stale = 0  # epochs since the best one
         self.label = ""
         self.weights: dict[str, torch.Tensor] = {}
@@ -124,14 +129,20 @@ class Kept:
             self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
         return figures
 
+    def offer_epoch(self, state: TrainingState) -> None:
+        """Offer the model of a whole epoch; the figure goes to the last step's record."""
+        state.records[-1].figures |= self.offer(state.averaged, f"epoch {state.epoch}")
+        self.epoch = state.epoch
+
     def as_dict(self) -> dict[str, Any]:
         """Tensors and plain data, for a file."""
-        return {"best": self.best, "stale": self.stale, "label": self.label, "weights": self.weights}
+        names = ("best", "epoch", "stale", "label", "weights")
+        return {name: getattr(self, name) for name in names}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from what `as_dict` gave."""
-        self.best, self.stale = saved["best"], saved["stale"]
-        self.label, self.weights = saved["label"], saved["weights"]
+        for name, value in saved.items():
+            setattr(self, name, value)
 
 
 def _calibration_suffices(job: Job) -> bool:

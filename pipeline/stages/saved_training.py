@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from core.errors import StateError
 from pipeline.job import Job
 from pipeline.run.progress import say
+from pipeline.run.stopping import STOPPING
 from training import Checkpoints, TrainingState
 
 
@@ -64,12 +65,30 @@ class SavedTraining:
         return True
 
     def after_step(self, state: TrainingState) -> None:
-        """Save the state where the last one is `checkpoint_minutes` old."""
-        if time.monotonic() - self.last_saved >= 60.0 * self.job.config.checkpoint_minutes:
-            self.save()
+        """Save the state where the last one is `checkpoint_minutes` old, or the run was asked to stop.
+
+        Signals that come from now on wait for the next call.
+
+        Raises:
+            Stopped: it was.
+        """
+        STOPPING.is_deferred = True
+        age = time.monotonic() - self.last_saved
+        if STOPPING.requested is not None or age >= 60.0 * self.job.config.checkpoint_minutes:
+            self._write()
+        STOPPING.check()
 
     def save(self) -> None:
-        """Save the state and write the log."""
+        """Save the state at the end of an epoch.
+
+        Raises:
+            Stopped: the run was asked to stop.
+        """
+        self._write()
+        STOPPING.is_deferred = False
+        STOPPING.check()
+
+    def _write(self) -> None:
         self.job.run.write_lines(self.log, (record.as_dict() for record in self.state.records))
         kept = None if self.kept is None else self.kept.as_dict()
         self.checkpoints.save({"training": self.state.state_dict(), "kept": kept})

@@ -172,11 +172,15 @@ def test_patience_ends_it(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "qat.json").read_text())["epochs"] == 3
 
 
+@pytest.mark.parametrize("validated", [True, False])
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_a_stopped_stage_goes_on_as_if_undisturbed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int, validated: bool
 ) -> None:
-    """Early stop included: its count of stale epochs and the weights that were best come from the file."""
+    """Early stop included: its count of stale epochs and the weights that were best come from the file.
+
+    An epoch that was stopped in its validation is validated first.
+    """
     values = [0.1, 0.5, 0.4, 0.3, 0.9]
     settings = {"epochs": 9, "patience": 2, "oscillation": "freeze", "freeze_threshold": 0.001}
     (tmp_path / "straight").mkdir()
@@ -186,14 +190,14 @@ def test_a_stopped_stage_goes_on_as_if_undisturbed(
 
     def save_and_die(saved: SavedTraining) -> None:
         save(saved)
-        if saved.state.epoch == stop_after:
+        if saved.state.epoch == stop_after and (saved.kept.epoch == stop_after) == validated:  # type: ignore[union-attr]
             raise KeyboardInterrupt
 
     monkeypatch.setattr(SavedTraining, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         stage(SmallJob(tmp_path / "stopped", values, **settings))
     monkeypatch.undo()
-    resumed = stage(SmallJob(tmp_path / "stopped", values[stop_after + 1 :], **settings))
+    resumed = stage(SmallJob(tmp_path / "stopped", values[stop_after + validated :], **settings))
     assert resumed.rows["qat"] == straight.rows["qat"] == {"value": 0.9, "kept": "epoch 1"}
     assert same(resumed.weights(), straight.weights())
     logs = [(tmp_path / name / "qat.jsonl").read_text().splitlines() for name in ("stopped", "straight")]
