@@ -18,7 +18,16 @@ from configs.data_schema import DataConfig
 from configs.deploy_schema import DeployConfig, GraphConfig
 from configs.evaluate_schema import EvaluateConfig, MetricConfig
 from configs.setting import setting
-from core.choices import ACTIVATIONS, ATTENTION, GRIDS, HEADS, INTEGER, OBSERVERS, SENSITIVITY_METHODS
+from core.choices import (
+    ACTIVATIONS,
+    ATTENTION,
+    CHEAP_ACTIVATIONS,
+    GRIDS,
+    HEADS,
+    INTEGER,
+    OBSERVERS,
+    SENSITIVITY_METHODS,
+)
 from core.families import ARCHITECTURES
 
 MODELS = ("auto", *ARCHITECTURES, "custom")
@@ -186,6 +195,12 @@ class QuantConfig:
         False,
         "Fit an increasing line per class from the quantized model's logits to the float model's on the calibration "
         "images, and fold it into the last layers",
+    )
+    swap_activation: str | None = setting(
+        None,
+        "Replace SiLU in the network that is quantized, for a faster engine; the float network keeps SiLU and is the "
+        "teacher in the stage finetune",
+        choices=CHEAP_ACTIVATIONS,
     )
     weights: WeightQuantConfig = field(default_factory=WeightQuantConfig)
     activations: ActivationQuantConfig = field(default_factory=ActivationQuantConfig)

@@ -158,6 +158,11 @@ def _quant_problems(config: Config) -> list[str]:
         problems.append(
             "the stage autotune with sensitivity.method=none: it needs scores; use sensitivity.method=fisher."
         )
+    if quant.swap_activation is not None and config.qat.both_heads:
+        problems.append(
+            f"quant.swap_activation={quant.swap_activation} with qat.both_heads=true: "
+            "the other head keeps SiLU; use qat.both_heads=false."
+        )
     if quant.grid == FP8:
         problems += [
             f"quant.{name}.bits={part.bits} with quant.grid=fp8: FP8 has 8 bits; use quant.{name}.bits=8."
@@ -194,7 +199,16 @@ def _deploy_problems(config: Config) -> list[str]:
             f"deploy.compute_capabilities names {', '.join(unable)}, without FP8; with grid=fp8 use "
             f"deploy.compute_capabilities=[{','.join(FP8_CAPABILITIES)}]."
         )
-    for runtime in (RUNTIMES[name] for name in deploy.runtimes):
+    runtimes = [RUNTIMES[name] for name in deploy.runtimes]
+    graphs = {deploy.target, *(runtime.target_for(deploy.target) for runtime in runtimes)}
+    if config.quant.swap_activation == "hardswish" and any(
+        TARGETS[name].result_quantizers for name in graphs
+    ):
+        problems.append(
+            "quant.swap_activation=hardswish with ONNX Runtime, which has no integer kernel for it and would run the "
+            "convolutions in float; use quant.swap_activation=relu."
+        )
+    for runtime in runtimes:
         problems += _runtime_problems(deploy, runtime)
     if deploy.outputs == "raw" and config.model.factory is not None:
         problems.append(

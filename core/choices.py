@@ -20,6 +20,7 @@ SENSITIVITY_METHODS = {  # quant.sensitivity and the stage
     "map": "AP of each unit",
 }
 ACTIVATIONS = ("silu", "relu")  # models.blocks
+CHEAP_ACTIVATIONS = ("relu", "hardswish")  # models.swapping: what can replace SiLU
 ONE2MANY, ONE2ONE = "one2many", "one2one"
 HEADS = (ONE2ONE, ONE2MANY)  # models.dual_heads
 CAPABILITIES = (

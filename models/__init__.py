@@ -11,6 +11,7 @@ from models.losses.dual import DualLoss, detector_loss
 from models.losses.segmentation import SegmentationLoss, SegmentTargets
 from models.overlaps import pairwise_iou
 from models.segmentation import best_segments, soft_masks, suppress_segments
+from models.swapping import swap_activation
 
 __all__ = [
     "Decode",
@@ -37,4 +38,5 @@ __all__ = [
     "select_head",
     "soft_masks",
     "suppress_segments",
+    "swap_activation",
 ]

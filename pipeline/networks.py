@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import fx
+from torch import fx, nn
 
 from configs.schema import Config
 from core.choices import ONE2MANY
@@ -29,6 +29,7 @@ from models import (
     load_detector,
     save_detector,
     select_head,
+    swap_activation,
 )
 from pipeline.class_names import ClassNames, is_unnamed
 from pipeline.run.directory import Run
@@ -174,9 +175,15 @@ class Networks:
         """
         return self.whole if self.custom is not None else select_head(self.whole, self.whole.deployed_head)
 
+    @cached_property
+    def student(self) -> nn.Module:
+        """The float network that is quantized: the detector's, or a copy with `quant.swap_activation`."""
+        network, activation = self.detector.network, self.config.quant.swap_activation
+        return network if activation is None else swap_activation(network, activation)
+
     def keep(self, detector: Detector) -> None:
         """Keep a float detector as this run's float model: folded, or a user's own network as it is."""
-        for name in ("detector", "whole"):
+        for name in ("detector", "whole", "student"):
             vars(self).pop(name, None)
         if self.custom is not None:
             self.custom.keep(detector, self.run.path(FLOAT_MODEL))
@@ -184,8 +191,8 @@ class Networks:
             save_detector(fold_detector(detector), self.run.path(FLOAT_MODEL))
 
     def insert(self, placement: Placement) -> fx.GraphModule:
-        """The float network with quantizers by a placement, on the device, in evaluation mode."""
-        model = insert(self.detector.network, placement, self.config.qat.learn_scales)
+        """The network to quantize with quantizers by a placement, on the device, in evaluation mode."""
+        model = insert(self.student, placement, self.config.qat.learn_scales)
         return model.to(self.device).eval()
 
     def save(self, model: fx.GraphModule, placement: Placement, key: RowKey) -> None:

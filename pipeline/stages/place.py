@@ -37,6 +37,11 @@ def place_stage(job: Job) -> None:
     placement = make_placement(job)
     job.run.write_text(PLACEMENT, dump_placement(placement))
     hint_at_unsigned(job, placement)
+    if job.config.quant.swap_activation is not None:
+        say(
+            f"SiLU is replaced by {job.config.quant.swap_activation}: the row ptq is measured before the network is "
+            "fine-tuned with it, the row qat afterwards"
+        )
     if "place" in job.config.stages:
         print(placement.describe())
         say(
@@ -52,7 +57,7 @@ def make_placement(job: Job) -> Placement:
         return load_placement(Path(config.placement))
     if config.share_concat_scales == "measured":
         return _measured_placement(job, *options_and_rules(config))
-    return placed_by_rules(config, job.networks.detector.network)
+    return placed_by_rules(config, job.networks.student)
 
 
 def placed_by_rules(config: QuantConfig, network: nn.Module) -> Placement:
@@ -119,7 +124,7 @@ def hint_at_unsigned(job: Job, placement: Placement) -> None:
         return
     if any(TARGETS[target].signed_only for target in targets(job)):
         return
-    finer = place(job.networks.detector.network, PlacementOptions(unsigned=True))
+    finer = place(job.networks.student, PlacementOptions(unsigned=True))
     signs = {site.node: group.grid.signed for group in finer.groups for site in group.tensors}
     never_negative = sum(
         group.grid.signed and not any(signs.get(site.node, True) for site in group.tensors)
@@ -138,8 +143,8 @@ def hint_at_unsigned(job: Job, placement: Placement) -> None:
 def prepared_network(job: Job) -> nn.Module:
     """The float network that is quantized: the run's, or its equalised copy."""
     if not job.config.quant.equalize:
-        return job.networks.detector.network
-    result = equalize(job.networks.detector.network)
+        return job.networks.student
+    result = equalize(job.networks.student)
     say(
         f"equalised {len(result.pairs)} pairs of layers; {len(result.left_alone)} left alone, since the activation "
         "between them is not homogeneous"
@@ -172,7 +177,7 @@ def placement_settings(config: Config) -> Sequence[str]:
         f"quant.{name}"
         for name in (
             "grid", "attention", "share_concat_scales", "weights", "activations", "edge_bits", "float_patterns",
-            "policy",
+            "policy", "swap_activation",
         )
     )  # fmt: skip
 
