@@ -5,7 +5,7 @@ when, per output channel and with g = gamma / sqrt(var + eps),
 
     W' = W * g        b' = beta + (b - mean) * g
 
-All sums are done in float64, whatever the type of the weights.
+All sums are done in float64, for any type of the weights.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ NONNEGATIVE = Names(
     ),
     methods=("relu", "sigmoid", "softmax"),
 )  # fmt: skip
-"""No result is below 0, whatever the input."""
+"""No result is below 0, for any input."""
 
 SIGMOIDS = ("Sigmoid", "HardSigmoid")
 """ONNX types that, multiplied with their own input, make SiLU and hard-swish."""

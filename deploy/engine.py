@@ -103,7 +103,7 @@ def draw_engine(information: Mapping[str, Any]) -> str:
     layers = information.get("Layers", [])
     if not layers or not all(isinstance(layer, dict) for layer in layers):
         raise DeployError(
-            "The engine tells the names of its layers only; build it with detailed profiling verbosity."
+            "The engine has the names of its layers only; build it with detailed profiling verbosity."
         )
     makers: dict[str, int] = {}
     boxes = []
@@ -122,9 +122,7 @@ def _precision(layer: Mapping[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.engine", description="Build engines and look into them."
-    )
+    parser = argparse.ArgumentParser(prog="python -m deploy.engine", description="Build and inspect engines.")
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="ONNX file to engine; prints the engine's path")
     build.add_argument("model", type=path_argument)
@@ -135,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=PRECISIONS,
         help="default: that of the file's codes; this and the rest: TensorRT's",
     )
-    build.add_argument("--best-batch", type=int, default=1, help="batch the kernels are chosen for")
+    build.add_argument("--best-batch", type=int, default=1, help="batch that the kernels are chosen for")
     build.add_argument("--max-batch", type=int, default=16)
     build.add_argument("--workspace", type=int, default=4096, help="MiB")
     build.add_argument("--timing-cache", type=Path)

@@ -1,4 +1,4 @@
-"""Names of nodes and tensors in an exported file: the paths that the caller gives, in place of torch's own names."""
+"""Names of nodes and tensors in an exported file: the paths that the caller gives, instead of torch's own names."""
 
 from __future__ import annotations
 

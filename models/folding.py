@@ -2,7 +2,7 @@
 
 A normalisation becomes part of the convolution before it (core/folding.py). A smaller kernel in parallel to a larger
 one is a kernel of the larger size that is zero around its centre, so both add up to one kernel. The sums are done in
-float64 whatever the weights' type.
+float64 for any weights' type.
 """
 
 import copy

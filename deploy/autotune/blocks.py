@@ -1,7 +1,7 @@
 """Blocks: a weighted layer and what follows it up to the next one, and the units whose precision they depend on.
 
 Which kernels a layer becomes depends on whether its input is quantized and on whether its result is: an INT8
-convolution leaves bias, activation and quantization to a second kernel, a float one in front of a quantizer is not
+convolution leaves bias, activation and quantization to a second kernel, a float one before a quantizer is not
 fused with its activation, and so on. So costs are kept by block and by the precisions of all units that touch it.
 """
 

@@ -29,7 +29,7 @@ class GPU:
         capability: compute capability that is built for, of `core.choices.CAPABILITIES`.
         gigabytes_per_second: memory bandwidth.
         teraops: precision -> 10^12 dense operations per second; a multiply-accumulate is two operations.
-        kernel_microseconds: cost of a kernel beside its work.
+        kernel_microseconds: fixed cost of a kernel.
         source: where the figures are from.
     """
 

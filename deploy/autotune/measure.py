@@ -15,7 +15,7 @@ from deploy.runtimes.base import Runtime
 def measure_blocks(
     engines: Sequence[Runtime], shape: tuple[int, int, int, int], seconds: float, blocks: Blocks
 ) -> list[dict[str, float]]:
-    """Milliseconds of every block of some engines, which run in turns so that drift hits all of them.
+    """Milliseconds of every block of some engines, which run alternately so that drift affects all of them.
 
     Args:
         engines: loaded with profiling.

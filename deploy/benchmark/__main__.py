@@ -3,7 +3,7 @@
     python -m deploy.benchmark MODEL --runtime openvino --batch 1,4,8,12 --json out.json
     python -m deploy.benchmark --compare float.onnx@openvino:bf16 int8.onnx@openvino
 
-A model is a path, with @RUNTIME and :PRECISION behind it where they differ from the options. Without a runtime the file
+A model is a path, with @RUNTIME and :PRECISION after it where they differ from the options. Without a runtime the file
 decides: .xml is OpenVINO's, .engine TensorRT's, an .onnx goes to the runtime that it was exported for, else to
 OpenVINO. Exit code 3 when a model cannot be loaded or run.
 """
@@ -203,7 +203,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """(height, width) from a file's input shape or metadata; raises DeployError where neither tells."""
     size = find_image_size(path)
     if size is None:
-        raise DeployError(f"{path} does not tell its image size; pass --shapes HEIGHTxWIDTH.")
+        raise DeployError(f"{path} does not state its image size; pass --shapes HEIGHTxWIDTH.")
     return size
 
 
@@ -249,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", nargs="?", help="PATH[@RUNTIME[:PRECISION]]")
     parser.add_argument("--compare", nargs="+", metavar="MODEL", help="time these alternately in one run")
-    parser.add_argument("--runtime", choices=RUNTIMES, help="left out: the file's own")
+    parser.add_argument("--runtime", choices=RUNTIMES, help="default: the file's own")
     parser.add_argument(
         "--precision", help="OpenVINO's hint (f32, bf16, f16, auto) or ONNX Runtime's provider"
     )
@@ -276,7 +276,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no positive number")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
     return int(text)
 
 

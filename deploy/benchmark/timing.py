@@ -1,4 +1,4 @@
-"""Latency of one engine, or of several alternately in one run, so that drift hits all of them."""
+"""Latency of one engine, or of several alternately in one run, so that drift affects all of them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def benchmark_alternately(
     seed: int = 0,
     calls_per_turn: int = 5,
 ) -> list[LatencyReport]:
-    """Time several engines in turns (A B A B ...) on the same images; one report each, in order.
+    """Time several engines alternately (A B A B ...) on the same images; one report each, in order.
 
     Each turn is one untimed call, which takes the cost of cold caches, and `calls_per_turn` timed ones.
     `seconds` and `iterations` count for each engine.

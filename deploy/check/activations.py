@@ -20,19 +20,19 @@ def quantizer_inside_conv(view: View) -> Findings:
         for reader in view.readers(node.output[0]):
             if reader.op_type == "BatchNormalization":
                 yield Finding(
-                    reader.name, f"batch norm behind '{node.name}' is not folded; no INT8 kernel takes it in",
+                    reader.name, f"batch norm after '{node.name}' is not folded; no INT8 kernel includes it",
                     "fold it into the conv before quantizing", "batch-norm",
                 )  # fmt: skip
     for node, quantize in inside_convs(view):
         yield Finding(
             quantize.name,
-            f"Q/DQ between '{node.name}' and its activation keeps the two from running as one kernel",
-            "put the Q/DQ behind the activation", "q-inside-conv", 1,
+            f"Q/DQ between '{node.name}' and its activation prevents their fusion into one kernel",
+            "move the Q/DQ after the activation", "q-inside-conv", 1,
         )  # fmt: skip
 
 
 def inside_convs(view: View) -> Iterator[tuple[NodeProto, NodeProto]]:
-    """(conv, Q) for every Q between a conv, or the batch norm behind it, and the end of its activation."""
+    """(conv, Q) for every Q between a conv, or the batch norm after it, and the end of its activation."""
     for node in view.weighted():
         result = node.output[0]
         for reader in view.readers(result):

@@ -1,6 +1,6 @@
 """`python -m deploy.check MODEL.onnx [--strict] [--json FILE] [--svg FILE] [--target TARGET]`: findings of a graph.
 
-With `--fix OUT.onnx` the graph is mended first, as far as that needs no data, and everything else is about OUT.onnx;
+With `--fix OUT.onnx` the graph is fixed first, as far as that needs no data, and everything else is about OUT.onnx;
 `--images FOLDER` compares the outputs of both. With `--compile SM89` NVIDIA's compiler (TensorRT for RTX, no GPU
 needed) builds the graph as well, and the report says what the engine does with every convolution.
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "%(prog)s runs/bccd/latest/model.onnx --strict",
-    "%(prog)s model.onnx --fix mended.onnx --images datasets/bccd/images/val",
+    "%(prog)s model.onnx --fix fixed.onnx --images datasets/bccd/images/val",
     "%(prog)s model.onnx --compile SM86,SM89",
 )
 
@@ -149,7 +149,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         help="build with TensorRT for RTX for these compute capabilities, such as SM86,SM89, and report the engine",
     )
     parser.add_argument(
-        "--fix", type=Path, metavar="OUT.onnx", help="mend what needs no data, write this file and check it"
+        "--fix", type=Path, metavar="OUT.onnx", help="fix what needs no data, write this file and check it"
     )
     parser.add_argument(
         "--images",
@@ -160,6 +160,6 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "--size", type=size_argument, help="image size HEIGHTxWIDTH, for graphs that leave it open"
     )
     parser.add_argument(
-        "--target", choices=TARGETS, help="engine the graph is for, where the file does not tell"
+        "--target", choices=TARGETS, help="engine that the graph is for, if the file does not state it"
     )
     return parser

@@ -1,4 +1,4 @@
-"""Mending Q/DQ graphs of any tool: what can be put right without data, and what cannot.
+"""Fixing Q/DQ graphs of any tool: what can be put right without data, and what cannot.
 
 Each fix answers the findings of some rules with a graph pass. A fix runs only where one of its rules has findings, and
 is taken back where the graph would have more findings than before. Some fixes change values (a larger scale for tensors
@@ -45,13 +45,13 @@ FIXES = (
     Fix(
         ("quantized-bias", "zero-point"),
         fix_passes.float_constants,
-        "biases and other constants but weights written as float values (same values)",
+        "biases and other constants except weights written as float values (same values)",
     ),
-    Fix(("dangling-q",), fix_passes.drop_unread, "nodes that nobody reads removed (same values)"),
+    Fix(("dangling-q",), fix_passes.drop_unread, "unread nodes removed (same values)"),
     Fix(
         ("q-at-output", "q-in-decode", "useless-q"),
         fix_passes.needless_pairs,
-        "pairs removed that only float operators read",
+        "pairs removed that are read by float operators only",
     ),
     Fix(
         ("zero-point",),
@@ -62,7 +62,7 @@ FIXES = (
     Fix(
         ("q-inside-conv",),
         fix_passes.quantizers_behind_activations,
-        "pairs between convolution and activation removed, or moved behind a ReLU",
+        "pairs between convolution and activation removed, or moved after a ReLU",
     ),
     Fix(
         ("per-tensor-weight",),
@@ -72,24 +72,24 @@ FIXES = (
     Fix(
         ("residual",),
         fix_passes.float_branches,
-        "residual sums read the branch in float and the skip behind Q/DQ",
+        "residual sums read the branch in float and the skip after Q/DQ",
     ),
     Fix(
         ("unequal-scales", "requantize", "conv-float"),
         fix_passes.equal_scales,
-        "tensors that meet take the largest of their scales",
+        "tensors that meet get the largest of their scales",
     ),
-    Fix(("resize",), quantize_behind_resize, "Q/DQ pairs repeated behind nearest Resize (same values)"),
+    Fix(("resize",), quantize_behind_resize, "Q/DQ pairs repeated after nearest Resize (same values)"),
     Fix(("duplicate-q",), merge_identical, "equal Q and DQ of one tensor merged (same values)"),
 )
 """In the order in which they run."""
 
 LEFT: Mapping[str, str] = {
     "per-tensor-weight": "the file holds codes, rounded with one scale; quantize again from the float weights",
-    "q-inside-conv": "nothing is quantized behind the activation, and the scale in front does not fit there: calibrate",
+    "q-inside-conv": "nothing is quantized after the activation, and the scale before it does not fit there: calibrate",
     "unequal-scales": "they have zero points, differ in type, or belong to codes that other operators read",
-    "unknown-operator": "what the check does not know is left as it is",
-    "unknown-codes": "what the check does not know is left as it is",
+    "unknown-operator": "what the check does not support is left unchanged",
+    "unknown-codes": "what the check does not support is left unchanged",
     "zero-point": "weights with a zero point or unsigned codes: quantize again from the float weights",
 }
 """Why findings of a rule that has a fix can remain."""
@@ -109,13 +109,13 @@ class FixCount:
 
 @dataclass(frozen=True)
 class FixReport:
-    """What was mended in a graph.
+    """What was fixed in a graph.
 
     Attributes:
-        fixes: the fixes that were made, in order; empty where there was nothing to mend.
+        fixes: the fixes that were made, in order; empty where there was nothing to fix.
         taken_back: descriptions of fixes that would have added findings.
         before: the check of the graph as it was.
-        after: the check of the mended graph.
+        after: the check of the fixed graph.
     """
 
     fixes: tuple[FixCount, ...]
@@ -136,7 +136,7 @@ class FixReport:
 def fix_file(
     path: Path, out: Path, image_size: tuple[int, int] | None = None, target: str | None = None
 ) -> FixReport:
-    """Mend an ONNX file and write the result; where there is nothing to mend, the same graph.
+    """Fix an ONNX file and write the result; where there is nothing to fix, the same graph.
 
     Args:
         path: the file; it is treated as untrusted data.
@@ -161,7 +161,7 @@ def fix_model(
     image_size: tuple[int, int] | None = None,
     target: str | None = None,
 ) -> tuple[ModelProto, FixReport]:
-    """Mend a copy of a model; returns the model itself where there is nothing to mend."""
+    """Fix a copy of a model; returns the model itself where there is nothing to fix."""
     before = current = inspect_model(model, path, image_size, target)
     mended, fixes, taken_back = model, [], []
     for fix in FIXES:
@@ -194,7 +194,7 @@ def fix_model(
 
 
 def format_fixes(report: FixReport, out: Path) -> str:
-    """What was mended and what was not, as text."""
+    """What was fixed and what was not, as text."""
     counts = Counter(finding.rule for finding in report.before.findings)
     listed = ", ".join(f"{rule} {count}" for rule, count in counts.most_common())
     lines = [
@@ -205,9 +205,9 @@ def format_fixes(report: FixReport, out: Path) -> str:
             f"  {fix.description}: {fix.edits} edits, {fix.quantize:+d} Q, {fix.dequantize:+d} DQ; "
             f"findings {fix.findings_before} -> {fix.findings_after}"
         )
-    lines += [f"  not done, it would add findings: {description}" for description in report.taken_back]
+    lines += [f"  not applied, it would add findings: {description}" for description in report.taken_back]
     if not report.fixes:
-        lines.append(f"  nothing to mend without data: {out} holds the same graph")
+        lines.append(f"  nothing to fix without data: {out} holds the same graph")
     remaining = Counter(finding.rule for finding in report.after.findings)
     fixable = {rule for fix in FIXES for rule in fix.rules}
     for rule, number in remaining.most_common():

@@ -1,4 +1,4 @@
-"""Graph passes that mend a Q/DQ graph without data, one for each kind of finding; `deploy.check.fix` runs them.
+"""Graph passes that fix a Q/DQ graph without data, one for each kind of finding; `deploy.check.fix` runs them.
 
 Legend: Q QuantizeLinear, DQ DequantizeLinear, pair: a Q and the DQ nodes that read it.
 """
@@ -75,8 +75,8 @@ def scalar_scales(graph: Graph) -> PassResult:
 def quantizers_behind_activations(graph: Graph) -> PassResult:
     """Take pairs between a convolution and its activation away where a Q reads the activation's result.
 
-    The scale in front of an activation does not fit what comes out of it, so where nothing is quantized behind it the
-    pair stays. ReLU is the exception: it commutes with a symmetric grid, and the pair moves behind it.
+    The scale before an activation does not fit its result, so if nothing is quantized after it, the
+    pair remains. ReLU is the exception: it commutes with a symmetric grid, and the pair moves after it.
     """
     view = View(graph.commit())
     gone: list[NodeProto] = []
@@ -101,7 +101,7 @@ def quantizers_behind_activations(graph: Graph) -> PassResult:
 
 
 def needless_pairs(graph: Graph) -> PassResult:
-    """Take pairs away that round for nobody: at outputs, in the decode, in front of float operators only."""
+    """Remove pairs that cost accuracy without gain: at outputs, in the decode, before float operators only."""
     view = View(graph.commit())
     inside = {quantize.output[0] for _, quantize in inside_convs(view)}
     gone: list[NodeProto] = []
@@ -228,7 +228,7 @@ def _quantize_channels(graph: Graph, pair: Pair, weight: Array, axis: int) -> No
 def float_branches(graph: Graph) -> PassResult:
     """Residual sums: let one summand be quantized, the skip.
 
-    Where both are, the sum reads the convolution's branch in front of its pair. Where none is, it reads the skip behind
+    Where both are, the sum reads the convolution's branch before its pair. Where none is, it reads the skip after
     the pair that the skip's other readers have, if they have one.
     """
     view = View(graph.commit())
@@ -252,7 +252,7 @@ def float_branches(graph: Graph) -> PassResult:
 
 
 def equal_scales(graph: Graph) -> PassResult:
-    """Give quantizers that one tensor flows into, and those whose values meet in front of one layer, the largest scale.
+    """Give quantizers of one tensor, and those whose values meet before one layer, the largest scale.
 
     Groups with a zero point, with several scales for one tensor, or with scales or codes of two types stay as they are.
     """

@@ -21,7 +21,7 @@ def bad_parameters(view: View) -> Findings:
         partner = _quantize_of(view, node)
         parameters = view.quantization(node)
         if partner is not None and _same(parameters, view.quantization(partner)):
-            continue  # told at the Q
+            continue  # reported at the Q
         if partner is not None:
             yield Finding(
                 node.name, f"its scale or zero point is not that of '{partner.name}', whose codes it reads: values "
@@ -74,7 +74,7 @@ def _scale_findings(view: View, node: NodeProto, scale: Array) -> Findings:
 
 
 def scale_shapes(view: View) -> Findings:
-    """Rule 10: an activation's DQ has a scalar scale; TensorRT runs convs behind one of shape [1] in float.
+    """Rule 10: an activation's DQ has a scalar scale; TensorRT runs convs after one of shape [1] in float.
 
     The shape of the Q's scale makes no difference (seen with TensorRT for RTX 1.7).
     """
@@ -112,7 +112,7 @@ def weight_parameters(view: View) -> Findings:
             shape = view.shapes.get(node.input[1]) or (1,)
             if parameters.is_per_tensor and shape[wanted] != 1 and view.code_kind(dq) == "int8":
                 yield Finding(
-                    node.name, "its weight has one scale for all channels: small channels lose their bits",
+                    node.name, "its weight has one scale for all channels: small channels lose resolution",
                     f"quantize weights per output channel (axis {wanted})", "per-tensor-weight",
                 )  # fmt: skip
             elif not parameters.is_per_tensor and parameters.axis % len(shape) != wanted:

@@ -14,7 +14,7 @@ from deploy.graph.view import AVERAGE_POOLS, WEIGHTED, View, behind, format_scal
 
 
 def needless_quantizers(view: View) -> Findings:
-    """Rule 7: no Q twice, no Q for nobody, at an output, or in front of operators that have no INT8 kernel."""
+    """Rule 7: no Q twice, no unread Q, none at an output, or before operators that have no INT8 kernel."""
     seen: dict[tuple[str, object], NodeProto] = {}
     inside = {id(quantize) for _, quantize in inside_convs(view)}
     for node in view.quantizers("QuantizeLinear"):
@@ -39,7 +39,7 @@ def _dangling(view: View, node: NodeProto) -> Findings:
     if not readers or (
         not behind(view, node) and all(reader.op_type == "DequantizeLinear" for reader in readers)
     ):
-        yield Finding(node.name, "nobody reads what it quantizes", "remove it", "dangling-q", 1)
+        yield Finding(node.name, "its result is not read", "remove it", "dangling-q", 1)
         return
     source = view.producer(node.input[0])
     if source is not None and source.op_type == "DequantizeLinear":
@@ -63,13 +63,13 @@ def useless(view: View, node: NodeProto) -> Findings:
         scale = view.quantization(node).scale
         step = "" if scale is None or scale.size != 1 else f" of {format_scale(float(scale.reshape(-1)[0]))}"
         yield Finding(
-            node.name, f"rounds a tensor of the decode behind the last conv to steps{step} for {kinds}: boxes or "
+            node.name, f"rounds a tensor of the decode after the last conv to steps{step} for {kinds}: boxes or "
             "scores lose accuracy and nothing is gained",
-            "leave everything behind the last convs in float", "q-in-decode", 2,
+            "leave everything after the last convs in float", "q-in-decode", 2,
         )  # fmt: skip
         return
     yield Finding(
-        node.name, f"only {kinds} reads the result, in float: accuracy is lost and nothing is gained",
+        node.name, f"only {kinds} reads the result, in float: this costs accuracy and gains nothing",
         "quantize both operands, each with one scale, or remove this Q/DQ"
         if any(view.is_matmul(reader) for reader in readers) else "remove this Q/DQ", "useless-q", 2,
     )  # fmt: skip
@@ -114,7 +114,7 @@ def _serves_integer_kernel(view: View, quantize: NodeProto) -> bool:
 
 
 def leads_to_conv(view: View, tensor: str) -> bool:
-    """Whether a weighted node comes behind a tensor."""
+    """Whether a weighted node follows a tensor."""
     return any(node.op_type in WEIGHTED for node in reached(view, tensor))
 
 
@@ -131,12 +131,12 @@ def float_pools(view: View) -> Findings:
         if missing and any(reader.op_type == "QuantizeLinear" for reader in view.readers(node.output[0])):
             yield Finding(
                 node.name, f"averages '{missing[0]}' in float and its result is quantized: a float kernel between INT8 "
-                "ones", "put Q/DQ in front of the pool as well", "float-pool", 1,
+                "ones", "put Q/DQ before the pool as well", "float-pool", 1,
             )  # fmt: skip
 
 
 def float_islands(view: View) -> Findings:
-    """Rule 8: in a graph with FP16 nothing but the tail behind the last convs is FP32, and the tail is not FP16."""
+    """Rule 8: in a graph with FP16 nothing but the tail after the last convs is FP32, and the tail is not FP16."""
     nodes = [
         node
         for node in view.graph.nodes
@@ -156,6 +156,6 @@ def float_islands(view: View) -> Findings:
             )  # fmt: skip
         if kind == "fp16" and not inside and node.op_type in ("Softmax", "ReduceSum", "Sub", "Add"):
             yield Finding(
-                node.name, f"{node.op_type} behind the last conv runs in FP16, whose steps are 0.5 px above 512",
+                node.name, f"{node.op_type} after the last conv runs in FP16, whose steps are 0.5 px above 512",
                 "keep the box decode in FP32", "fp16-decode",
             )  # fmt: skip

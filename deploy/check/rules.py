@@ -87,8 +87,8 @@ def unequal_scales(view: View) -> Findings:
         if len(scales) > 1:
             values = ", ".join(sorted(format_scale(scale) for scale, _ in scales))
             yield Finding(
-                tensor, f"wanted on {len(scales)} scales ({values}): each further one is a kernel of its own",
-                "give its readers, and the tensors it is joined with, one scale", "unequal-scales", len(scales) - 1,
+                tensor, f"wanted on {len(scales)} scales ({values}): each further scale is a separate kernel",
+                "use one scale for its readers and for the tensors joined with it", "unequal-scales", len(scales) - 1,
             )  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def narrow_convs(view: View) -> Findings:
 
 
 def bare_resizes(view: View) -> Findings:
-    """Rule 10: a Q/DQ pair stands behind a nearest Resize whose quantized values reach a quantized conv."""
+    """Rule 10: a Q/DQ pair follows a nearest Resize whose quantized values reach a quantized conv."""
     for node in view.graph.nodes:
         if node.op_type not in RESIZE.onnx or not view.is_moving(node):
             continue
@@ -152,8 +152,8 @@ def bare_resizes(view: View) -> Findings:
         reader = next(_convs_behind(view, node), None)
         if reader is not None and all(view.dequantizer(root) is not None for root in roots):
             yield Finding(
-                node.name, f"'{reader.name}' reads it without Q/DQ behind it; TensorRT moves no DQ through a Resize, "
-                "so the conv runs in float", "put a Q/DQ pair with the same scale behind the Resize", "resize",
+                node.name, f"'{reader.name}' reads it without Q/DQ after it; TensorRT does not move DQ through a "
+                "Resize, so the conv runs in float", "put a Q/DQ pair with the same scale after the Resize", "resize",
             )  # fmt: skip
 
 

@@ -21,7 +21,8 @@ def residual_adds(view: View) -> Findings:
     for node, quantized, branch in residual_summands(view):
         if all(quantized) and branch is not None:
             yield Finding(
-                node.name, f"both summands are quantized; Q/DQ on the branch '{branch}' keeps the sum out of its conv",
+                node.name, f"both summands are quantized; Q/DQ on the branch '{branch}' prevents fusion of the sum with "
+                "its conv",
                 "remove the Q/DQ on the branch, keep the one on the skip", "residual", 1,
             )  # fmt: skip
         elif not any(quantized):
@@ -67,7 +68,7 @@ class _Tensors:
         return Kind.ADD if is_sum else Kind.FLOAT
 
     def sources(self, tensor: str) -> list[str]:
-        """Tensors in front of the Q/DQ that the operator reads, constants left out."""
+        """Tensors before the Q/DQ that the operator reads, constants left out."""
         node = self.view.producer(tensor)
         inputs = [] if node is None else node.input
         return [self.view.before_quantizer(name) for name in inputs if name and name not in self.view.fixed]

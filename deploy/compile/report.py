@@ -1,6 +1,6 @@
 """What an engine does with a graph's convolutions and matrix products: precision, fusions, bytes moved.
 
-An FP16 build of the same graph stands beside it.
+An FP16 build of the same graph is compared with it.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _half_build(view: View, model: ModelProto, capability: str, shapes: Shapes) 
 
 
 def half_precision(model: ModelProto) -> ModelProto:
-    """The same graph without quantizers, its float part in FP16 and the tail behind the last layers in FP32."""
+    """The same graph without quantizers, its float part in FP16 and the tail after the last layers in FP32."""
     copy = ModelProto()
     copy.CopyFrom(model)
     for graph_pass in (remove_quantizers, write_float32, fold_constants, strongly_typed("fp16")):
@@ -144,7 +144,7 @@ def remove_quantizers(graph: Graph) -> PassResult:
         value = graph.constants.get(node.input[0])
         if value is None:
             graph.rewire(node.output[0], node.input[0])
-        else:  # a Q hands its float constant on, also through the DQ behind it
+        else:  # a Q passes its float constant on, also through the DQ after it
             is_codes = (
                 node.op_type == "DequantizeLinear" and value.dtype != graph.constants[node.input[1]].dtype
             )
@@ -244,14 +244,14 @@ def _why_float(view: View, node: NodeProto, layer: LayerBuild, capability: str) 
     mover = _mover_before(view, node.input[0], movers)
     if mover:
         return (
-            f"{hazard}: its input comes through a {mover}, behind which the compiler does not move DQ",
-            f"put a Q/DQ pair with the same scale behind the {mover}",
+            f"{hazard}: its input comes through a {mover}, and the compiler does not move DQ through it",
+            f"put a Q/DQ pair with the same scale after the {mover}",
         )
-    return f"{hazard}; the graph does not tell why", "compare its input with a layer that runs in INT8"
+    return f"{hazard}; the graph does not show the reason", "compare its input with a layer that runs in INT8"
 
 
 def _mover_before(view: View, tensor: str, movers: Collection[str]) -> str:
-    """Type of one of some operators that a tensor comes through without a DQ behind it; empty where there is none."""
+    """Type of one of some operators that a tensor comes through without a DQ after it; empty if there is none."""
     pending = [tensor]
     while pending:
         node = view.producer(pending.pop())

@@ -17,7 +17,7 @@ class Finding:
         hazard: what is there and what it costs.
         remedy: what to do.
         rule: short name of the rule.
-        reformats: extra kernels it will cost, where that can be told.
+        reformats: extra kernels that it costs, if known.
     """
 
     name: str

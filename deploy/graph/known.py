@@ -1,7 +1,7 @@
 """What the graph check can judge: operators, and types of codes.
 
-A graph of another tool may hold anything that ONNX allows. Whatever is not listed here is not judged: the check names
-it in a finding instead of passing it (see `deploy.check.unknown`).
+A graph of another tool may hold anything that ONNX allows. Operators that are not listed here are not judged: the
+check names it in a finding instead of passing it (see `deploy.check.unknown`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from onnx.inliner import inline_local_functions
 from core.operators import OPERATORS, Kind
 
 STANDARD_DOMAINS = ("", "ai.onnx")
-KNOWN_PLUGINS = frozenset({"TRT.EfficientNMS_TRT"})  # behind the network; quantizes nothing
+KNOWN_PLUGINS = frozenset({"TRT.EfficientNMS_TRT"})  # after the network; quantizes nothing
 NOT_JUDGED = frozenset(
     (
         "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear",  # codes without Q/DQ
@@ -43,7 +43,7 @@ def code_kind_of(data_type: int) -> str:
 
 
 def qualify_operators(graph: GraphProto) -> None:
-    """Put the domain in front of the type of every operator outside of ONNX's own: `com.microsoft.QuantizeLinear`.
+    """Put the domain before the type of every operator outside of ONNX's own: `com.microsoft.QuantizeLinear`.
 
     So no table and no rule takes such an operator for the one of the same name that it knows. In place, branches and
     loop bodies included; `restore_operators` takes it back.
@@ -89,7 +89,7 @@ def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
 
 
 def inlined(model: ModelProto) -> ModelProto:
-    """The model with the body of each function in place of its calls; the model itself where it has no functions."""
+    """The model with the body of each function instead of its calls; the model itself where it has no functions."""
     return inline_local_functions(model) if model.functions else model
 
 

@@ -2,7 +2,7 @@
 
 An ONNX file is untrusted data. Its tensors may point to other files ("external data"), and the readers inside
 the runtimes follow such pointers. `load_onnx` and `verify_onnx` therefore look at every pointer first: it has
-to stay inside the folder of the model, exist, and be long enough. `save_onnx` writes beside the target and
+to stay inside the folder of the model, exist, and be long enough. `save_onnx` writes to the target's folder and
 renames, so that a reader never sees half a file.
 """
 
@@ -42,7 +42,7 @@ def stored_size(metadata: Mapping[str, str]) -> ImageSize | None:
 
 
 def load_onnx(path: Path, max_bytes: int = MAX_ONNX_BYTES) -> ModelProto:
-    """Read an ONNX file with its external data, after checking both; functions are put in place of their calls.
+    """Read an ONNX file with its external data, after checking both; calls of functions are replaced by their bodies.
 
     Raises:
         DeployError: no such file, larger than `max_bytes`, not ONNX, or external data that leaves the model's
@@ -99,7 +99,7 @@ def _check_external(tensor: TensorProto, model_path: Path) -> None:
         raise DeployError(
             f"{model_path}: tensor '{tensor.name}' points to external data '{location}', outside the "
             "model's folder. "
-            "Refused: external data has to lie beside the model."
+            "Refused: external data has to be in the folder of the model."
         )
     if not target.is_file():
         raise DeployError(
@@ -116,7 +116,7 @@ def _check_external(tensor: TensorProto, model_path: Path) -> None:
         raise DeployError(
             f"{model_path}: tensor '{tensor.name}' wants bytes {offset}..{offset + length} of {target}, "
             f"which has {size} "
-            f"(limit {MAX_EXTERNAL_BYTES}); the file is truncated or not this model's."
+            f"(limit {MAX_EXTERNAL_BYTES}); the file is truncated or belongs to another model."
         )
 
 

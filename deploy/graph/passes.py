@@ -160,7 +160,7 @@ def _evaluate(node: NodeProto, graph: Graph, opset: int) -> list[Array]:
 
 
 def fold_shapes(graph: Graph) -> PassResult:
-    """Turn shape arithmetic into constants wherever the dimensions are known, whatever the batch is.
+    """Turn shape arithmetic into constants wherever the dimensions are known, for any batch is.
 
     Integer vectors are followed from `Shape` with the unknown elements left open. One that is fully known
     becomes a constant; a `Reshape` whose target has exactly one open element gets -1 there. What else is
@@ -223,7 +223,7 @@ def _close_target(target: tuple[int | None, ...], source: tuple[int | None, ...]
 
 
 def _close_resizes(graph: Graph, known: Known, shapes: Shapes) -> int:
-    """Give a Resize of an open batch its scale factors in place of sizes that are computed from the batch."""
+    """Give a Resize of an open batch its scale factors instead of sizes that are computed from the batch."""
     edits = 0
     for node in graph.nodes:
         if node.op_type != "Resize" or len(node.input) < 4 or node.input[3] in graph.constants:

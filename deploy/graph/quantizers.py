@@ -1,4 +1,4 @@
-"""Look-ups and edits of single Q/DQ pairs, shared by the passes that mend graphs and by the float copy of a graph.
+"""Look-ups and edits of single Q/DQ pairs, shared by the passes that fix graphs and by the float copy of a graph.
 
 Legend: Q QuantizeLinear, DQ DequantizeLinear.
 """
@@ -23,7 +23,7 @@ class Pair:
 
     Attributes:
         quantize, dequantizers: the nodes.
-        scale: as stored in front of the Q.
+        scale: as stored before the Q.
         zero_point: likewise; None where the Q has none.
     """
 

@@ -110,7 +110,7 @@ class View:
         return fixed
 
     def _output_convs(self) -> set[int]:
-        """Ids of weighted nodes behind which no other weighted node comes."""
+        """Ids of weighted nodes that no other weighted node follows."""
         before_weighted: set[str] = set()
         last = set()
         for node in reversed(self.graph.nodes):
@@ -137,7 +137,7 @@ class View:
         ]
 
     def matmuls(self) -> list[NodeProto]:
-        """Products of two computed tensors inside the network: a layer comes behind them."""
+        """Products of two computed tensors inside the network: a layer follows them."""
         return [
             node
             for node in self.graph.nodes
@@ -197,7 +197,7 @@ class View:
         return node if node is not None and node.op_type == "DequantizeLinear" else None
 
     def before_quantizer(self, tensor: str) -> str:
-        """The tensor in front of the Q/DQ pairs that make `tensor`; `tensor` itself where there is none."""
+        """The tensor before the Q/DQ pairs that make `tensor`; `tensor` itself if there is none."""
         node = self.producer(tensor)
         while node is not None and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             tensor = node.input[0]
@@ -205,7 +205,7 @@ class View:
         return tensor
 
     def weight_dequantizer(self, node: NodeProto) -> NodeProto | None:
-        """The DQ of a weighted node's weight, also behind a reshape or transpose of it."""
+        """The DQ of a weighted node's weight, also after a reshape or transpose of it."""
         name = node.input[1]
         while (producer := self.producer(name)) is not None and producer.op_type in (
             "Reshape",
@@ -345,7 +345,7 @@ def behind(view: View, quantize: NodeProto) -> list[NodeProto]:
 
 
 def reached(view: View, tensor: str) -> list[NodeProto]:
-    """All nodes behind a tensor."""
+    """All nodes after a tensor."""
     found: dict[int, NodeProto] = {}
     pending = [tensor]
     while pending:

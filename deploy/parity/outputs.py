@@ -85,7 +85,7 @@ def unexplained_variance(output: FloatArray, reference: FloatArray, label: str =
     if output.shape != reference.shape:
         raise DeployError(f"{label} has shape {output.shape}, the reference {reference.shape}.")
     if not np.isfinite(output).all():
-        raise DeployError(f"{label} holds values that are not finite; rebuild in another precision.")
+        raise DeployError(f"{label} has values that are not finite; rebuild in another precision.")
     difference = output.astype(np.float64) - reference.astype(np.float64)
     return float(np.square(difference).mean() / max(float(reference.astype(np.float64).var()), 1e-12))
 

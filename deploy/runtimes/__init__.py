@@ -1,1 +1,1 @@
-"""Engines: one module for each runtime, behind one interface."""
+"""Engines: one module for each runtime, with one interface."""

@@ -36,7 +36,7 @@ class EngineRequest:
     Attributes:
         precision: of `core.choices.QUANTIZED` for a quantized graph; for a float one "f32", "f16" or "bf16".
         int8_hint: float precision of the float part of an INT8 engine, where it is chosen on loading; or "auto".
-        variant: what the benchmark command names behind a runtime: OpenVINO's precision hint, or ONNX Runtime's
+        variant: what the benchmark command names after a runtime: OpenVINO's precision hint, or ONNX Runtime's
             provider.
         batch: fixed batch; None leaves it as the file has it.
         image_size: (height, width) in pixels.
@@ -164,7 +164,9 @@ class Runtime(ABC):
         Raises:
             DeployError: this runtime tells nothing about layers, or was loaded without profiling.
         """
-        raise DeployError(f"{self.name} was not loaded with profiling, or tells nothing about its layers.")
+        raise DeployError(
+            f"{self.name} was not loaded with profiling, or has no information about its layers."
+        )
 
     def layer_samples(self) -> dict[str, list[float]]:
         """Milliseconds of every call since loading by layer, in the order the layers run, as `layer_times`.
@@ -191,7 +193,7 @@ class Runtime(ABC):
 
     @property
     def versions(self) -> dict[str, str]:
-        """Versions of the libraries behind the runtime."""
+        """Versions of the libraries that the runtime uses."""
         return {}
 
     def __enter__(self) -> Self:

@@ -58,7 +58,7 @@ def _read_model(path: Path) -> Any:
         missing = [part for part in (path, path.with_suffix(".bin")) if not part.is_file()]
         if missing:
             raise DeployError(
-                f"No {missing[0]}: an OpenVINO engine is an .xml with its .bin beside it; build it again."
+                f"No {missing[0]}: an OpenVINO engine is an .xml file with a .bin of the same name; build it again."
             )
     else:
         raise DeployError(f"OpenVINO reads .onnx and .xml files, got '{path.name}'.")

@@ -98,7 +98,7 @@ class TensorRTRuntime(Runtime):
     """An engine built by `build_tensorrt`.
 
     Args:
-        path: NAME.engine with NAME.engine.json beside it.
+        path: NAME.engine with NAME.engine.json next to it.
         use_cuda_graph: record each input shape once and replay it; saves launch time on small networks.
         profile: keep times of layers, for `layer_times`; not together with CUDA graphs.
         device: where to run; None is the first CUDA device.
@@ -237,7 +237,7 @@ class TensorRTRuntime(Runtime):
             result = tuple(context.get_tensor_shape(name))
             if any(size < 0 for size in result):
                 raise DeployError(
-                    f"Output '{name}' has the shape {result}, which only the run tells; export with "
+                    f"Output '{name}' has the shape {result}, which is known at run time only; export with "
                     "outputs=efficient_nms or outputs=decoded."
                 )
             binding.outputs[name] = self._buffer(name, result)

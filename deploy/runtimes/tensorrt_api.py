@@ -70,7 +70,7 @@ def parse_version(text: str) -> tuple[int, int]:
     """(major, minor) of "10.3.0" and the like; raises DeployError on anything else."""
     parts = text.split(".")
     if len(parts) < 2 or not parts[0].isdecimal() or not parts[1].isdecimal():
-        raise DeployError(f"'{text}' is no TensorRT version; expected MAJOR.MINOR.")
+        raise DeployError(f"'{text}' is not a TensorRT version; expected MAJOR.MINOR.")
     return int(parts[0]), int(parts[1])
 
 

@@ -1,6 +1,6 @@
 """ONNX file -> TensorRT engine, for TensorRT 8.6, 10 and 11.
 
-Beside the engine NAME.engine lies NAME.engine.json: TensorRT version, GPU, hashes and options. An engine runs only
+Next to the engine NAME.engine is NAME.engine.json: TensorRT version, GPU, hashes and options. An engine runs only
 on the version and GPU it was built with; the runtime compares before it loads.
 """
 
@@ -153,7 +153,7 @@ def write_half(source: Path, destination: Path) -> Path:
     """
     model = load_onnx(source)
     if any(count_qdq(model)):
-        raise DeployError(f"{source} is quantized; export it with target=trt11 in place of --precision fp16.")
+        raise DeployError(f"{source} is quantized; export it with target=trt11 instead of --precision fp16.")
     run_pass(model, strongly_typed("fp16"))
     for entry in model.metadata_props:
         if entry.key == "octet.target":
@@ -176,7 +176,7 @@ def gpu_name() -> str:
 
 
 def read_facts(onnx_path: Path) -> GraphFacts:
-    """Target, opset, Q/DQ and metadata of a file, which is checked as untrusted data on the way."""
+    """Target, opset, Q/DQ and metadata of a file, which is checked as untrusted data in between."""
     verify_onnx(onnx_path)
     model = load_onnx(onnx_path)
     metadata = stored_metadata(model)
@@ -309,7 +309,7 @@ def fill_shape(shape: Sequence[int], batch: int, size: tuple[int, int]) -> tuple
     """An image shape with its open dimensions filled in: (-1, 3, -1, -1), 2, (64, 96) -> (2, 3, 64, 96)."""
     if len(shape) != 4:
         raise DeployError(
-            f"An input of shape {tuple(shape)} is no batch of images; [B, 3, H, W] is expected."
+            f"An input of shape {tuple(shape)} is not a batch of images; [B, 3, H, W] is expected."
         )
     wanted = (batch, shape[1], *size)
     return tuple(want if have == -1 else have for have, want in zip(shape, wanted, strict=True))

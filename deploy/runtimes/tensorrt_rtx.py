@@ -1,6 +1,6 @@
 """TensorRT for RTX: plans that are built on any machine for named GPUs, and run where there is such a GPU.
 
-Beside the plan NAME.plan lies NAME.plan.json: version, compute capabilities, hashes, kernels, and for a quantized
+Next to the plan NAME.plan is NAME.plan.json: version, compute capabilities, hashes, kernels, and for a quantized
 graph what the compiler made of its convolutions on each of the capabilities. Kernels are compiled when the plan is
 loaded on the GPU, so a build proves types, fusions and bytes moved, not times.
 """
@@ -139,7 +139,7 @@ def build_tensorrt_rtx(onnx_path: Path, out_dir: Path, request: EngineRequest) -
         for name in WITHOUT_INT8_CONVOLUTIONS.intersection(capabilities):
             LOGGER.warning(
                 "%s: no INT8 convolutions there; they will run in FP16, on all GPUs of this plan (%s). Build an FP16 "
-                "engine for %s, in a plan of its own.",
+                "engine for %s, in a separate plan.",
                 name,
                 ", ".join(capabilities),
                 name,

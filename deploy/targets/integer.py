@@ -11,8 +11,8 @@ missing:
    product are integer kernels. This is one rounding more than torch saw. The range of x comes from images where they
    are given.
 4. the conv branch of a residual sum, with or without activation: the grid of the sum;
-5. conv -> activation in front of a layer that stays float (the last hidden ones of a head), or conv without activation
-   in front of a float operator (the queries and keys of float attention): the conv's result gets 8 bits, what follows
+5. conv -> activation before a layer that stays float (the last hidden ones of a head), or conv without activation
+   before a float operator (the queries and keys of float attention): the conv's result gets 8 bits, what follows
    is float. Only where images give the range; without them these convs run in float.
 
 Steps 3 and 5 change results by a rounding; the export's report says by how much, against the graph without this pass.
@@ -152,7 +152,7 @@ class _Activation:
 
 
 def _activation_of(graph: Graph, conv: NodeProto, tail: Container[int]) -> _Activation | None:
-    """The activation behind a conv; None for one that this pass does not know, and for convs at the outputs."""
+    """The activation after a conv; None for one that this pass does not know, and for convs at the outputs."""
     readers = graph.consumers.get(conv.output[0], [])
     kinds = sorted(reader.op_type for reader in readers)
     if kinds == ["Relu"]:
@@ -173,7 +173,7 @@ def _activation_of(graph: Graph, conv: NodeProto, tail: Container[int]) -> _Acti
 
 
 def _is_read_in_float(graph: Graph, tensor: str) -> bool:
-    """Whether an operator behind a tensor, moving ones aside, is no Q."""
+    """Whether an operator after a tensor, moving ones aside, is no Q."""
     for node in graph.consumers.get(tensor, []):
         if node.op_type in TRANSPARENT:
             if any(_is_read_in_float(graph, result) for result in node.output):
@@ -254,7 +254,7 @@ class _Editor:
                     self.quantize_unless_quantized(result, grid)
 
     def result_grid(self, activation: _Activation) -> Grid | None:
-        """The one grid that a result is quantized to, behind moving operators or the sum it enters; or None."""
+        """The one grid that a result is quantized to, after moving operators or the sum it enters; or None."""
         if activation.is_read_in_float:
             return None
         tensor = activation.result
@@ -311,7 +311,7 @@ class _Editor:
             self.quantize(tensor, grid)
 
     def clip_codes(self, tensor: str, result: str, grid: Grid) -> None:
-        """Step 2: conv -> Q -> Clip(codes, zero point, 255) -> DQ in place of conv -> ReLU; `result` keeps its name."""
+        """Step 2: conv -> Q -> Clip(codes, zero point, 255) -> DQ instead of conv -> ReLU; `result` keeps its name."""
         graph = self.graph
         relu = graph.producers[result]
         step, zero, codes, clipped = (

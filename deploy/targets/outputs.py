@@ -3,7 +3,7 @@
 - raw: the maps of the last convs, box_8, class_8, box_16 ...: for deployers who decode on their own;
 - decoded: output0 [B, 4 + K, A]: cx, cy, w, h in input pixels, then class scores. The default, nothing is changed;
 - end2end: output0 [B, N, 6]: x1, y1, x2, y2 in input pixels, score, class: the N best (anchor, class) pairs, by falling
-  score; mask coefficients stand behind. For heads that give each object one box: nothing is suppressed;
+  score; mask coefficients follow. For heads that give each object one box: nothing is suppressed;
 - onnx_nms: detections [N, 7]: image of the batch, x1, y1, x2, y2 in input pixels, score, class; ONNX's own
   NonMaxSuppression;
 - efficient_nms: num_dets [B, 1], det_boxes [B, M, 4] (corners), det_scores [B, M], det_classes [B, M]; TensorRT's
@@ -95,7 +95,7 @@ def raw_maps(graph: Graph, strides: Sequence[int]) -> PassResult:
     wanted = [f"{kind}_{stride}" for stride in strides for kind in ("box", "class")]
     if sorted(named) != sorted(wanted) or len(convs) != len(wanted):
         raise DeployError(
-            f"outputs=raw wants the convs {', '.join(wanted)} at the end, the graph has {len(convs)} there."
+            f"outputs=raw needs the convs {', '.join(wanted)} at the end, the graph has {len(convs)} there."
         )
     values = []
     for name in wanted:

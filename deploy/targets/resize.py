@@ -1,10 +1,10 @@
-"""Q/DQ pairs behind nearest-neighbour Resize nodes, for TensorRT's compilers.
+"""Q/DQ pairs after nearest-neighbour Resize nodes, for TensorRT's compilers.
 
 Q/DQ commute with a nearest Resize, but the compiler does not move DQ forward through it: a convolution that reads the
 Resize, directly or through a concat, then runs in float although the file quantizes it (seen with TensorRT for RTX 1.7
-on the entry convolutions of YOLOv9's top-down neck stages, and with a concat or a max-pool in front of the Resize). A
-pair with the group's own scale behind the Resize changes no value, since the values are on that grid already, and gives
-these convolutions INT8. FP8 codes need the pair behind a max-pool, too: without it the convolution behind YOLOv9's
+on the entry convolutions of YOLOv9's top-down neck stages, and with a concat or a max-pool before the Resize). A
+pair with the group's own scale after the Resize changes no value, since the values are on that grid already, and gives
+these convolutions INT8. FP8 codes need the pair after a max-pool, too: without it the convolution after YOLOv9's
 pyramid pooling runs in FP16.
 """
 
@@ -21,7 +21,7 @@ REPEATED = "_repeated"  # in the names of the pairs that are added
 
 
 def quantize_behind_resize(graph: Graph) -> PassResult:
-    """Repeat the Q/DQ pair in front of each nearest Resize behind it, and of each max-pool of FP8 codes."""
+    """Repeat the Q/DQ pair of each nearest Resize, and of each max-pool of FP8 codes, after it."""
     num_pairs = 0
     for node in list(graph.nodes):
         is_resize = node.op_type == "Resize" and attributes(node).get("mode", b"nearest") == b"nearest"
@@ -49,7 +49,7 @@ def passes(model: ModelProto, request: PassRequest) -> list[GraphPass]:
 
 
 def _pair_in_front(graph: Graph, tensor: str) -> tuple[NodeProto, NodeProto] | None:
-    """A Q and DQ in front of a tensor, directly or through operators that only move values; all of them are equal."""
+    """A Q and DQ before a tensor, directly or through operators that only move values; all of them are equal."""
     pairs: dict[tuple[bytes, ...], tuple[NodeProto, NodeProto]] = {}
     pending, seen = [tensor], set()
     while pending:

@@ -1,7 +1,7 @@
 """The strongly typed graph that TensorRT 11 wants (10.x too, with STRONGLY_TYPED): precision is what the file says.
 
 TensorRT 11 has no FP16 and INT8 flags any more. Q/DQ make the INT8 or FP8 part; everything else runs in the type the
-graph gives it. So the float part is written in FP16 here, and the tail behind the last convs (DFL, boxes, sigmoid)
+graph gives it. So the float part is written in FP16 here, and the tail after the last convs (DFL, boxes, sigmoid)
 stays FP32: FP16 steps are 0.5 px above 512. Scales come in two forms:
 
 - "fp16": scale tensors in FP16, opset 19. The grid moves by at most 2^-11 of a step; Q and DQ get the same value.
@@ -47,7 +47,7 @@ def strongly_typed(scale_type: str = "fp16") -> GraphPass:
 
 
 def tail_nodes(graph: Graph) -> set[int]:
-    """Ids of the nodes behind the last convs: those from which no conv, matrix product or quantizer is reached."""
+    """Ids of the nodes after the last convs: those from which no conv, matrix product or quantizer is reached."""
     leads_to_compute: set[str] = set()
     tail: set[int] = set()
     for node in reversed(graph.nodes):
@@ -114,7 +114,7 @@ class _Typer:
         value = self.graph.constants.get(name)
         if value is None:
             raise DeployError(
-                f"The scale '{name}' is computed at run time; a strongly typed graph wants constants."
+                f"The scale '{name}' is computed at run time; a strongly typed graph needs constants."
             )
         rounded = np.maximum(_to_half(value, name), HALF_TINY).astype(dtype)
         return self._constant(f"{name}_{np.dtype(dtype).name}", rounded)

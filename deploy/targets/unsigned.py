@@ -1,8 +1,8 @@
-"""INT8 activations as unsigned codes: the same grid, q + 128 in place of q.
+"""INT8 activations as unsigned codes: the same grid, q + 128 instead of q.
 
 CPU runtimes multiply unsigned activations with signed weights; ONNX Runtime has its fast kernels for that case only.
 OpenVINO (2026.4) accepts signed activations, but on CPUs without AMX it rewrites them to unsigned ones and then
-loses the zero point behind a concat of a split tensor: gelan-t on BCCD falls from AP 0.597 to 0.449 while each conv
+loses the zero point after a concat of a split tensor: gelan-t on BCCD falls from AP 0.597 to 0.449 while each conv
 by itself is right. With the zero point written into the file both runtimes compute what torch computes.
 """
 
@@ -24,7 +24,7 @@ def passes(model: ModelProto, request: PassRequest) -> list[GraphPass]:
 
 
 def unsigned_activations(graph: Graph) -> PassResult:
-    """Give every Q/DQ of an activation uint8 codes with zero point 128 in place of int8 codes with zero point 0.
+    """Give every Q/DQ of an activation uint8 codes with zero point 128 instead of int8 codes with zero point 0.
 
     Raises:
         DeployError: an activation has a zero point other than int8 0 or uint8, or its codes are read by other nodes.

@@ -76,7 +76,7 @@ def interpret(checkpoint: Checkpoint, source: str, architecture: str | None = No
         ValueError: If `architecture` is unknown.
     """
     if architecture is not None:
-        family_of(architecture)  # which raises where there is none
+        family_of(architecture)  # which raises if there is none
     try:
         return _interpret(checkpoint, source, architecture)
     except CheckpointError as error:

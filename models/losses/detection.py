@@ -74,7 +74,7 @@ class DetectionLoss(nn.Module):
         self.top_k, self.alpha, self.beta = top_k, alpha, beta
 
     def forward(self, raw: Raw, targets: Tensor, image_size: tuple[int, int]) -> dict[str, Tensor]:
-        """Compute the three terms in float32, whatever the autocast state; the total loss is their sum.
+        """Compute the three terms in float32, for any autocast state; the total loss is their sum.
 
         Args:
             raw: Per level (box [B, 4R, h, w], cls [B, K, h, w]) logits.

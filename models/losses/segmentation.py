@@ -65,7 +65,7 @@ class SegmentationLoss(DetectionLoss):
     def forward(  # type: ignore[override]
         self, raw: RawSegmentation, targets: SegmentTargets, image_size: tuple[int, int]
     ) -> dict[str, Tensor]:
-        """Compute the four terms in float32, whatever the autocast state; the total loss is their sum.
+        """Compute the four terms in float32, for any autocast state; the total loss is their sum.
 
         Args:
             raw: Per level (box, cls, coefficients [B, P, ...]) maps, and prototypes [B, P, h, w].
@@ -106,7 +106,7 @@ class SegmentationLoss(DetectionLoss):
 
 
 def target_rows(image_T: Tensor, batch_size: int) -> Tensor:
-    """Row of each image's objects in the flat list, [B, M], in the order of `pad_targets`; -1 where there is none."""
+    """Row of each image's objects in the flat list, [B, M], in the order of `pad_targets`; -1 if there is none."""
     counts = torch.bincount(image_T, minlength=batch_size)
     most = int(counts.max()) if image_T.numel() else 0
     order = torch.argsort(image_T, stable=True)

@@ -392,7 +392,7 @@ def test_command_line(tmp_path, capsys):
     assert main([*arguments, "--images", str(tmp_path / "images.npz")]) == 0
     printed = capsys.readouterr().out
     assert (
-        "tensors that meet take the largest of their scales: 2 edits, +0 Q, +0 DQ; findings 1 -> 0" in printed
+        "tensors that meet get the largest of their scales: 2 edits, +0 Q, +0 DQ; findings 1 -> 0" in printed
     )
     before, after = (np.concatenate([r[0] for r in run(load_onnx(file))]) for file in (path, out))
     difference = np.abs(before.astype(np.float64) - after)

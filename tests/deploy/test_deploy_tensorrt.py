@@ -215,7 +215,7 @@ def test_versions_and_shapes():
     with pytest.raises(DeployError, match="no TensorRT version"):
         parse_version("ten")
     assert fill_shape((-1, 3, -1, -1), 2, (64, 96)) == (2, 3, 64, 96)
-    with pytest.raises(DeployError, match="no batch of images"):
+    with pytest.raises(DeployError, match="not a batch of images"):
         fill_shape((-1, 10), 1, SIZE)
 
 
