@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--precision",
         choices=PRECISIONS,
-        help="default: that of the file's codes; this and the rest: TensorRT's",
+        help="default: that of the file's codes; this and the following options are for TensorRT",
     )
     build.add_argument("--best-batch", type=int, default=1, help="batch that the kernels are chosen for")
     build.add_argument("--max-batch", type=int, default=16)

@@ -24,7 +24,7 @@ from proselint.tools import LintFile
 ROOT = Path(__file__).resolve().parent.parent
 CHECKED = (
     "*.md", "docs/**/*.md", "benchmarks/*.md", "scripts/*.py", "scripts/*.sh", "examples/*.py", "*.py",
-    "core/**/*.py", "models/**/*.py", "configs/**/*.py",
+    "core/**/*.py", "models/**/*.py", "configs/**/*.py", "deploy/**/*.py",
 )  # fmt: skip
 PHRASES = {  # regular expression -> what to write
     r"without a word": "silently, or: without a message",

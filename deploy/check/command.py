@@ -118,7 +118,7 @@ def format_findings(findings: Sequence[Finding]) -> list[str]:
 
 
 def format_build(build: CompileReport) -> str:
-    """What the compiler made of the graph: findings, then the engine's figures beside those of its FP16 build."""
+    """The compiler's result: findings, then the figures of the engine and of its FP16 build."""
     lines = [f"compiled for {build.capability} by TensorRT for RTX {build.version} (no GPU: no times)"]
     lines += format_findings(build.findings)
     lines.append(f"{len(build.findings)} findings")

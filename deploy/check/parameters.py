@@ -25,7 +25,7 @@ def bad_parameters(view: View) -> Findings:
         if partner is not None:
             yield Finding(
                 node.name, f"its scale or zero point is not that of '{partner.name}', whose codes it reads: values "
-                "change on the way", "give both the same scale and zero point", "pair-mismatch",
+                "change", "give both the same scale and zero point", "pair-mismatch",
             )  # fmt: skip
         if parameters.scale is None:
             yield Finding(

@@ -63,8 +63,8 @@ def useless(view: View, node: NodeProto) -> Findings:
         scale = view.quantization(node).scale
         step = "" if scale is None or scale.size != 1 else f" of {format_scale(float(scale.reshape(-1)[0]))}"
         yield Finding(
-            node.name, f"rounds a tensor of the decode after the last conv to steps{step} for {kinds}: boxes or "
-            "scores lose accuracy and nothing is gained",
+            node.name, f"rounds a tensor of the decode after the last conv to steps{step} for {kinds}: this "
+            "costs accuracy of boxes or scores and gains nothing",
             "leave everything after the last convs in float", "q-in-decode", 2,
         )  # fmt: skip
         return

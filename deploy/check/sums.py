@@ -21,8 +21,8 @@ def residual_adds(view: View) -> Findings:
     for node, quantized, branch in residual_summands(view):
         if all(quantized) and branch is not None:
             yield Finding(
-                node.name, f"both summands are quantized; Q/DQ on the branch '{branch}' prevents fusion of the sum with "
-                "its conv",
+                node.name, f"both summands are quantized; Q/DQ on the branch '{branch}' prevents fusion of the sum "
+                "with its conv",
                 "remove the Q/DQ on the branch, keep the one on the skip", "residual", 1,
             )  # fmt: skip
         elif not any(quantized):

@@ -140,5 +140,5 @@ def _unknown(what: str, text: str) -> DeployError:
 
 
 def total_bytes(kernels: Sequence[Kernel]) -> float:
-    """Bytes that all kernels read and write: a stand-in for the traffic to memory, not a time."""
+    """Bytes that all kernels read and write: an approximation of the memory traffic, not a time."""
     return sum(kernel.moved_bytes for kernel in kernels)

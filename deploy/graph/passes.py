@@ -90,7 +90,7 @@ def count_qdq(model: ModelProto) -> tuple[int, int]:
 
 
 def run_pass(model: ModelProto, graph_pass: GraphPass) -> PassCount:
-    """Run one pass in place and hold its account of Q/DQ nodes against the graph.
+    """Run one pass in place and compare its count of Q/DQ nodes with the graph.
 
     Raises:
         DeployError: the number of Q or DQ nodes changed otherwise than the pass reports.

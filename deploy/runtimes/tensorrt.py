@@ -314,7 +314,7 @@ def read_engine(path: Path, here: Mapping[str, str]) -> tuple[dict[str, Any], by
     """Sidecar and plan of an engine, after comparing its hash, and what `here` names by keys of `COMPARED`."""
     sidecar_file = sidecar_path(path)
     if not path.is_file() or not sidecar_file.is_file():
-        raise DeployError(f"No engine {path} with {sidecar_file.name} beside it; build one.")
+        raise DeployError(f"No engine {path} with {sidecar_file.name} next to it; build one.")
     try:
         sidecar = json.loads(sidecar_file.read_text())
         built = {key: sidecar[key] for key in (*here, "engine_sha256")}

@@ -7,7 +7,7 @@
 | builder flags INT8, FP16 | yes | yes, deprecated | gone |
 
 Everything else this project calls (named tensors, execute_async_v3, memory pools, timing cache, inspector) is the
-same in all of them. The tests hold every name and call against the real bindings of five versions.
+same in all of them. The tests compare every name and call with the real bindings of five versions.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def import_tensorrt() -> Any:
 
 
 def parse_version(text: str) -> tuple[int, int]:
-    """(major, minor) of "10.3.0" and the like; raises DeployError on anything else."""
+    """(major, minor) of a text such as "10.3.0"; raises DeployError for any other text."""
     parts = text.split(".")
     if len(parts) < 2 or not parts[0].isdecimal() or not parts[1].isdecimal():
         raise DeployError(f"'{text}' is not a TensorRT version; expected MAJOR.MINOR.")

@@ -281,7 +281,7 @@ def test_what_needs_data_is_left_and_named(case, rule, tmp_path, capsys):
     onnx.save(case(Builder()), path)
     assert main([str(path), "--fix", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "nothing to mend without data" in printed
+    assert "nothing to fix without data" in printed
     assert f"left: {rule} 1 (" in printed
     assert load_onnx(out) == load_onnx(path)
 

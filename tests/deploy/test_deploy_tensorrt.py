@@ -212,7 +212,7 @@ def test_versions_and_shapes():
     with pytest.raises(DeployError, match=r"8\.5\.3 is too old"):
         rules_of("8.5.3")
     assert rules_of("12.0.0") == RULES[11]
-    with pytest.raises(DeployError, match="no TensorRT version"):
+    with pytest.raises(DeployError, match="not a TensorRT version"):
         parse_version("ten")
     assert fill_shape((-1, 3, -1, -1), 2, (64, 96)) == (2, 3, 64, 96)
     with pytest.raises(DeployError, match="not a batch of images"):
