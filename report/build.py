@@ -10,6 +10,7 @@ from typing import Any
 from core.errors import ReportError
 from core.files import write_text
 from core.rows import ResultRow
+from report.compare import render_comparison
 from report.data import ReportData
 from report.html import render_html
 from report.panels import DetectionPanel
@@ -38,6 +39,10 @@ def build_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     """
     paths = [run / JSON if run.is_dir() else run for run in runs]
     content = [(_title(path), read_report(path)) for path in paths]
+    titles = [title for title, _ in content]
+    repeated = next((title for title in titles if titles.count(title) > 1), None)
+    if repeated is not None:
+        raise ReportError(f"the run {repeated} was named twice: name each run once.")
     if output is None:
         output = paths[0].with_name(HTML) if len(paths) == 1 else Path(COMPARISON)
     write_text(output, render(content))
@@ -48,7 +53,7 @@ def render(runs: Sequence[tuple[str, ReportData]]) -> str:
     """Return the page of (title, content) of each run."""
     if len(runs) == 1:
         return render_html(runs[0][1])
-    raise ReportError("several runs: expected one.")
+    return render_comparison(runs)
 
 
 def read_report(path: Path) -> ReportData:
@@ -92,4 +97,4 @@ def _data(content: dict[str, Any]) -> ReportData:
 
 def _title(path: Path) -> str:
     folder = path.resolve().parent
-    return f"{folder.parent.name}/{folder.name}"
+    return "/".join(part for part in (folder.parent.name, folder.name) if part)

@@ -10,12 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from core.names import listing
 from core.rows import ResultRow
 from report.data import ReportData
-from report.tables import finite
+from report.tables import finite, score_heading
+from report.verdict import interval_text, score_interval
 
 MAX_POINTS = 2000  # per line; more cannot be told apart on a screen
 MAX_BARS = 40
+LEAST_SPAN = 0.1  # of the axis of a score
 SECTIONS = (
     "results",
     "operating",
@@ -71,30 +74,60 @@ def thin(points: list[tuple[float, float]], limit: int = MAX_POINTS) -> list[tup
 
 
 def accuracy_chart(rows: Sequence[ResultRow]) -> Chart | None:
-    """AP over median latency: up and to the left is better."""
-    shown = [row for row in rows if finite(row.ap) is not None and finite(row.latency_ms_median) is not None]
+    """The deciding score over median latency, with its interval: up and to the left is better.
+
+    The axis of the score is at least LEAST_SPAN high, so that a difference of 0.001 does not look like a fall.
+    """
+    shown = [
+        (row, score)
+        for row in rows
+        if (score := finite(row.value)) is not None and finite(row.latency_ms_median) is not None
+    ]
     if len(shown) < 2:
         return None
-    traces = [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": plain(row.name),
-            "x": [row.latency_ms_median],
-            "y": [row.ap],
-            "hovertemplate": f"{plain(row.name)}<br>%{{x:.2f}} ms<br>AP %{{y:.4f}}<extra></extra>",
-            "marker": {"size": 12},
-            "cliponaxis": False,
-        }
-        for row in shown
-    ]
+    heading = score_heading(rows)
+    traces: list[dict[str, Any]] = []
+    ends: list[float] = []
+    for row, score in shown:
+        inside = score_interval(row)
+        low, high = (score, score) if inside is None else (min(inside.low, score), max(inside.high, score))
+        ends += [low, high]
+        batch = row.extras.get("batch")
+        lines = [row.name, f"{row.latency_ms_median:.2f} ms" + (f", batch {batch}" if batch else "")]
+        lines.append(f"{heading} {score:.4f}" + (f" ({interval_text(inside)})" if inside else ""))
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": plain(row.name),
+                "x": [row.latency_ms_median],
+                "y": [score],
+                "error_y": {
+                    "type": "data", "symmetric": False, "array": [high - score], "arrayminus": [score - low],
+                    "thickness": 1.5, "width": 5, "visible": inside is not None,
+                },
+                "hovertemplate": "<br>".join(map(plain, lines)) + "<extra></extra>",
+                "marker": {"size": 12},
+                "cliponaxis": False,
+            }
+        )  # fmt: skip
     layout = {
         "xaxis": {"title": {"text": "median latency [ms]"}, "rangemode": "tozero"},
-        "yaxis": {"title": {"text": "AP"}, "tickformat": ".4f"},
+        "yaxis": {
+            "title": {"text": heading},
+            "tickformat": ".3f",
+            "range": _score_range(min(ends), max(ends)),
+        },
         "showlegend": True,
     }
-    description = "AP and median latency of every timed row."
+    description = f"{heading} with its 95% interval, and median latency, of every timed row."
     return Chart("results", "accuracy", "Accuracy over latency", description, traces, layout)
+
+
+def _score_range(low: float, high: float) -> list[float]:
+    """An axis that holds both ends and is at least LEAST_SPAN high."""
+    middle, half = (low + high) / 2, max(LEAST_SPAN, 1.2 * (high - low)) / 2
+    return [round(middle - half, 6), round(middle + half, 6)]
 
 
 def curve_charts(records: Sequence[Mapping[str, Any]]) -> list[Chart]:
@@ -152,15 +185,36 @@ def stage_chart(stages: Sequence[Mapping[str, Any]]) -> Chart | None:
     return Chart("time", "stages", "Time per stage", "Seconds that each stage took.", *bars)
 
 
-def sensitivity_chart(items: Sequence[Mapping[str, Any]] | None) -> Chart | None:
-    """The units that lose most when quantized."""
+def sensitivity_chart(
+    items: Sequence[Mapping[str, Any]] | None,
+    placement: Sequence[Mapping[str, Any]] | None = None,
+    model: Mapping[str, Any] | None = None,
+) -> Chart | None:
+    """The units that lose most when quantized; the hover says what a unit holds and what it costs in float."""
     if not items:
         return None
     ranked = sorted(items, key=lambda item: -(finite(float(item["score"])) or 0.0))[:MAX_BARS]
     names = [plain(item["unit"]) for item in ranked]
     scores = [finite(float(item["score"])) for item in ranked]
     shown = f"The {len(ranked)} most sensitive of {len(items)} units."
-    return Chart("sensitivity", "sensitivity", "Sensitivity", shown, *_bars(names, scores, "score"))
+    traces, layout = _bars(names, scores, "score")
+    layers_of = {str(item["name"]): item["layers"] for item in placement or () if item.get("layers")}
+    traces[0]["text"] = [_unit_text(item, layers_of.get(str(item["unit"]), ()), model) for item in ranked]
+    traces[0] |= {"hovertemplate": "%{text}<extra></extra>", "textposition": "none"}
+    return Chart("sensitivity", "sensitivity", "Sensitivity", shown, traces, layout)
+
+
+def _unit_text(item: Mapping[str, Any], layers: Sequence[str], model: Mapping[str, Any] | None) -> str:
+    """Lines of the hover: unit, score and its parts, layers, and the multiply-accumulates that would run in float."""
+    lines = [str(item["unit"])]
+    lines += [f"{name}: {value:.4g}" for name, value in item.items() if _is_number(value)]
+    if layers:
+        lines.append("layers: " + listing(layers, 4))
+    if layers and model is not None:
+        macs = sum(int(layer["macs"]) for layer in model["layers"] if layer["name"] in layers)
+        share = macs / max(int(model["macs"]), 1)
+        lines.append(f"kept float: {macs:,} MACs, {share:.2%} of the network, leave INT8")
+    return "<br>".join(map(plain, lines))
 
 
 def _bars(
@@ -274,7 +328,7 @@ def all_charts(data: ReportData) -> list[Chart]:
         accuracy_chart(data.rows),
         f1_chart(data.rows),
         *curve_charts(data.curves),
-        sensitivity_chart(data.sensitivity),
+        sensitivity_chart(data.sensitivity, data.placement, data.model),
         placement_chart(data.placement),
         calibration_chart(data.calibration),
         stage_chart(data.stages),

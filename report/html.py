@@ -35,13 +35,26 @@ from report.tables import (
     table_cells,
 )
 from report.verdict import LEGEND as VERDICT_LEGEND
-from report.verdict import Verdict, difference_interval, interval_text, score_interval, verdicts
+from report.verdict import (
+    Verdict,
+    class_table,
+    difference_interval,
+    gains,
+    interval_text,
+    score_interval,
+    verdicts,
+)
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
-def render_html(data: ReportData) -> str:
-    """Return the whole page.
+def chart_page(template: str, charts: Sequence[Chart], **content: object) -> str:
+    """Return a page with its style, its charts and what draws them.
+
+    Args:
+        template: name of a file in TEMPLATES that extends base.html.j2.
+        charts: to be drawn, each in the section that it names.
+        content: further variables of the template.
 
     Raises:
         ReportError: plotly, whose plotly.js is inlined, is not installed.
@@ -53,8 +66,23 @@ def render_html(data: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return environment.get_template(template).render(
+        charts={section: [chart for chart in charts if chart.section == section] for section in SECTIONS},
+        style=_own_file("style.css"),
+        script=_own_file("charts.js"),
+        plotly_js=Markup(_plotly_js()) if charts else "",
+        chart_json=chart_json(charts) if charts else "",
+        text=cell_text,
+        **content,
+    )
+
+
+def render_html(data: ReportData) -> str:
+    """Return the whole page of a run; errors as for `chart_page`."""
     charts, graph = all_charts(data), graph_view(data)
-    return environment.get_template("report.html.j2").render(
+    return chart_page(
+        "report.html.j2",
+        charts,
         data=data,
         columns=columns_for(data.rows),
         cells=table_cells(data.rows),
@@ -62,8 +90,9 @@ def render_html(data: ReportData) -> str:
         tiles=headline(data.rows),
         verdicts=lead_first(verdicts(data.rows, data.chosen), data.rows),
         verdict_legend=VERDICT_LEGEND,
+        gains=gains(data.rows),
+        classes=class_table(data.rows),
         intervals=interval_table(data.rows),
-        charts={section: [chart for chart in charts if chart.section == section] for section in SECTIONS},
         extras=extra_table(data.rows),
         operating={
             "title": operating.TITLE,
@@ -72,14 +101,14 @@ def render_html(data: ReportData) -> str:
             "rows": {"keys": operating.HEADINGS, "lines": operating.operating_lines(data.rows)},
             "classes": {"keys": operating.CLASS_HEADINGS, "lines": operating.class_lines(data.rows)},
         },
-        sensitivity=dict_table(
+        sensitivity=free_lines(
             sorted(data.sensitivity or (), key=lambda item: -float(item["score"])), ("unit", "score")
         ),
-        placement=dict_table(data.placement or (), ("name", "kind")),
+        placement=free_lines(data.placement or (), ("name", "kind")),
         facts=model_facts(data.model) if data.model is not None else {},
         layers={"keys": LAYER_HEADINGS, "lines": layer_lines(data.model) if data.model is not None else []},
-        findings=dict_table(data.findings, ("name", "hazard", "remedy")),
-        fixed_point=dict_table(data.fixed_point, ("name", "values", "differing", "largest_step")),
+        findings=free_lines(data.findings, ("name", "hazard", "remedy")),
+        fixed_point=free_lines(data.fixed_point, ("name", "values", "differing", "largest_step")),
         total_seconds=sum(float(stage["seconds"]) for stage in data.stages),
         graph=graph,
         graph_file=(data.graph or {}).get("file"),
@@ -88,11 +117,6 @@ def render_html(data: ReportData) -> str:
         box_size=(WIDTH, HEIGHT),
         panels=[drawn_panel(panel, data.class_names) for panel in data.detections],
         changed={key: data.configuration.get(key) for key in data.changed},
-        style=_own_file("style.css"),
-        script=_own_file("charts.js"),
-        plotly_js=Markup(_plotly_js()) if charts else "",
-        chart_json=chart_json(charts) if charts else "",
-        text=cell_text,
         seconds=seconds_text,
     )
 
@@ -132,7 +156,7 @@ def graph_view(data: ReportData) -> dict[str, Any] | None:
     return draw(data.graph, layers, {unit: score for unit, score in scored if score is not None})
 
 
-def dict_table(items: Iterable[Mapping[str, Any]], first: Sequence[str]) -> dict[str, Any]:
+def free_lines(items: Iterable[Mapping[str, Any]], first: Sequence[str]) -> dict[str, Any]:
     """Return {"keys": column names, `first` leading, "lines": values}: the union of all items' keys."""
     listed = list(items)
     keys = list(dict.fromkeys([*first, *(key for item in listed for key in item)]))
@@ -141,7 +165,7 @@ def dict_table(items: Iterable[Mapping[str, Any]], first: Sequence[str]) -> dict
 
 def extra_table(rows: Sequence[ResultRow]) -> dict[str, Any]:
     """Return the rows' further figures as a table; no lines where there are none."""
-    return dict_table([{"row": row.name, **row.extras} for row in rows if row.extras], ("row",))
+    return free_lines([{"row": row.name, **row.extras} for row in rows if row.extras], ("row",))
 
 
 def lead_first(found: Sequence[Verdict], rows: Sequence[ResultRow]) -> list[Verdict]:

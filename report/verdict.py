@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from core.intervals import LEVEL, Interval, interval, paired_interval
 from core.rows import FLOAT, ResultRow, find_row, shipped_rows
-from report.tables import finite, score_heading
+from report.data import reference_engine
+from report.tables import MASK_AP, MEGABYTE, MISSING, finite, score_heading
 
 LEGEND = (
     f"Intervals: {LEVEL:.0%}, percentiles of the score on images drawn with replacement (bootstrap). Differences are "
@@ -47,6 +49,37 @@ def verdicts(rows: Sequence[ResultRow], chosen: Mapping[str, str]) -> list[Verdi
         for row in shipped_rows(rows)
         if finite(row.value) is not None
     ]
+
+
+def gains(rows: Sequence[ResultRow]) -> list[str]:
+    """What each quantized engine gained in speed and size, as sentences; none for one that was not timed."""
+    found = []
+    for row in rows:
+        if not row.key.is_quantized_engine or not row.latency_ms_median:
+            continue
+        base, batch = reference_engine(rows, row), row.extras.get("batch", 1)
+        text = f"{row.name} takes {row.latency_ms_median:.2f} ms for a batch of {batch}"
+        if base is not None and base.latency_ms_median:
+            factor = base.latency_ms_median / row.latency_ms_median
+            text += f": {factor:.2f} times as fast as {base.name} ({base.latency_ms_median:.2f} ms)"
+        if row.size_bytes:
+            text += f". It has {row.size_bytes / MEGABYTE:.2f} MB"
+            if base is not None and base.size_bytes:
+                text += f", {row.size_bytes / base.size_bytes:.0%} of {base.size_bytes / MEGABYTE:.2f} MB"
+        found.append(f"{text}.")
+    return found
+
+
+def class_table(rows: Sequence[ResultRow]) -> dict[str, Any]:
+    """AP of every class, one column per row that has it; mask AP for segmentation. No lines without figures."""
+    key = "per_class_ap_mask" if any(MASK_AP in row.extras for row in rows) else "per_class_ap"
+    measured = [row for row in rows if row.extras.get(key)]
+    classes = dict.fromkeys(name for row in measured for name in row.extras[key])
+    lines = []
+    for name in classes:
+        values = [finite(row.extras[key].get(name)) for row in measured]
+        lines.append([name, *(MISSING if value is None else f"{value:.4f}" for value in values)])
+    return {"keys": ("Class", *(row.name for row in measured)), "lines": lines}
 
 
 def difference_interval(row: ResultRow, base: ResultRow) -> Interval | None:

@@ -88,6 +88,7 @@ def _placement_items(job: Job) -> list[dict[str, Any]] | None:
             "bits": group.grid.bits,
             "grid": group.grid.name,
             "tensors": len(group.tensors),
+            "layers": list(group.layers),
         }
         if group.name in found:
             item |= {"scale": found[group.name]["scale"], "clipped": found[group.name]["clipped"]}

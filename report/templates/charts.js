@@ -45,7 +45,9 @@
       layout.yaxis.tickvals = chart.traces[0].y;
       layout.yaxis.ticktext = chart.traces[0].y.map((name) => (name.length > LABEL ? "…" + name.slice(1 - LABEL) : name));
     }
-    await Plotly.react(place, chart.traces, layout, {
+    const traces = chart.traces.map((trace) => ("series" in trace // several traces of one colour
+      ? { ...trace, marker: { ...trace.marker, color: palette.series[trace.series % palette.series.length] } } : trace));
+    await Plotly.react(place, traces, layout, {
       displaylogo: false, responsive: true, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
     });
   }

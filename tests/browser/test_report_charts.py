@@ -85,7 +85,10 @@ def test_a_point_tells_its_figures_when_pointed_at(page: ReportPage, report: Pat
     page.move_mouse(*middle)
     page.until("return document.querySelector('#chart-sensitivity .hovertext')")
     told = page.run("return document.querySelector('#chart-sensitivity .hovertext')?.textContent")
-    assert told == "backbone.block11.0000 score"
+    assert (
+        told
+        == "backbone.block1score: 1layers: layer10kept float: 100,000 MACs, 2.50% of the network, leave INT8"
+    )
 
 
 def test_charts_follow_the_width_of_the_window(page: ReportPage, report: Path) -> None:

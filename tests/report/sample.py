@@ -55,7 +55,7 @@ def sample_rows() -> list[ResultRow]:
             0.83,
             0.84,
             size_bytes=8_000_000,
-            extras={"ap_small": 0.31, "images": 73},
+            extras={"ap_small": 0.31, "images": 73, "per_class_ap": {"cell": 0.7, EVIL: 0.5}},
             operating_point=sample_point(),
             draws=sample_draws(0.5984),
         ),
@@ -138,6 +138,7 @@ def sample_data() -> ReportData:
             }
             for n in range(80)
         ]
+        + [{"name": "backbone.block1", "kind": "activation", "bits": 8, "layers": ["layer10"]}]
         + [{"name": "head.dfl", "kind": "float", "reason": "narrow"}],
         calibration={"images": [8, 16, 32], "largest": [0.4, 0.03, 0.0], "median": [0.1, 0.01, 0.0]},
         model={
