@@ -105,7 +105,7 @@ def _remarks(runs: Runs) -> list[str]:
             )
         if data.machine != first.machine:
             found.append(
-                f"{title} was timed on another machine, or with other threads, than {runs[0][0]}: compare speed-ups, not milliseconds."
+                f"{title} was timed on another machine, or with other threads: compare speed-ups, not milliseconds."
             )
         if score_heading(data.rows) != score_heading(first.rows):
             found.append(
