@@ -134,11 +134,10 @@ class FakeQuantize(nn.Module):
                 scale = torch.tensor(float(self.scale), device=x.device)  # a constant in the file
                 return _ExportFP8.apply(x, scale, 0, self.grid)  # type: ignore[no-any-return]
             return torch.fake_quantize_per_tensor_affine(x, float(self.scale), 0, low, high)
-        y = x.float()
         if torch.is_grad_enabled() and (x.requires_grad or self.log_scale.requires_grad):
-            y = _FakeQuantizeTensor.apply(y, self.log_scale, self.scale, self.grid)
+            y = _FakeQuantizeTensor.apply(x, self.log_scale, self.scale, self.grid)
         else:
-            y = round_to_grid(y, self.scale, self.grid)
+            y = round_to_grid(x, self.scale, self.grid)
         return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -17,6 +17,7 @@ FP8 codes are no whole numbers: layers with an FP8 grid multiply values in float
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from core.grid import Grid
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
+from quant.rounding import codes_of, scaled
 
 InputGrid = tuple[FakeQuantize, ...]  # a tuple, so that the quantizer is no second submodule of the layer
 
@@ -35,13 +37,28 @@ class _Codes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, scale: Tensor, unit: float, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(scale)
-        ctx.unit, ctx.dtype = unit, values.dtype
-        return (values / scale).round_().mul_(unit).to(dtype)
+        ctx.unit = unit
+        return codes_of(values, scale, unit, dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = ctx.saved_tensors
-        return gradients[0].to(ctx.dtype) * (ctx.unit / scale), None, None, None
+        return scaled(gradients[0], ctx.unit / scale), None, None, None
+
+
+def _keeping_codes(input: Tensor, quantizer: FakeQuantize) -> torch.autograd.graph.saved_tensors_hooks:
+    """Where the backward pass needs a layer's input, it keeps the codes: one byte for each value in place of four."""
+    scale, place = quantizer.scale, (input.data_ptr(), input.shape)
+    dtype = torch.int8 if quantizer.grid.signed else torch.uint8
+
+    def pack(tensor: Tensor) -> Tensor:
+        found = (tensor.data_ptr(), tensor.shape)
+        return codes_of(tensor, scale, dtype=dtype) if found == place else tensor
+
+    def unpack(kept: Tensor) -> Tensor:
+        return scaled(kept, scale) if kept.dtype == dtype else kept
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _on_codes(layer: QuantizedLayer, input: Tensor) -> bool:
@@ -60,7 +77,7 @@ def _operands(layer: QuantizedLayer, input: Tensor) -> tuple[Tensor, Tensor, Ten
     scale = activations.scale
     if not torch.is_autocast_enabled(input.device.type):
         codes, steps = weights.codes(layer.weight)
-        return (input * scale.reciprocal()).round_(), codes, scale * steps
+        return codes_of(input, scale), codes, scale * steps
     dtype = torch.get_autocast_dtype(input.device.type)
     units = [1 / (quantizer.grid.high + 1) for quantizer in (activations, weights)]
     codes = _Codes.apply(input, scale, units[0], dtype)
@@ -75,6 +92,8 @@ def _scaled(sums: Tensor, steps: Tensor, bias: Tensor | None, axis: int) -> Tens
     if steps.numel() != sums.shape[axis]:  # a grouped transposed layer has one step per place in a group
         steps = steps.repeat(sums.shape[axis] // steps.numel())
     steps = steps.reshape(shape)
+    if bias is not None and sums.requires_grad:
+        return torch.addcmul(bias.reshape(shape), sums.float(), steps)
     values = sums.float().mul_(steps)
     return values if bias is None else values.add_(bias.reshape(shape))
 
@@ -92,8 +111,12 @@ def _compute(
     weights = layer.weight_quantizer
     autocast = torch.is_autocast_enabled(input.device.type)
     off = weights.mode is not Mode.QUANTIZE or torch.onnx.is_in_onnx_export()
-    if off or (torch.is_grad_enabled() and not autocast):
+    if off:
         return operation(input, weights(layer.weight), layer.bias)
+    if torch.is_grad_enabled() and not autocast:
+        weight = weights(layer.weight)
+        with _keeping_codes(input, layer.input_grid[0]) if _on_codes(layer, input) else nullcontext():
+            return operation(input, weight, layer.bias)
     if _on_codes(layer, input):
         codes, weight, steps = _operands(layer, input)
         return _scaled(operation(codes, weight, None), steps, layer.bias, axis)

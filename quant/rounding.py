@@ -38,31 +38,63 @@ _zero_outside = torch.ops.aten.hardtanh_backward  # first argument where low < s
 def round_to_grid(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """The values of the grid that are closest to x, float32; `scale` is a scalar or broadcasts over x."""
     if grid.is_fp8:
-        return grid.round(x, scale)
-    y, inverse = torch.empty_like(x), scale.reciprocal()
-    pieces = _pieces((x, y)) if scale.ndim == 0 else [(x, y)]
-    for source, result in pieces:
-        _round_into(result, source, scale, inverse, grid)
+        return grid.round(x.float(), scale)
+    y, inverse = torch.empty_like(x, dtype=torch.float32), scale.reciprocal()
+    for source, result in _pieces((x, y)) if scale.ndim == 0 else [(x, y)]:
+        _scaled_into(result, source, inverse).round_().clamp_(grid.low, grid.high).mul_(scale)
     return y
 
 
+def codes_of(values: Tensor, scale: Tensor, unit: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Codes of float32 values that lie on a grid, times a power of two, in a type that holds them exactly."""
+    codes, inverse = torch.empty_like(values, dtype=dtype), scale.reciprocal()
+    for source, result in _pieces((values, codes)) if scale.ndim == 0 else [(values, codes)]:
+        exact = result if dtype == torch.float32 else torch.empty_like(source, dtype=torch.float32)
+        _scaled_into(exact, source, inverse).round_()
+        if unit != 1.0:
+            exact.mul_(unit)
+        if exact is not result:
+            result.copy_(exact)
+    return codes
+
+
+def scaled(codes: Tensor, scale: Tensor) -> Tensor:
+    """Codes or gradients of any type times a scale, float32; for codes these are the values of their grid."""
+    values = torch.empty_like(codes, dtype=torch.float32)
+    for source, result in _pieces((codes, values)) if scale.ndim == 0 else [(codes, values)]:
+        _scaled_into(result, source, scale)
+    return values
+
+
 def gradients(g: Tensor, x: Tensor, scale: Tensor, grid: Grid, learned: bool) -> tuple[Tensor, Tensor | None]:
-    """Gradients for x and for the logarithm of its one scale (None unless learned), from that for the result."""
+    """Gradients for x, in its type, and for the logarithm of its one scale (None unless learned).
+
+    Args:
+        g: gradient of the loss for the result of `round_to_grid`, float32.
+        x: what was rounded, float32 or the type of autocast.
+        scale: the scale, a scalar.
+        grid: the codes.
+        learned: whether the second gradient is needed.
+    """
     if g.stride() != x.stride():
-        g = torch.empty_like(x).copy_(g)
+        g = torch.empty_like(x, dtype=torch.float32).copy_(g)
     if grid.is_fp8:
-        grad_x = _inside_fp8(g, x, scale, grid)
-        rest = grid.round(x, scale).sub_(_inside_fp8(x, x, scale, grid)) if learned else None
-        return grad_x, None if rest is None else (g * rest).sum()
+        grad_x, exact = _inside_fp8(g, x, scale, grid), x.float()
+        rest = grid.round(exact, scale).sub_(_inside_fp8(exact, x, scale, grid)) if learned else None
+        return grad_x.to(x.dtype), None if rest is None else (g * rest).sum()
     grad_x, inverse = torch.empty_like(x), scale.reciprocal()
     low, high = _open_bounds(grid.low, grid.high)
     sums, scratch = [], _Scratch()
     for source, along, result in _pieces((x, g, grad_x)):
         u, inside = scratch.like(source)
-        torch.mul(source, inverse, out=u)
-        _zero_outside.grad_input(along, u, low, high, grad_input=result)
+        _scaled_into(u, source, inverse)
+        if result.dtype == torch.float32:
+            _zero_outside.grad_input(along, u, low, high, grad_input=result)
+        else:
+            result.copy_(_zero_outside.grad_input(along, u, low, high, grad_input=inside))
         if learned:
-            _zero_outside.grad_input(source, u, low, high, grad_input=inside)
+            exact = source if source.dtype == torch.float32 else inside.copy_(source)
+            _zero_outside.grad_input(exact, u, low, high, grad_input=inside)
             u.round_().clamp_(grid.low, grid.high).mul_(scale).sub_(inside)
             sums.append(torch.dot(along, u) if u.ndim == 1 else u.mul_(along).sum())
     return grad_x, torch.stack(sums).double().sum().float() if learned else None
@@ -85,9 +117,11 @@ def channel_gradients(
     return grad_x, y.sub_(inside).mul_(g).sum_to_size(scale.shape) if learned else None
 
 
-def _round_into(result: Tensor, x: Tensor, scale: Tensor, inverse: Tensor, grid: Grid) -> None:
-    torch.mul(x, inverse, out=result)
-    result.round_().clamp_(grid.low, grid.high).mul_(scale)
+def _scaled_into(result: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """The float32 tensor `result`, filled with x * factor; x of another type is made float32 first."""
+    if x.dtype == torch.float32:
+        return torch.mul(x, factor, out=result)
+    return result.copy_(x).mul_(factor)
 
 
 def _inside_fp8(values: Tensor, x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
@@ -115,7 +149,8 @@ class _Scratch:
     def like(self, piece: Tensor) -> tuple[Tensor, Tensor]:
         """The buffers in the shape of a piece; the first piece is the largest."""
         if self.buffers is None:
-            self.buffers = torch.empty_like(piece), torch.empty_like(piece)
+            first, second = (torch.empty_like(piece, dtype=torch.float32) for _ in range(2))
+            self.buffers = first, second
         first, second = self.buffers
         if first.shape == piece.shape:
             return first, second
