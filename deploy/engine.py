@@ -19,18 +19,23 @@ from typing import Any
 import numpy as np
 
 from core.choices import CAPABILITIES, DEFAULT_CAPABILITIES
-from core.command import path_argument, reports_errors, run_command
+from core.command import command_parser, path_argument, reports_errors, run_command
 from core.errors import DeployError
 from core.files import write_text
-from core.runtimes import RUNTIMES
+from core.runtimes import RUNTIMES, runtime_for
 from deploy.graph.drawing import Box, draw_boxes
-from deploy.graph.model import load_onnx
+from deploy.graph.model import load_onnx, stored_metadata
 from deploy.graph.quantizers import quantized_precision
 from deploy.runtimes.base import EngineRequest
 from deploy.runtimes.engines import build_engine, runtime_class, runtime_of
 from deploy.runtimes.tensorrt import TensorRTRuntime
 from deploy.runtimes.tensorrt_builder import PRECISIONS, BuildOptions
 
+BUILD_EXAMPLES = (
+    "%(prog)s runs/bccd/latest/model.onnx engines",
+    "%(prog)s model-trt10.onnx engines --max-batch 12 --timing-cache timing.cache",
+    "%(prog)s model-trt11.onnx engines --runtime tensorrt_rtx --capabilities SM86,SM89",
+)
 TYPE_WORDS = {
     "Int8": "int8",
     "FP8": "fp8",
@@ -55,6 +60,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(quantized_precision(load_onnx(options.model)) or "fp32")
         case "version":
             print(_tensorrt_class(options.runtime).import_library().__version__)
+    return 0
+
+
+@reports_errors
+def build_main(arguments: Sequence[str] | None = None, program: str = "octet compile") -> int:
+    """Run `build` alone, with the runtime of the graph as default; returns the exit code."""
+    parser = command_parser(program, "Build an engine of an ONNX file; prints its path.", BUILD_EXAMPLES)
+    _add_build(parser, None)
+    options = parser.parse_args(arguments)
+    if options.runtime is None:
+        target = stored_metadata(load_onnx(options.model)).get("octet.target", "openvino")
+        options.runtime = runtime_for(target).name
+    print(_build(options))
     return 0
 
 
@@ -124,10 +142,29 @@ def _precision(layer: Mapping[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m deploy.engine", description="Build and inspect engines.")
     commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="ONNX file to engine; prints the engine's path")
-    build.add_argument("model", type=path_argument)
-    build.add_argument("folder", type=Path)
-    build.add_argument("--runtime", choices=RUNTIMES, default="tensorrt")
+    _add_build(commands.add_parser("build", help="ONNX file to engine; prints the engine's path"), "tensorrt")
+    layers = commands.add_parser("layers", help="write a TensorRT engine's layers")
+    layers.add_argument("engine", type=path_argument)
+    layers.add_argument("--json", type=Path, required=True)
+    layers.add_argument("--svg", type=Path)
+    layers.add_argument("--runs", type=int, default=20, help="timed runs; 0 for no times")
+    precision = commands.add_parser("precision", help="print the precision of a graph's codes")
+    precision.add_argument("model", type=path_argument)
+    version = commands.add_parser("version", help="print TensorRT's version")
+    version.add_argument("--runtime", choices=("tensorrt", "tensorrt_rtx"), default="tensorrt")
+    return parser
+
+
+def _add_build(build: argparse.ArgumentParser, default: str | None) -> None:
+    """Add the arguments of a build; without a default runtime the graph's own is taken."""
+    build.add_argument("model", type=path_argument, help="ONNX file")
+    build.add_argument("folder", type=Path, help="where the engine goes")
+    build.add_argument(
+        "--runtime",
+        choices=RUNTIMES,
+        default=default,
+        help=f"default: {default or 'the one that the graph was exported for'}",
+    )
     build.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -143,16 +180,6 @@ def _parser() -> argparse.ArgumentParser:
         f"{','.join(DEFAULT_CAPABILITIES)} without one",
     )
     build.add_argument("--level", type=int, choices=range(6), help="optimization level")
-    layers = commands.add_parser("layers", help="write a TensorRT engine's layers")
-    layers.add_argument("engine", type=path_argument)
-    layers.add_argument("--json", type=Path, required=True)
-    layers.add_argument("--svg", type=Path)
-    layers.add_argument("--runs", type=int, default=20, help="timed runs; 0 for no times")
-    precision = commands.add_parser("precision", help="print the precision of a graph's codes")
-    precision.add_argument("model", type=path_argument)
-    version = commands.add_parser("version", help="print TensorRT's version")
-    version.add_argument("--runtime", choices=("tensorrt", "tensorrt_rtx"), default="tensorrt")
-    return parser
 
 
 if __name__ == "__main__":

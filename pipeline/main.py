@@ -19,7 +19,7 @@ from pipeline.run.stopping import STOPPING, Stopped, resume_command
 from pipeline.run.terminal import print_result
 from pipeline.stages.order import stages_of
 from pipeline.stages.stage import Stage
-from training.team import Team, join_team
+from training.team import ALONE, Team, join_team
 
 
 def run_job(config: Config) -> float:
@@ -95,20 +95,43 @@ def open_job(config: Config, team: Team) -> Job:
     """
     if not team.first:
         return Job(config, Run(Path(str(team.share(None)))), team)
-    given = Path(config.run_dir) if config.run_dir else None
-    if config.resume:
-        run = Run.open(given or Path("runs") / config.experiment / LATEST)
-        check_writable(run.directory)
-        run.lock()
-    else:
-        run = Run.plan(given, config.experiment)
+    run = _choose_run(config)
     try:
-        run.ledger.records()  # refuses runs of other versions
-        job = Job(config, run, team)
-        check_input(job)
+        job = _checked_job(config, run, team)
         run.make(dump(config))
     except BaseException:
         run.unlock()
         raise
     team.share(str(run.directory))
+    return job
+
+
+def plan_job(config: Config) -> Job:
+    """The job as `open_job` would open it, with all its checks; nothing is written, and nothing stays locked.
+
+    Raises:
+        ConfigError, RunError, DataError, CheckpointError, DeployError, WriteError: with value, expectation and remedy.
+    """
+    run = _choose_run(config)
+    try:
+        return _checked_job(config, run, ALONE)
+    finally:
+        run.unlock()
+
+
+def _choose_run(config: Config) -> Run:
+    """A new run directory, which is not made yet, or the locked one to resume."""
+    given = Path(config.run_dir) if config.run_dir else None
+    if not config.resume:
+        return Run.plan(given, config.experiment)
+    run = Run.open(given or Path("runs") / config.experiment / LATEST)
+    check_writable(run.directory)
+    run.lock()
+    return run
+
+
+def _checked_job(config: Config, run: Run, team: Team) -> Job:
+    run.ledger.records()  # refuses runs of other versions
+    job = Job(config, run, team)
+    check_input(job)
     return job

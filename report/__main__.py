@@ -6,20 +6,19 @@ of stdout is the path of the page. Exit code 2: wrong arguments. 3: a report.jso
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.command import path_argument, reports_errors, run_command
+from core.command import command_parser, path_argument, reports_errors, run_command
 from report.build import build_report
+
+EXAMPLES = ("%(prog)s runs/bccd/latest", "%(prog)s runs/first runs/second --output comparison.html")
 
 
 @reports_errors
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "python -m report") -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m report", description="Build report.html from report.json."
-    )
+    parser = command_parser(program, "Build report.html from report.json.", EXAMPLES)
     parser.add_argument(
         "runs", nargs="+", type=path_argument, metavar="RUN", help="run directory, or its report.json"
     )

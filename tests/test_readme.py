@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shlex
@@ -14,6 +16,8 @@ import pytest
 from configs import Config, compose, compose_export
 from configs.overrides import check_overrides, groups
 from configs.schema import STAGES
+from pipeline.commands.octet import help_text
+from pipeline.commands.octet import main as octet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -52,6 +56,23 @@ def test_the_two_commands_come_first() -> None:
     assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 150
 
 
+def check_octet(words: list[str]) -> None:
+    """A command of `octet`: its settings compose, and its options stand in its help."""
+    name, *rest = words
+    if name.startswith("-"):
+        assert name in help_text()
+    elif name == "run" or (name == "doctor" and rest):
+        compose(overrides_of(rest)[0])
+    elif name == "export":
+        compose_export(overrides_of(rest)[0])
+    else:
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), pytest.raises(SystemExit):
+            octet([name, "--help"])
+        for option in (word for word in rest if word.startswith("--")):
+            assert option in output.getvalue()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_exists(command: str) -> None:
     words = shlex.split(command)
@@ -74,6 +95,8 @@ def test_command_exists(command: str) -> None:
         assert (REPOSITORY / words[0]).is_file()
     elif words[:2] == ["python", "-c"]:
         subprocess.run([sys.executable, "-c", words[2]], check=True, capture_output=True)
+    elif words[0] == "octet":
+        check_octet(words[1:])
     elif words[0] == "torchrun":
         test_command_exists(shlex.join(["python", *words[words.index("train_qat.py") :]]))
     elif words[0] == "python":

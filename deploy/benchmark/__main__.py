@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from core.command import path_argument, reports_errors, run_command, size_argument
+from core.command import command_parser, path_argument, reports_errors, run_command, size_argument
 from core.errors import DeployError
 from core.files import write_json, write_text
 from core.image_size import ImageSize
@@ -32,6 +32,11 @@ from deploy.benchmark.scenarios import SCENARIOS, run_scenario
 from deploy.benchmark.timing import LatencyReport, benchmark_alternately
 from deploy.runtimes.base import EngineRequest, Runtime
 from deploy.runtimes.engines import find_batch, find_image_size, open_engine, runtime_class, runtime_of
+
+EXAMPLES = (
+    "%(prog)s model.onnx --batch 1,4,8 --per-layer",
+    "%(prog)s --compare float.onnx@openvino:bf16 model.onnx@openvino --table latency.md",
+)
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,9 @@ def parse_spec(text: str, runtime: str | None, precision: str | None) -> ModelSp
 
 
 @reports_errors
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "python -m deploy.benchmark") -> int:
     """Run the command; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parser(program).parse_args(arguments)
     pin_process(options.pin, options.threads)
     if options.compare:
         result = _compare(options)
@@ -243,10 +248,8 @@ def format_comparison(rows: Sequence[dict[str, Any]], num_models: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.benchmark", description="Time engines; times are in ms."
-    )
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = command_parser(program, "Time engines; times are in ms.", EXAMPLES)
     parser.add_argument("model", nargs="?", help="PATH[@RUNTIME[:PRECISION]]")
     parser.add_argument("--compare", nargs="+", metavar="MODEL", help="time these alternately in one run")
     parser.add_argument("--runtime", choices=RUNTIMES, help="default: the file's own")

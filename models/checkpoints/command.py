@@ -5,7 +5,6 @@ without building a model and without running anything that the file names. `--co
 it as `.safetensors` with a manifest.
 """
 
-import argparse
 import collections
 import logging
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from core.command import reports_errors
+from core.command import command_parser, reports_errors
 from core.errors import CheckpointError
 from core.names import listing
 from models.checkpoints.convert import is_folded
@@ -22,6 +21,7 @@ from models.checkpoints.interpretation import PROJECTION_KEYS, interpret
 from models.checkpoints.loading import load_detector, save_detector
 from models.checkpoints.reading import Checkpoint, read_checkpoint
 
+EXAMPLES = ("%(prog)s yolov9-c.pt", "%(prog)s best.pt --convert best.safetensors")
 MEGABYTE = 1_000_000
 BINS = ("decode.projection", *PROJECTION_KEYS, *(key.replace(".", "_") for key in PROJECTION_KEYS))
 
@@ -107,11 +107,9 @@ def _is_parameter(key: str) -> bool:
 
 
 @reports_errors
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "python -m models.checkpoints") -> int:
     """Entry of `python -m models.checkpoints`; returns the exit code (0, or 3 for a problem with the checkpoint)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m models.checkpoints", description=(__doc__ or "").split("\n\n")[0]
-    )
+    parser = command_parser(program, "Say what a checkpoint holds, without running anything in it.", EXAMPLES)
     parser.add_argument("file", type=Path, help="a .pt, .safetensors or .npz checkpoint")
     parser.add_argument(
         "--convert", type=Path, metavar="OUT", help="write OUT (.safetensors) and its manifest"

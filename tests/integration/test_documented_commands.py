@@ -52,7 +52,10 @@ def quick() -> list[str]:
     """Commands on files and runs: seconds each."""
     modules = [c for c in COMMANDS if c.startswith(tuple(f"python -m {name} " for name in MODULES))]
     exports = [c for c in COMMANDS if c.startswith("python export.py ")]
-    return [c for c in [*exports, *modules] if "--compile" not in c]
+    octet = [
+        c for c in COMMANDS if c.startswith("octet ") and not c.startswith(("octet run", "octet benchmark"))
+    ]
+    return [c for c in [*exports, *modules, *octet] if "--compile" not in c]
 
 
 def jobs() -> list[str]:
@@ -110,6 +113,7 @@ def run(words: list[str]) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("command", quick())
 def test_command_runs(folder: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = command.replace("octet ", "python -m pipeline.commands ", 1)
     words = [str(SIZE) if word == "640" else word for word in shlex.split(command)[1:]]
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["command", *words[2:]] if words[0] == "-m" else words)

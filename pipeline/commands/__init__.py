@@ -1,0 +1,1 @@
+"""The command `octet`: one command line over the functions of all packages."""

@@ -1,0 +1,112 @@
+"""`octet COMMAND ...`: finds the function of a subcommand and calls it; nothing else is imported."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from itertools import groupby
+
+from core.command import reports_errors, run_command
+from core.errors import EXIT_CONFIG, EXIT_OK, ConfigError
+from core.registry import resolve
+from pipeline.commands.table import SUBCOMMANDS
+
+NAME = "octet"
+EXAMPLES = (
+    "octet doctor +experiment=bccd weights=best.pt data.root=datasets/bccd",
+    "octet run +experiment=bccd weights=best.pt data.root=datasets/bccd",
+    "octet export run=runs/bccd/latest target=trt10",
+    "octet predict runs/bccd/latest photo.jpg --compare float",
+)
+COMPLETIONS = {
+    "bash": 'complete -o default -W "{names}" octet',
+    "zsh": 'autoload -U +X bashcompinit && bashcompinit\ncomplete -o default -W "{names}" octet',
+    "fish": "complete -c octet -n __fish_use_subcommand -a '{names}'",
+}
+
+
+def console() -> None:
+    """The console script: run the command of `sys.argv` and leave with its exit code."""
+    run_command(main)
+
+
+@reports_errors
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `octet`; returns the exit code: that of the subcommand, or 2 where there is no such command.
+
+    Args:
+        arguments: what stands behind `octet`; None reads `sys.argv`.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words:
+        print(help_text(), file=sys.stderr)
+        return EXIT_CONFIG
+    first, *rest = words
+    if first in ("-h", "--help", "help"):
+        print(help_text())
+    elif first in ("-V", "--version"):
+        print(f"{NAME} {version()}")
+    elif first == "--completion":
+        print(completion(*rest[:1]))
+    elif first.startswith("-"):
+        raise ConfigError(f"Unknown option '{first}': expected a command first; see {NAME} --help.")
+    else:
+        return _call(first, rest)
+    return EXIT_OK
+
+
+def _call(name: str, rest: Sequence[str]) -> int:
+    subcommand = SUBCOMMANDS[name]
+    program = f"{NAME} {name}"
+    function = resolve(subcommand.target)
+    if not subcommand.is_entry:
+        return int(function(rest, program=program))
+    previous = sys.argv
+    sys.argv = [program, *rest]
+    try:
+        function()
+    finally:
+        sys.argv = previous
+    return EXIT_OK
+
+
+def version() -> str:
+    """The installed version; a source tree that is not installed has none."""
+    try:
+        return metadata.version(NAME)
+    except metadata.PackageNotFoundError:
+        return "(not installed: pip install .)"
+
+
+def completion(shell: str = "") -> str:
+    """Commands that teach a shell the names of the subcommands.
+
+    Raises:
+        ConfigError: another shell.
+    """
+    if shell not in COMPLETIONS:
+        raise ConfigError(f"--completion {shell}: expected one of {', '.join(COMPLETIONS)}.")
+    return COMPLETIONS[shell].format(names=" ".join(SUBCOMMANDS))
+
+
+def help_text() -> str:
+    """The help of `octet`: commands by group, options, examples."""
+    width = max(map(len, SUBCOMMANDS))
+    lines = [
+        "Takes a trained float detector to an INT8 engine, and shows the proof.",
+        "",
+        f"usage: {NAME} COMMAND [ARGUMENTS]",
+    ]
+    for group, members in groupby(SUBCOMMANDS.values(), key=lambda subcommand: subcommand.group):
+        lines += ["", f"{group}:"]
+        lines += [f"  {member.name:<{width}}  {member.summary}" for member in members]
+    options = {
+        "--help": f"this text; {NAME} COMMAND --help has the options of a command",
+        "--version": "the version",
+        "--completion": f"{', '.join(COMPLETIONS)}: completion for a shell, see docs/cli.md",
+    }
+    lines += ["", "options:", *(f"  {name:<{width + 5}}{text}" for name, text in options.items())]
+    lines += ["", "examples:", *(f"  {example}" for example in EXAMPLES)]
+    lines += ["", "exit codes: 0 done, 2 configuration, 3 data, checkpoint or engine, 4 a gate is missed"]
+    return "\n".join(lines)
