@@ -19,7 +19,8 @@ FORMAT = 2  # of report.json; 1 held the tables alone
 JSON, HTML, COMPARISON = "report.json", "report.html", "comparison.html"
 PLAIN = (  # fields of ReportData that are plain data, in the order of the file
     "versions", "build", "machine", "model", "findings", "fixed_point", "notes", "chosen", "gates", "commands",
-    "hashes", "configuration", "changed", "sensitivity", "placement", "calibration", "curves", "class_names", "graph",
+    "hashes", "configuration", "changed", "sensitivity", "placement", "calibration", "curves",
+    "histograms", "class_names", "graph",
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ SECTIONS = (
     "operating",
     "training",
     "sensitivity",
+    "histograms",
     "placement",
     "time",
 )  # of the page, in this order

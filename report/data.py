@@ -19,6 +19,7 @@ LAYER_KEYS = ("name", "kind", "parameters", "macs", "output", "precision")
 GRAPH_KEYS = ("file", "nodes", "groups")
 NODE_KEYS = ("name", "operator", "precision", "sources")
 GROUP_KEYS = ("name", "tensors", "layers")
+HISTOGRAM_PARTS = ("weights", "inputs")
 COMMAND_KEYS = ("title", "command")
 
 
@@ -50,6 +51,9 @@ class ReportData:
         graph: the exported graph: {"file": name, "nodes": [{"name", "operator", "precision", "sources" (positions),
             "output" (shape)}] in topological order, "groups": [{"name", "tensors", "layers"}] of one scale each}; None
             where nothing was exported.
+        histograms: of the worst layers: [{"layer": str, "weights": part, "inputs": part}]; a part is {"grid": name,
+            "low", "high": first and last code, "edges": of the bins, in steps of the scale, "before", "after": share of
+            the values in each bin, calibrated and fine-tuned; either may be absent}.
         findings: of the graph check: [{"name", "hazard", "remedy", ...}].
         notes: sentences for the reader.
         chosen: row name -> what to add to its accuracy where its weights were chosen on the evaluation images.
@@ -76,6 +80,7 @@ class ReportData:
     calibration: Mapping[str, Any] | None = None
     model: Mapping[str, Any] | None = None
     graph: Mapping[str, Any] | None = None
+    histograms: Sequence[Mapping[str, Any]] = ()
     findings: Sequence[Mapping[str, Any]] = ()
     fixed_point: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
@@ -108,6 +113,12 @@ class ReportData:
             ("graph", (self.graph,) if self.graph is not None else (), GRAPH_KEYS),
             ("graph node", (self.graph or {}).get("nodes", ()), NODE_KEYS),
             ("graph group", (self.graph or {}).get("groups", ()), GROUP_KEYS),
+            ("histogram", self.histograms, ("layer", *HISTOGRAM_PARTS)),
+            (
+                "histogram part",
+                [item[part] for item in self.histograms for part in HISTOGRAM_PARTS if part in item],
+                ("grid", "low", "high", "edges"),
+            ),
             ("command", self.commands, COMMAND_KEYS),
             ("fixed-point item", self.fixed_point, ("name", "values", "differing", "largest_step")),
         ):

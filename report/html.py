@@ -20,6 +20,7 @@ from report import operating
 from report.charts import SECTIONS, Chart, all_charts
 from report.data import ReportData, reference_engine
 from report.graph import HEIGHT, WIDTH, draw
+from report.histograms import histogram_charts
 from report.panels import drawn_panel
 from report.tables import (
     LAYER_HEADINGS,
@@ -79,7 +80,7 @@ def chart_page(template: str, charts: Sequence[Chart], **content: object) -> str
 
 def render_html(data: ReportData) -> str:
     """Return the whole page of a run; errors as for `chart_page`."""
-    charts, graph = all_charts(data), graph_view(data)
+    charts, graph = [*all_charts(data), *histogram_charts(data.histograms)], graph_view(data)
     return chart_page(
         "report.html.j2",
         charts,

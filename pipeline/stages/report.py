@@ -16,6 +16,7 @@ from pipeline.networks import FLOAT_MODEL
 from pipeline.run.commands import changed_settings, flat_configuration, next_commands
 from pipeline.run.progress import say
 from pipeline.stages.fixed_point import FIXED_POINT
+from pipeline.stages.histograms import layer_histograms
 from pipeline.stages.pictures import detection_panels
 from pipeline.stages.stage import Stage
 from quant import Placement, load_placement
@@ -52,6 +53,7 @@ def report_stage(job: Job) -> None:
         else None,
         model=_model_facts(job),
         graph=_graph(job),
+        histograms=layer_histograms(job),
         findings=_findings(job),
         fixed_point=job.run.read_json(FIXED_POINT)["tensors"] if job.run.path(FIXED_POINT).exists() else [],
         notes=_notes(job),
@@ -203,9 +205,8 @@ def _chosen(job: Job) -> dict[str, str]:
     if outcome["skipped"] or outcome["select"] != "best":
         return {}
     text = (
-        f"These weights ({outcome['kept']} of {outcome['epochs']} epochs) were chosen on the images that the figure is "
-        "reported on (qat.select=best): it is optimistic. Measure on images that took no part in the choice, or set "
-        "qat.select=last."
+        f"The weights ({outcome['kept']}) were chosen on the images that this figure is reported on (qat.select=best), "
+        "so it is optimistic. Measure on images that took no part in the choice, or set qat.select=last."
     )
     return {row.name: text for row in job.run.rows() if row.key == QAT or row.key.is_quantized_engine}
 

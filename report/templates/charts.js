@@ -39,6 +39,7 @@
       ...given,
       paper_bgcolor: palette.panel, plot_bgcolor: palette.panel, colorway: palette.series,
       font: { color: palette.ink, family: getComputedStyle(document.body).fontFamily, size: 13 },
+      shapes: (given.shapes || []).map((shape) => ({ ...shape, line: { ...shape.line, color: palette.ink } })),
       xaxis: { ...axis, ...given.xaxis }, yaxis: { ...axis, ...given.yaxis },
     };
     if (narrow.matches && layout.yaxis.type === "category") {

@@ -32,7 +32,7 @@ const places = [...document.querySelectorAll('div.plot')];
 const notes = [...document.querySelectorAll('.not-drawn')].filter(line => line.offsetHeight > 0);
 return {
   places: places.map(place => place.id),
-  drawn: places.filter(place => place.querySelector('.main-svg .cartesianlayer .subplot')).map(place => place.id),
+  drawn: places.filter(place => place.querySelector('.point, .js-line')).map(place => place.id),  // by marks
   notes: notes.map(line => line.textContent),
 };
 """
@@ -110,6 +110,35 @@ class ReportPage:
                 if address != self.address and not address.startswith(("data:", "blob:", "chrome:")):
                     found.append(f"request: {address}")
         return found
+
+
+WIDTHS = (1440, 390)  # pixels: a desk, and a telephone
+
+
+def check_report(path: Path, profile: Path) -> set[str]:
+    """Open a report at both widths: every chart has marks, nothing is requested or logged, nothing runs off the page.
+
+    Returns:
+        The charts, by key.
+    """
+    with report_page(profile) as page:
+        for width in WIDTHS:
+            counts = page.open(path, width)
+            assert counts["drawn"] == counts["places"]
+            assert counts["notes"] == []
+            assert page.problems() == []
+            assert page.run("return document.documentElement.scrollWidth") <= width
+        boxes = page.run("return document.querySelectorAll('.box').length")
+        page.run(
+            "const s = document.getElementById('graph-search'); s.value = 'conv'; s.dispatchEvent(new Event('input'))"
+        )
+        assert 0 < page.run("return document.querySelectorAll('.box.found').length") < boxes
+        pictures = page.run(
+            "return [...document.querySelectorAll('.store image')].map(e => e.getBBox().width)"
+        )
+        assert len(pictures) > 0
+        assert all(side > 0 for side in pictures)
+    return {place.removeprefix("chart-") for place in counts["places"]}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from tests.report.sample import sample_data
 
 CHARTS = {
     "accuracy", "f1", "loss-0", "gradient-0", "rate-0", "loss-1", "gradient-1", "ap-1", "share-1", "rate-1",
-    "sensitivity", "placement", "calibration", "stages",
+    "sensitivity", "weights-0", "inputs-0", "placement", "calibration", "stages",
 }  # fmt: skip
 CHART_DATA = re.compile(r'(<script type="application/json" id="report-charts">)(.*?)(</script>)', re.DOTALL)
 

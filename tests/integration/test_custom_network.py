@@ -12,6 +12,8 @@ import pytest
 from main_job import REPOSITORY, TINY, run_entry
 from safetensors.torch import load_file
 
+from tests.browser.chromium import check_report
+
 SSDLITE = ("model=custom", "model.factory=examples.ssdlite:build")
 ROWS = ["float", "ptq", "qat", "engine:openvino:int8", "engine:openvino:fp32"]
 
@@ -145,6 +147,11 @@ def test_the_documented_example_runs_as_it_is_written(tmp_path: Path) -> None:
     assert rows["engine:openvino:int8"]["extras"]["metric"] >= rows["float"]["extras"]["metric"] - 0.15
     outcome = run_entry(export_entry, *export_arguments.split(), cwd=tmp_path)
     assert outcome.code == 0, outcome.err
+    page = tmp_path / "runs/demo/latest/report.html"
+    assert "below min_ap=0.99" in page.read_text(encoding="utf-8")
+    charts = check_report(page, tmp_path / "profile")
+    assert {"accuracy", "loss-0", "loss-1", "sensitivity"} <= charts
+    assert "f1" not in charts, "nobody measured an operating point"
 
 
 def test_an_untraceable_network_exits_2_with_its_line(tmp_path: Path) -> None:

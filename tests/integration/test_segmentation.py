@@ -10,6 +10,8 @@ import onnx
 import pytest
 from main_job import TINY, run_entry
 
+from tests.browser.chromium import check_report
+
 pytestmark = pytest.mark.slow
 
 SMALL = (
@@ -39,6 +41,11 @@ def test_every_row_has_both_aps(finished_run: Path) -> None:
         assert 0 <= row["ap"] <= 1
         assert 0 <= row["extras"]["ap_mask"] <= row["extras"]["ap50_mask"] <= 1
     assert "| Mask AP |" in (finished_run / "runs/demo/latest/report.md").read_text()
+
+
+def test_the_report_draws_every_chart(finished_run: Path, tmp_path: Path) -> None:
+    charts = check_report(finished_run / "runs/demo/latest/report.html", tmp_path / "profile")
+    assert {"accuracy", "loss-0", "loss-1", "sensitivity", "weights-0", "inputs-0"} <= charts
 
 
 def test_the_mask_loss_is_learned(finished_run: Path) -> None:

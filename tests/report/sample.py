@@ -159,10 +159,26 @@ def sample_data() -> ReportData:
             ],
         },
         graph=sample_graph(),
+        histograms=sample_histograms(),
         findings=[{"name": "Conv_3", "hazard": "float conv & slow", "remedy": "quantize <it>"}],
         notes=["A note with <b>markup</b>."],
         chosen={"engine:openvino:int8": "Chosen on the images that it is reported on."},
     )
+
+
+def sample_histograms() -> list[dict[str, Any]]:
+    """One layer with eight-bit inputs and four-bit weights, which fine-tuning has moved."""
+    shares = [0.1, 0.0, 0.5, 0.4]
+    inputs = {"grid": "INT8", "low": -128, "high": 127, "edges": [-160, -80, 0, 80, 160], "before": shares}
+    weights = {
+        "grid": "INT4",
+        "low": -7,
+        "high": 7,
+        "edges": [-9, -4, 0, 4, 9],
+        "before": shares,
+        "after": shares[::-1],
+    }
+    return [{"layer": EVIL, "group": "stem", "weights": weights, "inputs": inputs}]
 
 
 def sample_graph() -> dict[str, Any]:

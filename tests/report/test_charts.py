@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from report.charts import LEAST_SPAN, accuracy_chart, sensitivity_chart
+from report.histograms import histogram_charts
 from report.verdict import class_table, gains
-from tests.report.sample import make_row, sample_draws
+from tests.report.sample import make_row, sample_draws, sample_histograms
 
 
 def timed(name: str, value: float, milliseconds: float, **named: object):  # type: ignore[no-untyped-def]
@@ -72,3 +73,13 @@ def test_ap_by_class_has_a_column_per_row() -> None:
     assert class_table(rows) == {
         "keys": ("Class", "float", "ptq"), "lines": [["cat", "0.5000", "-"], ["dog", "0.2500", "0.2000"]],
     }  # fmt: skip
+
+
+def test_histograms_show_the_grid_and_both_states() -> None:
+    weights, inputs = histogram_charts(sample_histograms())
+    assert [shape["x0"] for shape in weights.layout["shapes"]] == list(range(-7, 8))
+    assert [shape["x0"] for shape in inputs.layout["shapes"]] == [-128, 127]
+    assert [trace["name"] for trace in weights.traces] == ["calibrated", "fine-tuned"]
+    assert weights.traces[0]["x"] == [-6.5, -2, 2, 6.5]
+    assert weights.traces[0]["y"] == [0.1, None, 0.5, 0.4]
+    assert len(inputs.traces) == 1
