@@ -318,6 +318,10 @@ class SensitivityConfig:
         choices=("none", *SENSITIVITY_METHODS),
     )
     images: int = setting(64, "Images used by the method", unit="images", minimum=1)
+    directory: str | None = setting(
+        None,
+        "Folder of the results by unit, which several runs share to divide the work; none: in the run directory",
+    )
 
 
 @dataclass

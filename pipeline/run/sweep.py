@@ -1,19 +1,22 @@
 """Sweeps over many slow, independent measurements: each result is one small file, written whole.
 
 So a sweep that was killed goes on with what is missing, and several processes or machines can share one directory.
-A worker claims an item before it measures it, so that two do not work on the same; a claim whose owner died is simply
-measured by whoever comes last. Every measurement is deterministic, so the outcome is the same for one worker, for
-many, and after any number of kills.
+A worker locks an item before it measures it, so that no two work on the same; a lock ends with its owner (see
+core/locks.py), and whoever waits for the item measures it then. Every measurement is deterministic, so the outcome is
+the same for one worker, for many, and after any number of kills.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from core.files import write_text
+from core.locks import FileLock
+
+PAUSE = 0.2  # seconds between two looks at an item that another worker measures
 
 
 class Sweep:
@@ -31,32 +34,45 @@ class Sweep:
         """Measure what is missing; yields (item, value) for every item as it becomes known."""
         later = []
         for item in items:
-            if not self._path(item).exists() and not self._claim(item):
+            value = self._measured(item, measure)
+            if value is None:
                 later.append(item)
-                continue
-            yield item, self._value(item, measure)
+            else:
+                yield item, value
         for item in later:
-            yield item, self._value(item, measure)
+            while (value := self._measured(item, measure)) is None:
+                time.sleep(PAUSE)
+            yield item, value
 
-    def _value(self, item: str, measure: Callable[[str], float]) -> float:
-        path = self._path(item)
-        if not path.exists():
-            write_text(path, json.dumps({"item": item, "value": measure(item)}) + "\n")
-        self._claim_path(item).unlink(missing_ok=True)
-        return float(json.loads(path.read_text())["value"])
-
-    def _claim(self, item: str) -> bool:
+    def known(self, item: str) -> float | None:
+        """What was measured; None for an item that is missing, or whose file is damaged."""
         try:
-            os.close(os.open(self._claim_path(item), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            return False
-        return True
+            return float(json.loads(self._path(item).read_text(encoding="utf-8"))["value"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def keep(self, item: str, value: float) -> None:
+        """Keep a result."""
+        write_text(self._path(item), json.dumps({"item": item, "value": value}) + "\n")
+
+    def _measured(self, item: str, measure: Callable[[str], float]) -> float | None:
+        """The known value, or the measured one; None where another worker is measuring it."""
+        if (value := self.known(item)) is not None:
+            return value
+        lock = FileLock(self._path(item).with_suffix(".lock"))
+        if not lock.acquire():
+            return None
+        try:
+            value = self.known(item)  # another worker may have finished it meanwhile
+            if value is None:
+                value = float(measure(item))
+                self.keep(item, value)
+            return value
+        finally:
+            lock.release()
 
     def _path(self, item: str) -> Path:
         return self.directory / f"{_safe(item)}.json"
-
-    def _claim_path(self, item: str) -> Path:
-        return self.directory / f"{_safe(item)}.claim"
 
 
 def _safe(item: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 
 from torch import fx
@@ -12,6 +14,7 @@ from models import measure_network
 from pipeline.evaluation.measuring import measure_name, value_of
 from pipeline.job import Job
 from pipeline.run.progress import say
+from pipeline.run.sweep import Sweep
 from pipeline.stages.plans import assemble
 from pipeline.stages.recalibration import recalibrate
 from quant import (
@@ -41,7 +44,7 @@ def switch_units(model: fx.GraphModule, quantized: set[str]) -> None:
                 layers[layer].weight_quantizer.mode = Mode.QUANTIZE
 
 
-def keep_budget(job: Job, model: fx.GraphModule, ranking: list[str], max_drop: float) -> None:
+def keep_budget(job: Job, model: fx.GraphModule, ranking: list[str], max_drop: float, sweep: Sweep) -> None:
     """Search the units to leave in float, and keep the model that has them in float, with its row `mixed`.
 
     Args:
@@ -49,6 +52,7 @@ def keep_budget(job: Job, model: fx.GraphModule, ranking: list[str], max_drop: f
         model: the calibrated model.
         ranking: its units, the most sensitive first.
         max_drop: largest loss of AP (or of the user's metric) against float.
+        sweep: keeps the accuracy of every trial.
 
     Raises:
         GateError: not even all units in float reach the budget.
@@ -61,8 +65,12 @@ def keep_budget(job: Job, model: fx.GraphModule, ranking: list[str], max_drop: f
     figure = measure_name(job.config.metric.factory, job.splits.task)
 
     def measure(kept: frozenset[str]) -> float:
-        switch_units(model, set(ranking) - kept)
-        value = value_of(job.evaluator.measure(job.predictor(model), None))
+        def trial(_: str) -> float:
+            switch_units(model, set(ranking) - kept)
+            return value_of(job.evaluator.measure(job.predictor(model), None))
+
+        item = hashlib.sha256(json.dumps(sorted(kept)).encode()).hexdigest()[:16]
+        ((_, value),) = sweep.run([f"float:{item}"], trial)
         say(f"budget: {len(kept)} units float, {figure} {value:.4f} (target {target:.4f})")
         return value
 

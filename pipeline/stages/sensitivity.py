@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 from torch import fx
 
@@ -44,7 +45,8 @@ def sensitivity_stage(job: Job) -> None:
     worst = ", ".join(f"{score.unit} {score.score:.3g}" for score in scores[:3])
     say(f"most sensitive units: {worst}")
     if job.config.quant.accuracy_budget is not None:
-        keep_budget(job, model, [score.unit for score in scores], job.config.quant.accuracy_budget)
+        ranking = [score.unit for score in scores]
+        keep_budget(job, model, ranking, job.config.quant.accuracy_budget, kept_results(job))
 
 
 def rank_by_fisher(job: Job, model: fx.GraphModule) -> list[UnitScore]:
@@ -58,8 +60,18 @@ def rank_by_fisher(job: Job, model: fx.GraphModule) -> list[UnitScore]:
 
 def _sqnr(job: Job, model: fx.GraphModule) -> Iterable[UnitScore]:
     loader = job.splits.letterboxed(job.splits.train, BATCH, job.config.sensitivity.images)
-    images = list(job.splits.images(loader))
-    return track(measure_sqnr(model, images), "sensitivity (sqnr)", len(placement_of(model).groups))
+    units = [group.name for group in placement_of(model).groups]
+    sweep = kept_results(job)
+    found = {unit: value for unit in units if (value := sweep.known(f"sqnr:{unit}")) is not None}
+
+    def measure() -> Iterator[UnitScore]:
+        if len(found) < len(units):
+            for score in measure_sqnr(model, list(job.splits.images(loader)), found):
+                sweep.keep(f"sqnr:{score.unit}", score.score)
+                yield score
+        yield from (UnitScore(unit, value) for unit, value in found.items())
+
+    return track(measure(), "sensitivity (sqnr)", len(units))
 
 
 def _map(job: Job, model: fx.GraphModule) -> list[UnitScore]:
@@ -84,7 +96,7 @@ def measure_units(job: Job, model: fx.GraphModule) -> dict[str, float]:
     """AP with `all` units quantized, with `none`, and for each unit with it alone `off:UNIT` and alone `on:UNIT`."""
     units = [group.name for group in placement_of(model).groups]
     items = ["all", "none", *(f"{kind}:{unit}" for unit in units for kind in ("off", "on"))]
-    sweep = Sweep(job.run.path("sensitivity") / _sweep_key(job))
+    sweep = kept_results(job)
 
     def measure(item: str) -> float:
         kind, _, unit = item.partition(":")
@@ -97,6 +109,15 @@ def measure_units(job: Job, model: fx.GraphModule) -> dict[str, float]:
     return dict(track(sweep.run(items, measure), "sensitivity (map)", len(items)))
 
 
+def kept_results(job: Job) -> Sweep:
+    """The results of this stage's measurements so far, for this model and these images.
+
+    They are in the run directory, or in `sensitivity.directory`, which several runs can share.
+    """
+    folder = job.config.sensitivity.directory
+    return Sweep((Path(folder) if folder else job.run.path("sensitivity")) / _sweep_key(job))
+
+
 def _sweep_key(job: Job) -> str:
     """What the sweep's figures depend on: the calibrated model and the images measured."""
     digest = hashlib.sha256()
@@ -104,11 +125,12 @@ def _sweep_key(job: Job) -> str:
         digest.update(job.run.need(name, "calibrate").read_bytes())
     settings = (
         job.config.data.image_size,
+        job.config.data.limit_val,
         job.config.sensitivity.images,
         vars(job.config.evaluate),
         job.config.metric.factory,
     )
-    digest.update(json.dumps([settings, job.splits.truth], default=str).encode())
+    digest.update(json.dumps([settings, job.splits.truth, job.splits.digest(TRAIN)], default=str).encode())
     return digest.hexdigest()[:16]
 
 
@@ -131,6 +153,7 @@ SENSITIVITY = Stage(
     sensitivity_stage,
     needs=("calibrate",),
     settings=("sensitivity", "quant.accuracy_budget", *MEASURED_BY),
+    ignored=("sensitivity.directory",),
     splits=(TRAIN, VAL),
     reads=(*FLOAT_FILES, QUANTIZED[PTQ], FLOAT.path),
     writes=(SENSITIVITY_FILE, POLICY, BUDGET, QUANTIZED[MIXED], recalibration_file(MIXED), MIXED.path),

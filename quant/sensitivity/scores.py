@@ -20,7 +20,7 @@ Both are ratios to be ranked within one network, not accuracies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,13 +113,16 @@ def _rounding_error(layer: QuantizedLayer) -> Tensor:
     return (quantizer.grid.round(weight, quantizer.steps(weight.ndim)) - weight).square()
 
 
-def measure_sqnr(model: fx.GraphModule, batches: Sequence[Tensor]) -> Iterator[UnitScore]:
+def measure_sqnr(
+    model: fx.GraphModule, batches: Sequence[Tensor], known: Container[str] = ()
+) -> Iterator[UnitScore]:
     """Yield one score per unit, in graph order: output error with that unit alone quantized.
 
     Args:
         model: inserted and calibrated; modes are restored at the end.
         batches: images [B, C, H, W], used once for the reference and once per unit. How images are batched makes no
             difference: each is compared by itself.
+        known: names of units to leave out.
     """
     groups = activation_quantizers(model)
     layers = quantized_layers(model)
@@ -131,6 +134,8 @@ def measure_sqnr(model: fx.GraphModule, batches: Sequence[Tensor]) -> Iterator[U
             set_mode(model, Mode.OFF)
             references = [model(images) for images in batches]
             for group in placement_of(model).groups:
+                if group.name in known:
+                    continue
                 parts: list[FakeQuantize | WeightFakeQuantize] = [groups[group.name]]
                 parts += [layers[name].weight_quantizer for name in group.layers]
                 for part in parts:

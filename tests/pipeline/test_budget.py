@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from pipeline.stages.budget import switch_units
+from core.rows import FLOAT, ResultRow
+from pipeline.evaluation.measuring import CustomMetrics
+from pipeline.run.directory import Run
+from pipeline.run.sweep import Sweep
+from pipeline.stages import budget
+from pipeline.stages.budget import keep_budget, switch_units
 from quant import (
     Mode,
     Placement,
@@ -107,3 +115,49 @@ def test_the_search_finds_a_set_from_which_nothing_can_be_taken(network: nn.Modu
         for unit in reversed(result.units):  # in the order of the search, so that each was the last chance
             without = chosen - {unit}
             assert accuracy[without] < target
+
+
+def test_a_stopped_search_goes_on_at_the_trial(
+    network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured before the stop is not measured again, and the result is that of an undisturbed search."""
+    ranking = ["a", "b", "c", "d", "e", "f"]
+    kept: frozenset[str] = frozenset()
+    measured: list[frozenset[str]] = []
+    results: list[Any] = []
+    limit = 100
+
+    def switch(_: Any, quantized_units: set[str]) -> None:
+        nonlocal kept
+        kept = frozenset(ranking) - quantized_units
+
+    def measure(*_: Any) -> CustomMetrics:
+        if len(measured) == limit:
+            raise KeyboardInterrupt
+        measured.append(kept)
+        return CustomMetrics(0.9 if {"b", "d"} <= kept else 0.1)
+
+    monkeypatch.setattr(budget, "switch_units", switch)
+    monkeypatch.setattr(budget, "_write", lambda job, model, result, target: results.append(result))
+    monkeypatch.setattr(budget, "_keep_mixed", lambda *_: None)
+    monkeypatch.setattr(budget, "without_units", lambda *_: None)
+    monkeypatch.setattr(budget, "placement_of", lambda *_: None)
+    job: Any = SimpleNamespace(
+        run=Run(tmp_path),
+        config=SimpleNamespace(metric=SimpleNamespace(factory="m:f")),
+        splits=SimpleNamespace(task="detect"),
+        evaluator=SimpleNamespace(measure=measure),
+        predictor=lambda model: None,
+    )
+    job.run.write_row(ResultRow.of(FLOAT, {"metric": 0.9}))
+    keep_budget(job, None, ranking, 0.0, Sweep(tmp_path / "straight"))  # type: ignore[arg-type]
+    straight, limit = list(measured), 3
+    measured.clear()
+    with pytest.raises(KeyboardInterrupt):
+        keep_budget(job, None, ranking, 0.0, Sweep(tmp_path / "stopped"))  # type: ignore[arg-type]
+    limit = 100
+    keep_budget(job, None, ranking, 0.0, Sweep(tmp_path / "stopped"))  # type: ignore[arg-type]
+    assert measured == straight
+    assert len(straight) > 4
+    assert results[0] == results[1]
+    assert set(results[0].units) == {"b", "d"}

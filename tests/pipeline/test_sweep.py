@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from pipeline.run.sweep import Sweep
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -23,6 +25,8 @@ sweep = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sweep)
 items = json.loads(sys.argv[2])
 def measure(item):
+    with open(sys.argv[1] + ".measured", "a") as stream:
+        stream.write(item + chr(10))
     time.sleep(0.02)
     return len(item) + items.index(item) / 7
 found = dict(sweep.Sweep(Path(sys.argv[1])).run(items, measure))
@@ -68,6 +72,18 @@ def test_three_workers_share_a_directory(tmp_path: Path) -> None:
     workers = [start(tmp_path / "shared", tmp_path / f"{index}.json") for index in range(3)]
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0, 0]
     assert {(tmp_path / f"{index}.json").read_text() for index in range(3)} == {expected}
+    assert sorted((tmp_path / "shared.measured").read_text().splitlines()) == sorted(ITEMS)  # none twice
+    assert not list((tmp_path / "shared").glob("*.lock"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"item": "a", "value": "x"}', '{"item": "a"}'])
+def test_a_damaged_result_is_measured_again(tmp_path: Path, content: str) -> None:
+    sweep = Sweep(tmp_path)
+    dict(sweep.run(["a", "b"], len))
+    (tmp_path / "a.json").write_text(content)
+    measured: list[str] = []
+    assert dict(sweep.run(["a", "b"], lambda item: measured.append(item) or 7.0)) == {"a": 7.0, "b": 1.0}
+    assert measured == ["a"]
 
 
 def test_known_results_are_not_measured_again(tmp_path: Path) -> None:
