@@ -1,7 +1,17 @@
 """Training: the loop that float training and fine-tuning share, and processes that share the work."""
 
 from training.checkpoints import Checkpoints
+from training.divergence import check_finite, not_finite
 from training.extension import Extension
 from training.loop import StepRecord, TrainingOptions, TrainingState, train_epochs
 
-__all__ = ["Checkpoints", "Extension", "StepRecord", "TrainingOptions", "TrainingState", "train_epochs"]
+__all__ = [
+    "Checkpoints",
+    "Extension",
+    "StepRecord",
+    "TrainingOptions",
+    "TrainingState",
+    "check_finite",
+    "not_finite",
+    "train_epochs",
+]

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.errors import DivergenceError
 from core.types import TaskLoss, TrainingBatch
 from training.average import ModelAverage
+from training.divergence import Faults, bad_layer, bad_parameter
 from training.extension import Extension, FloatTraining
 from training.random_states import random_states, restore_random_states
 from training.schedule import rate_factor
@@ -92,7 +92,8 @@ class TrainingState:
         step: steps done.
         epoch: whole epochs done.
         samples: samples of the current epoch that are done, over all processes.
-        records: what the steps did.
+        records: what the steps did; skipped ones have none.
+        rate_scale: factor on all learning rates, lowered by whoever goes back to an earlier state after a divergence.
     """
 
     def __init__(
@@ -113,6 +114,8 @@ class TrainingState:
         self.epoch = 0
         self.samples = 0
         self.records: list[StepRecord] = []
+        self.rate_scale = 1.0
+        self.faults = Faults(model)
 
     @property
     def averaged(self) -> nn.Module:
@@ -130,21 +133,27 @@ class TrainingState:
             "epoch": self.epoch,
             "samples": self.samples,
             "records": [asdict(record) for record in self.records],
+            "rate_scale": self.rate_scale,
+            "faults": self.faults.state_dict(),
             "random": random_states(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave, for the same network; sets the random states of this process as well.
 
-        Learning rates and weight decay are those of this object's options, which may be others than those of the state.
+        Learning rates and weight decay are those of this object's options, which may be others than those of the state;
+        new learning rates are not lowered by the state's `rate_scale`.
         """
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         chosen = [(group["peak"], group["weight_decay"]) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        is_same = [group["peak"] for group in self.optimizer.param_groups] == [peak for peak, _ in chosen]
+        self.rate_scale = state["rate_scale"] if is_same else 1.0
         for group, (peak, weight_decay) in zip(self.optimizer.param_groups, chosen, strict=True):
             group.update(peak=peak, weight_decay=weight_decay)
+        self.faults.load_state_dict(state["faults"])
         self.extension.load_state_dict(state["extension"])
         self.step, self.epoch, self.samples = state["step"], state["epoch"], state["samples"]
         self.records = [StepRecord(**record) for record in state["records"]]
@@ -167,8 +176,10 @@ def train_epochs(
         task_loss: see `core.types.TaskLoss`.
         after_step: called after every step; may save the state, or raise to stop.
 
+    A step whose loss or gradient is not finite is skipped.
+
     Raises:
-        DivergenceError: a loss or gradient that is not finite; the message names the terms and the remedy.
+        DivergenceError: more than three such steps in a row; the message names the terms, the layer and the remedy.
     """
     total = state.options.epochs * steps_per_epoch
     while state.epoch < state.options.epochs:
@@ -206,21 +217,24 @@ def _train_step(state: TrainingState, images: Tensor, targets: Any, task_loss: T
     options = state.options
     factor = rate_factor(state.step, total, options.warmup_fraction, options.final_fraction)
     for group in state.optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
+        group["lr"] = group["peak"] * factor * state.rate_scale
+    state.faults.remember_buffers()
     progress = min(state.step / total, 1.0)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=options.amp and images.is_cuda):
         terms = _loss_terms(state, images, targets, task_loss, progress)
     loss = torch.stack(list(terms.values())).sum()
     values = {name: float(term.detach()) for name, term in terms.items()}
     if not math.isfinite(float(loss.detach())):
-        raise _diverged("loss", state, values)
+        cause = bad_layer(state.model, state.extension.network, images)
+        return _skip(state, "loss", values, cause)
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norms = _clip(state.optimizer, options.clip_norm)
     if not all(math.isfinite(norm) for norm in norms.values()):
         # a clipped activation hides an infinite weight, so a broken step need not show in the next loss
-        raise _diverged("gradient", state, values)
+        return _skip(state, "gradient", values, bad_parameter(state.model, gradients=True))
     state.optimizer.step()
+    state.faults.skipped = 0
     state.extension.after_step(progress)
     if state.average is not None:
         state.average.update(state.model)
@@ -228,7 +242,7 @@ def _train_step(state: TrainingState, images: Tensor, targets: Any, task_loss: T
         StepRecord(
             step=state.step,
             epoch=state.epoch,
-            learning_rate=options.learning_rate * factor,
+            learning_rate=options.learning_rate * factor * state.rate_scale,
             losses={**values, "total": float(loss.detach())},
             gradient_norm=norms.get("weights", 0.0),
             seconds=time.perf_counter() - started,
@@ -253,19 +267,31 @@ def _loss_terms(
 
 
 def _clip(optimizer: torch.optim.Optimizer, clip_norm: float) -> dict[str, float]:
-    """Clip each parameter group by itself (their gradients differ in size); norms before, by group."""
+    """Clip each parameter group by itself (their gradients differ in size) unless a norm is not finite.
+
+    Returns:
+        The norms before, by group.
+    """
     limit = clip_norm if clip_norm > 0 else math.inf
-    return {
-        group["name"]: float(nn.utils.clip_grad_norm_(group["params"], limit))
-        for group in optimizer.param_groups
+    groups = {group["name"]: group["params"] for group in optimizer.param_groups}
+    norms = {
+        name: nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        for name, parameters in groups.items()
     }
+    values = {name: float(norm) for name, norm in norms.items()}
+    if all(map(math.isfinite, values.values())):
+        for name, parameters in groups.items():
+            nn.utils.clip_grads_with_norm_(parameters, limit, norms[name])
+    return values
 
 
-def _diverged(what: str, state: TrainingState, values: dict[str, float]) -> DivergenceError:
+def _skip(state: TrainingState, what: str, values: dict[str, float], cause: str) -> None:
+    """Take a step back whose loss or gradient is not finite, and go on to the next."""
     rates = [
         f"that of {group['name']} (now {group['peak']:g})"
         for group in state.optimizer.param_groups
         if group["name"] not in {"weights", "biases"}
     ]
     remedy = " or ".join([f"the learning rate (now {state.options.learning_rate:g})", *rates])
-    return DivergenceError(f"{what} is not finite at step {state.step} ({values}): lower {remedy}")
+    state.faults.skip(what, state.step, values, cause, f"lower {remedy}")
+    state.step += 1

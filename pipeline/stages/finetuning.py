@@ -23,7 +23,7 @@ from pipeline.stages.saved_training import SavedTraining
 from pipeline.stages.stage import Stage
 from pipeline.stages.training import LIGHT, augmentation, loop_options, losses_of
 from quant import FineTuningOptions, QuantizationAware, placement_of
-from training import TrainingState, train_epochs
+from training import TrainingState
 
 OUTCOME, LOG, STATES = "qat.json", "qat.jsonl", "qat-state"
 
@@ -57,7 +57,7 @@ def finetune_stage(job: Job) -> None:
         saved.save()
     batches = job.splits.epochs(loader, "finetune", config.epochs)
     if not kept.exhausted:
-        for _ in train_epochs(state, batches, loader.batch_sampler.num_batches(), loss, saved.after_step):
+        for _ in saved.train(batches, loader.batch_sampler.num_batches(), loss):
             say(losses_of(state))
             saved.save()
             kept.offer_epoch(state)
@@ -131,7 +131,9 @@ class Kept:
 
     def offer_epoch(self, state: TrainingState) -> None:
         """Offer the model of a whole epoch; the figure goes to the last step's record."""
-        state.records[-1].figures |= self.offer(state.averaged, f"epoch {state.epoch}")
+        figures = self.offer(state.averaged, f"epoch {state.epoch}")
+        if state.records:
+            state.records[-1].figures |= figures
         self.epoch = state.epoch
 
     def as_dict(self) -> dict[str, Any]:

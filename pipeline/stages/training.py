@@ -12,7 +12,7 @@ from pipeline.splits import TRAIN, VAL
 from pipeline.stages.load import FLOAT_FILES
 from pipeline.stages.saved_training import SavedTraining
 from pipeline.stages.stage import Stage
-from training import TrainingOptions, TrainingState, train_epochs
+from training import TrainingOptions, TrainingState
 
 LOG, STATES = "train.jsonl", "train-state"
 LIGHT = AugmentOptions(
@@ -50,7 +50,7 @@ def train_stage(job: Job) -> None:
     saved = SavedTraining(job, STATES, LOG, state)
     saved.restore()
     num_steps = loader.batch_sampler.num_batches()
-    for _ in train_epochs(state, batches, num_steps, job.networks.loss(detector), saved.after_step):
+    for _ in saved.train(batches, num_steps, job.networks.loss(detector)):
         say(losses_of(state))
         saved.save()
     detector.network.load_state_dict(state.averaged.state_dict())
@@ -89,6 +89,8 @@ def augmentation(config: AugmentConfig) -> AugmentOptions:
 def losses_of(state: TrainingState) -> str:
     """Means of the loss terms over the last epoch, as one line."""
     records = [record for record in state.records if record.epoch == state.epoch - 1]
+    if not records:
+        return f"epoch {state.epoch}: every step was skipped"
     names = records[-1].losses
     means = {name: sum(record.losses[name] for record in records) / len(records) for name in names}
     return f"epoch {state.epoch}: " + "  ".join(f"{name} {value:.4f}" for name, value in means.items())
