@@ -1,6 +1,8 @@
 r"""What NVIDIA's compiler makes of every architecture: precision of each convolution, kernels, bytes moved.
 
     python benchmarks/compile_architectures.py runs/architectures.json [--architectures yolov9t,yolov9c] [--full]
+    python benchmarks/compile_architectures.py runs/families.json --families yolov8,yolo11,yolo26 --int8-for SM89 \
+        --activations silu
 
 TensorRT for RTX builds the engines, without a GPU, so there are no times. Networks have random weights and are
 calibrated on random images: placement and compiler do not look at values. For each architecture, with SiLU and with
@@ -8,8 +10,9 @@ ReLU, the graphs of the target `tensorrt_rtx` are built: one plan in INT8 for SM
 SM89 and SM120 (a plan has one graph for all of its GPUs, and the weakest decides), with decoded outputs and FP16 scales
 and with raw outputs and FP32 scales; beside them the same network in FP16, and in INT8 without the Q/DQ pairs behind
 each Resize, as graphs were before these pairs. `--full` builds each form of the outputs with each type of scales for
-each GPU alone. Every layer that the placement quantizes has to run in the codes of its placement; those that do not are
-listed, and the exit code is 1.
+each GPU alone, `--int8-for SM89` only INT8 with decoded outputs and FP16 scales for that GPU, and FP16. Every layer
+that the placement quantizes has to run in the codes of its placement; those that do not are listed, and the exit code
+is 1.
 
 The JSON file is written after each network. Networks that it holds are not built again, so that a stopped run goes on.
 """
@@ -21,7 +24,8 @@ import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +79,33 @@ def export(detector: Detector, model: fx.GraphModule, size: int, form: str, scal
         return load_onnx(path)
 
 
-def variants_of(detector: Detector, full: bool) -> list[tuple[str, str]]:
+@dataclass(frozen=True)
+class Wanted:
+    """Which builds of a network are made.
+
+    Attributes:
+        size: side of the images, pixels.
+        is_full: every form of the outputs and type of scales, for each GPU alone.
+        int8_for: GPU that INT8 alone is built for, in the form that the table shows; None for all.
+    """
+
+    size: int
+    is_full: bool = False
+    int8_for: str | None = None
+
+    @property
+    def capabilities(self) -> Mapping[str, tuple[str, ...]]:
+        """GPUs to build for, by kind of grid."""
+        return CAPABILITIES if self.int8_for is None else {INTEGER: (self.int8_for,)}
+
+
+def variants_of(detector: Detector, wanted: Wanted) -> list[tuple[str, str]]:
     """(outputs, type of scales) of the graphs to build; masks have no raw form."""
+    if wanted.int8_for is not None:
+        return [SHOWN]
     if detector.task == "segment":
         return [("decoded", scale_type) for scale_type in SCALE_TYPES]
-    return list(itertools.product(TARGETS[TARGET].outputs, SCALE_TYPES)) if full else list(SHORT)
+    return list(itertools.product(TARGETS[TARGET].outputs, SCALE_TYPES)) if wanted.is_full else list(SHORT)
 
 
 def without_pairs(graph: Graph) -> PassResult:
@@ -92,21 +118,21 @@ def without_pairs(graph: Graph) -> PassResult:
     return PassResult(-len(gone), -len(readers), len(gone))
 
 
-def builds(architecture: str, activation: str, size: int, full: bool) -> Iterator[dict[str, Any]]:
+def builds(architecture: str, activation: str, wanted: Wanted) -> Iterator[dict[str, Any]]:
     """Every build of a network, as plain data."""
     fp16: BuildSummary | None = None
-    for grid, capabilities in CAPABILITIES.items():
-        detector, model = build_network(architecture, activation, grid, size)
+    for grid, capabilities in wanted.capabilities.items():
+        detector, model = build_network(architecture, activation, grid, wanted.size)
         planned = {site.layer for site in placement_of(model).weights}
-        for form, scale_type in variants_of(detector, full):
-            graph = export(detector, model, size, form, scale_type)
+        for form, scale_type in variants_of(detector, wanted):
+            graph = export(detector, model, wanted.size, form, scale_type)
             graphs = {PRECISIONS[grid]: graph}
-            if (grid, form, scale_type) == (INTEGER, *SHOWN):
+            if (grid, form, scale_type) == (INTEGER, *SHOWN) and wanted.int8_for is None:
                 graphs["before"] = ModelProto()
                 graphs["before"].CopyFrom(graph)
                 run_pass(graphs["before"], without_pairs)
             for (kind, one), plan in itertools.product(
-                graphs.items(), capabilities if full else [",".join(capabilities)]
+                graphs.items(), capabilities if wanted.is_full else [",".join(capabilities)]
             ):
                 report = inspect_build(one, plan, fp16=fp16)
                 if fp16 is None:
@@ -141,13 +167,13 @@ def print_table(networks: dict[str, list[dict[str, Any]]]) -> int:
     print(f"| {' | '.join(headings)} |\n| --- |{' ---: |' * (len(headings) - 1)}")
     failed = 0
     for name, rows in networks.items():
-        main = {row["kind"]: row for row in reversed(rows)}  # the first of each kind
-        shown = [main[kind] for kind in ("int8", "fp8", "fp16")]
+        main: dict[str, Any] = {row["kind"]: row for row in reversed(rows)}  # the first of each kind
+        shown = [main.get(kind) for kind in ("int8", "fp8", "fp16")]
         cells = [
-            sum(main["fp16"]["convolutions"].values()), main["int8"]["planned"],
-            main["before"]["convolutions"]["int8"], main["int8"]["convolutions"]["int8"], main["fp8"]["planned"],
-            main["fp8"]["convolutions"]["fp8"], len(rows), ", ".join(str(row["kernels"]) for row in shown),
-            ", ".join(f"{row['megabytes']:.1f}" for row in shown),
+            sum(main["fp16"]["convolutions"].values()), main["int8"]["planned"], _count(main, "before", "int8"),
+            _count(main, "int8", "int8"), main["fp8"]["planned"] if "fp8" in main else "-", _count(main, "fp8", "fp8"),
+            len(rows), ", ".join(str(row["kernels"]) if row else "-" for row in shown),
+            ", ".join(f"{row['megabytes']:.1f}" if row else "-" for row in shown),
         ]  # fmt: skip
         print(f"| {name} | {' | '.join(map(str, cells))} |")
         for row in rows:
@@ -158,6 +184,11 @@ def print_table(networks: dict[str, list[dict[str, Any]]]) -> int:
     return failed
 
 
+def _count(main: dict[str, Any], kind: str, precision: str) -> str:
+    """How many convolutions of a build run in a precision; `-` where there is no such build."""
+    return str(main[kind]["convolutions"].get(precision, 0)) if kind in main else "-"
+
+
 def main() -> int:
     """Build what is missing, print the table; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -166,20 +197,24 @@ def main() -> int:
     parser.add_argument(
         "json", type=Path, help="results; read where it is there, and written after each network"
     )
-    yolov9 = FAMILIES[0]
-    parser.add_argument("--architectures", default=",".join((*yolov9.detectors, *yolov9.segmenters)))
+    parser.add_argument("--architectures", help="instead of all those of the families")
+    parser.add_argument("--families", default=FAMILIES[0].name, help="of core/families.py")
     parser.add_argument("--activations", default=",".join(ACTIVATIONS))
     parser.add_argument(
         "--full", action="store_true", help="every form and type of scales, for each GPU alone"
     )
+    parser.add_argument("--int8-for", choices=CAPABILITIES[INTEGER], help="only INT8 and FP16, for this GPU")
     parser.add_argument("--size", type=int, default=320, help="side of the images, pixels")
     options = parser.parse_args()
     networks: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
-    for architecture in options.architectures.split(","):
+    wanted = Wanted(options.size, options.full, options.int8_for)
+    families = [entry for entry in FAMILIES if entry.name in options.families.split(",")]
+    names = [name for entry in families for name in (*entry.detectors, *entry.segmenters)]
+    for architecture in options.architectures.split(",") if options.architectures else names:
         for activation in options.activations.split(","):
             name = f"{architecture} {activation}"
             if name not in networks:
-                networks[name] = list(builds(architecture, activation, options.size, options.full))
+                networks[name] = list(builds(architecture, activation, wanted))
                 write_json(options.json, networks)
     return int(print_table(networks) > 0)
 

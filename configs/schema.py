@@ -22,8 +22,10 @@ from core.choices import (
     ACTIVATIONS,
     ATTENTION,
     CHEAP_ACTIVATIONS,
+    FP8,
     GRIDS,
     HEADS,
+    INT8,
     INTEGER,
     OBSERVERS,
     SENSITIVITY_METHODS,
@@ -334,9 +336,16 @@ class AutotuneConfig:
         "or one of gpu_file; none measures layers with the first of deploy.runtimes on this machine",
     )
     gpu_file: str | None = setting(None, "YAML file of GPUs to use instead of deploy/autotune/gpus.yaml")
+    precisions: list[str] = setting(
+        [INT8, FP8],
+        "Quantized precisions that a unit can have; what the GPU or runtime does not run is left out, and without "
+        "gpu there is quant.grid alone",
+        choices=(INT8, FP8),
+    )
     mixtures: int = setting(
         6,
-        "Engines with mixed precisions that costs are derived from, in addition to those with one precision",
+        "Engines with mixed precisions that costs are derived from, for each quantized precision, in addition to those "
+        "with one precision",
         unit="engines",
         minimum=0,
     )

@@ -1,7 +1,7 @@
 """What each operator is to quantization: one table for torch.fx graphs and for ONNX graphs, and two rules over it.
 
 Placement reads the names of modules, functions and methods, the graph check and the export passes read the ONNX types.
-A rule that both sides apply (which layers are too narrow, which summand an engine fuses) is one function here,
+A rule that both sides apply (which layers have no kernel, which summand an engine fuses) is one function here,
 so that a placed and exported network passes the check. Data only: torch names are strings, see `quant.graph`.
 
 Sources: NVIDIA's tensorflow-quantization guide (custom Q/DQ cases) and modelopt's ONNX quantization.
@@ -10,11 +10,13 @@ Sources: NVIDIA's tensorflow-quantization guide (custom Q/DQ cases) and modelopt
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 NARROW_CHANNELS = 16
+FP8_KERNEL_ELEMENTS = 32
 
 
 class Kind(enum.Enum):
@@ -130,6 +132,27 @@ def narrow_reason(
         return None
     size = "x".join(str(length) for length in kernel)
     return f"{inputs} -> {outputs} channels in {groups} groups, kernel {size}, has no good INT8 kernel"
+
+
+def unsupported_reason(kernel: Sequence[int], is_transposed: bool, is_fp8: bool) -> str | None:
+    """Why no engine runs a convolution in 8 bits; None where one does.
+
+    Found by building and timing them: OpenVINO 2026.4 runs quantized transposed convolutions in FP32 and TensorRT for
+    RTX 1.7 in FP16, and ONNX Runtime has no operator for them. TensorRT for RTX runs FP8 kernels of up to 32 elements;
+    the one exception, depthwise 7x7 of stride 1 on SM120, does not count, since a plan may be for SM89 as well.
+    `benchmarks/compile_convolutions.py` builds the evidence.
+
+    Args:
+        kernel: size of the kernel, one number for each dimension.
+        is_transposed: whether it is a transposed convolution.
+        is_fp8: whether its codes would be FP8.
+    """
+    if is_transposed:
+        return "engines run transposed convolutions in float"
+    if is_fp8 and math.prod(kernel) > FP8_KERNEL_ELEMENTS:
+        size = "x".join(str(length) for length in kernel)
+        return f"FP8 kernels have at most {FP8_KERNEL_ELEMENTS} elements, not {size}"
+    return None
 
 
 T = TypeVar("T", bound=Hashable)

@@ -13,6 +13,7 @@ from core.errors import DeployError
 from core.registry import Registry
 
 OUTPUTS = ("decoded", "raw", "end2end", "onnx_nms", "efficient_nms")
+NMS_OUTPUTS = ("onnx_nms", "efficient_nms")  # with NMS in the graph
 SCALE_TYPES = ("fp16", "fp32")
 LOWEST_OPSET, HIGHEST_OPSET = 13, 23
 FP8_OPSET = 19  # the first with E4M3 codes

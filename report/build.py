@@ -20,7 +20,7 @@ JSON, HTML, COMPARISON = "report.json", "report.html", "comparison.html"
 PLAIN = (  # fields of ReportData that are plain data, in the order of the file
     "versions", "build", "machine", "model", "findings", "fixed_point", "notes", "chosen", "gates", "commands",
     "hashes", "configuration", "changed", "sensitivity", "placement", "calibration", "curves",
-    "histograms", "class_names", "graph",
+    "histograms", "class_names", "graph", "autotune",
 )  # fmt: skip
 
 

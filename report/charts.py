@@ -26,6 +26,7 @@ SECTIONS = (
     "sensitivity",
     "histograms",
     "placement",
+    "autotune",
     "time",
 )  # of the page, in this order
 CURVES = (  # kind, label, what a key starts with; the last entry that fits takes the key

@@ -15,6 +15,11 @@ from core.rows import ResultRow, engine_key, find_row
 from report.panels import DetectionPanel
 
 MODEL_KEYS = ("parameters", "macs", "strides", "shares", "layers")
+AUTOTUNE_KEYS = ("latency", "subject", "front", "confirmed")
+POINT_KEYS = ("milliseconds", "estimated_ap_loss", "units")
+PLAN_KEYS = (
+    "name", "units", "expected_milliseconds", "milliseconds", "estimated_ap_loss", "measured_ap_loss", "ap",
+)  # fmt: skip
 LAYER_KEYS = ("name", "kind", "parameters", "macs", "output", "precision")
 GRAPH_KEYS = ("file", "nodes", "groups")
 NODE_KEYS = ("name", "operator", "precision", "sources")
@@ -54,6 +59,10 @@ class ReportData:
         histograms: of the worst layers: [{"layer": str, "weights": part, "inputs": part}]; a part is {"grid": name,
             "low", "high": first and last code, "edges": of the bins, in steps of the scale, "before", "after": share of
             the values in each bin, calibrated and fine-tuned; either may be absent}.
+        autotune: plans of which some units are quantized: {"latency": "estimated" | "measured", "subject": str,
+            "front": [{"milliseconds", "estimated_ap_loss", "units": precision -> count}], "confirmed": [the same of
+            plans that were built again, with "name", "expected_milliseconds", "measured_ap_loss", "ap", "is_chosen",
+            "layers" and "layers_not_as_planned"]}; None where the stage did not run.
         findings: of the graph check: [{"name", "hazard", "remedy", ...}].
         notes: sentences for the reader.
         chosen: row name -> what to add to its accuracy where its weights were chosen on the evaluation images.
@@ -81,6 +90,7 @@ class ReportData:
     model: Mapping[str, Any] | None = None
     graph: Mapping[str, Any] | None = None
     histograms: Sequence[Mapping[str, Any]] = ()
+    autotune: Mapping[str, Any] | None = None
     findings: Sequence[Mapping[str, Any]] = ()
     fixed_point: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
@@ -107,6 +117,9 @@ class ReportData:
             ("curve record", self.curves, ("step",)),
             ("sensitivity item", self.sensitivity or (), ("unit", "score")),
             ("placement item", self.placement or (), ("name", "kind")),
+            ("autotune", (self.autotune,) if self.autotune is not None else (), AUTOTUNE_KEYS),
+            ("front point", (self.autotune or {}).get("front", ()), POINT_KEYS),
+            ("plan", (self.autotune or {}).get("confirmed", ()), PLAN_KEYS),
             ("finding", self.findings, ("name", "hazard", "remedy")),
             ("model", (self.model,) if self.model is not None else (), MODEL_KEYS),
             ("layer", (self.model or {}).get("layers", ()), LAYER_KEYS),

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from core.errors import ReportError
 from core.rows import FLOAT, ResultRow, find_row, shipped_rows
-from report import operating
+from report import autotune, operating
 from report.charts import SECTIONS, Chart, all_charts
 from report.data import ReportData, reference_engine
 from report.graph import HEIGHT, WIDTH, draw
@@ -80,7 +80,8 @@ def chart_page(template: str, charts: Sequence[Chart], **content: object) -> str
 
 def render_html(data: ReportData) -> str:
     """Return the whole page of a run; errors as for `chart_page`."""
-    charts, graph = [*all_charts(data), *histogram_charts(data.histograms)], graph_view(data)
+    charts = [*all_charts(data), *histogram_charts(data.histograms), *autotune.charts(data.autotune)]
+    graph = graph_view(data)
     return chart_page(
         "report.html.j2",
         charts,
@@ -101,6 +102,14 @@ def render_html(data: ReportData) -> str:
             "legend": operating.LEGEND,
             "rows": {"keys": operating.HEADINGS, "lines": operating.operating_lines(data.rows)},
             "classes": {"keys": operating.CLASS_HEADINGS, "lines": operating.class_lines(data.rows)},
+        },
+        autotune={
+            "title": autotune.TITLE,
+            "caption": autotune.caption(data.autotune) if data.autotune else "",
+            "plans": {
+                "keys": autotune.HEADINGS,
+                "lines": autotune.plan_lines(data.autotune) if data.autotune else [],
+            },
         },
         sensitivity=free_lines(
             sorted(data.sensitivity or (), key=lambda item: -float(item["score"])), ("unit", "score")

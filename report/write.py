@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import write_text
+from report import autotune
 from report.build import FORMAT, PLAIN, render
 from report.data import ReportData
 from report.operating import markdown_operating
@@ -108,6 +109,12 @@ def to_markdown(data: ReportData) -> str:
         lines = layer_lines(data.model, first=MOST_EXPENSIVE)
         title = f"### The {len(lines)} layers with the most multiply-accumulates"
         parts += [title, markdown_table(LAYER_HEADINGS, lines, numbers_from=2)]
+    if data.autotune:
+        parts += [
+            f"## {autotune.TITLE}",
+            f"{escape_markdown(autotune.caption(data.autotune))}.",
+            markdown_table(list(autotune.HEADINGS), autotune.plan_lines(data.autotune), numbers_from=2),
+        ]
     if data.findings:
         lines = [[item["name"], item["hazard"], item["remedy"]] for item in data.findings]
         parts += ["## Graph check", markdown_table(["Where", "Hazard", "Remedy"], lines, numbers_from=3)]

@@ -55,22 +55,28 @@ class CostTable:
 
 
 def plans_to_build(
-    blocks: Blocks, units: Sequence[str], precisions: Sequence[str], count: int, seed: int = 0
+    blocks: Blocks,
+    options: Mapping[str, Sequence[str]],
+    uniform: Sequence[Plan],
+    count: int,
+    seed: int = 0,
 ) -> list[dict[str, str]]:
     """Plans to build engines with: one precision throughout, then mixtures that show blocks in new states.
 
     Args:
         blocks: the blocks.
-        units: all units.
-        precisions: what a unit can be.
+        options: unit -> what it can be.
+        uniform: the plans with one precision throughout.
         count: number of mixtures at most; there are fewer where these show nothing new.
         seed: of the random mixtures.
     """
     generator = random.Random(seed)
-    plans = [dict.fromkeys(units, precision) for precision in precisions]
+    plans = [dict(plan) for plan in uniform]
     seen = {found for plan in plans for found in _states(blocks, plan)}
     for _ in range(count):
-        mixtures = [{unit: generator.choice(precisions) for unit in units} for _ in range(CANDIDATES)]
+        mixtures = [
+            {unit: generator.choice(names) for unit, names in options.items()} for _ in range(CANDIDATES)
+        ]
         best = max(mixtures, key=lambda plan: len(_states(blocks, plan) - seen))
         if _states(blocks, best) <= seen:
             break

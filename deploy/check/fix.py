@@ -17,6 +17,7 @@ import numpy as np
 from onnx import ModelProto
 
 from core.errors import DeployError
+from core.names import listing
 from deploy.check import fix_passes
 from deploy.check.report import CheckReport, inspect_model
 from deploy.graph.known import inlined, qualify_operators, restore_operators
@@ -230,13 +231,15 @@ def compare_files(before: Path, after: Path, images: Path, image_size: tuple[int
     Raises:
         DeployError: no images, or ONNX Runtime cannot run a graph.
     """
-    batch = _read_images(images, image_size or _input_size(before))
+    batch, unread = _read_images(images, image_size or _input_size(before))
     runs = []
     for path in (before, after):
         runtime = ONNXRuntime(path, optimize=False)
         runs.append([runtime.infer_outputs(image[None]) for image in batch])
         runtime.close()
     lines = [f"outputs before and after on {len(batch)} images (ONNX Runtime, no optimizations):"]
+    if unread:
+        lines.append(f"  not read, since OpenCV does not decode them: {listing(unread, 5)}")
     for name in runs[0][0]:
         old, new = (np.concatenate([result[name] for result in run]) for run in runs)
         if name == "output0" and old.ndim == 3 and 5 <= old.shape[1] < old.shape[2]:  # decoded: [N, 4 + K, A]
@@ -258,7 +261,8 @@ def _input_size(path: Path) -> tuple[int, int] | None:
     return (sizes[0], sizes[1]) if len(sizes) == 2 and sizes[0] and sizes[1] else None
 
 
-def _read_images(source: Path, size: tuple[int, int] | None) -> FloatArray:
+def _read_images(source: Path, size: tuple[int, int] | None) -> tuple[FloatArray, list[str]]:
+    """The images, and the names of files that are none."""
     if source.suffix == ".npz" and source.is_file():
         try:
             with np.load(source, allow_pickle=False) as arrays:
@@ -269,14 +273,19 @@ def _read_images(source: Path, size: tuple[int, int] | None) -> FloatArray:
             raise DeployError(
                 f"The first array of {source} is {images.dtype} {list(images.shape)}; expected float32 [N, 3, H, W]."
             )
-        return images
+        return images, []
     import cv2
 
     files = sorted(file for file in source.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)[:MAX_IMAGES]
-    found = [image for file in files if (image := cv2.imread(str(file))) is not None]
+    read = {file.name: cv2.imread(str(file)) for file in files}
+    found, unread = (
+        [i for i in read.values() if i is not None],
+        [name for name, i in read.items() if i is None],
+    )
     if not found:
-        raise DeployError(f"No images in {source}; give a folder of images or an .npz file.")
+        broken = f"; OpenCV does not decode {listing(unread, 5)}" if unread else ""
+        raise DeployError(f"No images in {source}{broken}; give a folder of images or an .npz file.")
     if size is None:
         raise DeployError("The graph leaves its image size open; give --size HEIGHTxWIDTH.")
     resized = [cv2.resize(image, size[::-1])[:, :, ::-1].transpose(2, 0, 1) for image in found]
-    return np.ascontiguousarray(np.stack(resized), np.float32) / np.float32(255)
+    return np.ascontiguousarray(np.stack(resized), np.float32) / np.float32(255), unread

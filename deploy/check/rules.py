@@ -31,6 +31,8 @@ def float_convs(view: View) -> Findings:
             continue
         if view.is_quantized(node) or view.code_kinds(node) - KNOWN_KINDS:
             continue
+        if view.weight_dequantizer(node) is None and view.unsupported_reason(node, view.has_fp8):
+            continue  # left in float, as it should be
         yield Finding(node.name, *_why_float(view, node), rule="conv-float")
 
 
@@ -143,6 +145,17 @@ def narrow_convs(view: View) -> Findings:
             )
 
 
+def unsupported_convs(view: View) -> Findings:
+    """Rule 11: no Q/DQ on convs that no engine runs in these codes, see `core.operators.unsupported_reason`."""
+    for node in view.weighted():
+        if view.is_quantized(node) and (
+            reason := view.unsupported_reason(node, "fp8" in view.code_kinds(node))
+        ):
+            yield Finding(
+                node.name, f"quantized, but {reason}", "leave its input and weight in float", "unsupported"
+            )
+
+
 def bare_resizes(view: View) -> Findings:
     """Rule 10: a Q/DQ pair follows a nearest Resize whose quantized values reach a quantized conv."""
     for node in view.graph.nodes:
@@ -184,6 +197,7 @@ RULES: tuple[Rule, ...] = (
     unequal_scales,
     float_pools,
     narrow_convs,
+    unsupported_convs,
     needless_quantizers,
     bad_parameters,
     weight_parameters,
@@ -200,6 +214,7 @@ INTEGER_OPERATOR_RULES: tuple[Rule, ...] = (
     bad_parameters,
     weight_parameters,
     narrow_convs,
+    unsupported_convs,
     unknown_parts,
 )
 

@@ -27,7 +27,9 @@ from deploy.targets.typed import strongly_typed
 
 PRECISIONS = {"Int8": "int8", "FP8": "fp8", "Half": "fp16", "BFloat16": "bf16", "Float": "fp32"}
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
-COMPUTING = frozenset({"correlation", "gemm", "runtime_fusion"})  # kinds of kernels that layers run in
+COMPUTING = frozenset(
+    {"correlation", "deconv", "gemm", "runtime_fusion"}
+)  # kinds of kernels that layers run in
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,18 @@ def kernel_of(node: str, kernels: Sequence[Kernel]) -> Kernel | None:
     return next((k for k in kernels if k.kind in COMPUTING and node in k.nodes), None)
 
 
+def layer_precisions(model: ModelProto, kernels: Sequence[Kernel]) -> dict[str, str]:
+    """Precision of the data that each layer and product of two tensors multiplies in an engine, by module path.
+
+    Args:
+        model: the graph that was compiled.
+        kernels: its kernels.
+    """
+    view = View(model)
+    nodes = [*view.weighted(), *view.matmuls()]
+    return {layer.name: layer.precision for layer in _layers(view, nodes, kernels)}
+
+
 def _precision(kernel: Kernel | None, num_operands: int = 1) -> str:
     """Precision of the data that a kernel multiplies: the widest of its first inputs, the others are converted."""
     if kernel is None:
@@ -235,6 +249,8 @@ def _why_float(view: View, node: NodeProto, layer: LayerBuild, capability: str) 
             f"{hazard}: TensorRT for RTX has no INT8 convolutions on {min(unable)}",
             "build an FP16 engine for it",
         )
+    if reason := view.unsupported_reason(node, "fp8" in view.code_kinds(node)):
+        return f"{hazard}: {reason}", "leave its input and weight in float"
     roots = view.roots(node.input[0])
     dequantizers = [dq for root in roots if (dq := view.dequantizer(root)) is not None]
     scales = [view.graph.constants.get(dq.input[1]) for dq in dequantizers]

@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto
 
+from core.choices import FP8
 from core.errors import DeployError
-from core.operators import OPERATORS, RESIZE, Kind
+from core.operators import OPERATORS, RESIZE, Kind, unsupported_reason
 from core.targets import TARGETS
 from deploy.graph.known import KNOWN_KINDS, code_kind_of, inlined, qualify_operators
 from deploy.graph.model import Array, Graph, attributes, stored_metadata, stored_size
@@ -256,6 +258,18 @@ class View:
         if len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
             readers = self.readers(readers[0].output[0])
         return any(reader.op_type != "QuantizeLinear" for reader in readers) or not readers
+
+    @cached_property
+    def has_fp8(self) -> bool:
+        """Whether anything has FP8 codes."""
+        return any(self.code_kind(dq) == FP8 for dq in self.quantizers("DequantizeLinear"))
+
+    def unsupported_reason(self, node: NodeProto, is_fp8: bool) -> str | None:
+        """Why no engine runs a weighted node in 8 bits, see `core.operators.unsupported_reason`."""
+        weight = self.shapes.get(node.input[1])
+        if node.op_type not in ("Conv", "ConvTranspose") or weight is None:
+            return None
+        return unsupported_reason([size or 0 for size in weight[2:]], node.op_type == "ConvTranspose", is_fp8)
 
     # ------------------------------------------------------------------------------------------------------ numbers
     def multiply_accumulates(self, node: NodeProto) -> int | None:

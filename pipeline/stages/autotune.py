@@ -1,4 +1,4 @@
-"""The stage `autotune`: which units to quantize so that the engine is fast and accurate.
+"""The stage `autotune`: which units to quantize, and in which codes, so that the engine is fast and accurate.
 
 It writes `autotune.json`, and the placement of the chosen plan to `autotune-placement.yaml`, which another run takes
 with `quant.placement=FILE`.
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.choices import FP8, INT8
+from core.choices import FP8
 from core.errors import ConfigError
-from core.rows import FLOAT, PTQ, find_row
+from core.rows import FLOAT, PTQ, RowKey, find_row
 from core.targets import TARGETS
 from deploy.autotune.costs import CostTable, plans_to_build
 from deploy.autotune.search import Point, Search
@@ -24,15 +24,17 @@ from pipeline.evaluation.measuring import value_of
 from pipeline.job import Job
 from pipeline.networks import QUANTIZED
 from pipeline.run.progress import say
-from pipeline.splits import VAL
+from pipeline.splits import TRAIN, VAL
 from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
 from pipeline.stages.plans import FLOATING, REASON, Plans
-from pipeline.stages.pricing import EstimatedPricing, Pricing, choose_pricing
-from pipeline.stages.sensitivity import SENSITIVITY_FILE
+from pipeline.stages.pricing import Built, EstimatedPricing, Pricing, choose_pricing
+from pipeline.stages.sensitivity import SENSITIVITY_FILE, rank_units
 from pipeline.stages.stage import Stage
-from quant import dump_placement
+from pipeline.stages.variants import calibrated_as, options_of, precisions_of
+from quant import dump_placement, placement_of
 
 AUTOTUNE, TUNED_PLACEMENT = "autotune.json", "autotune-placement.yaml"
+FLOATS = ("fp16", "bf16", "fp32")  # what engines call what plans call float
 SMALLEST_DROP = 0.001  # AP; less cannot be told from chance on a few hundred images
 
 Losses = dict[str, dict[str, float]]  # unit -> precision -> AP
@@ -45,14 +47,23 @@ class Confirmed:
     Attributes:
         name: `all float`, `all int8`, or `front`.
         point: the plan with what the search expected.
-        milliseconds: of the engine built with this plan, estimated or measured.
+        built: the engine built with this plan, its latency estimated or measured.
         ap: measured accuracy, or the user's own metric.
+        loss: what that is below the float model's.
+        differing: layers that the engine runs in another precision than planned; None where the builder does not tell.
     """
 
     name: str
     point: Point
-    milliseconds: float
+    built: Built
     ap: float
+    loss: float
+    differing: Sequence[Mapping[str, str]] | None
+
+    @property
+    def milliseconds(self) -> float:
+        """Latency of the engine."""
+        return self.built.milliseconds
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for a JSON file."""
@@ -62,7 +73,10 @@ class Confirmed:
             "expected_milliseconds": self.point.milliseconds,
             "milliseconds": self.milliseconds,
             "estimated_ap_loss": self.point.loss,
+            "measured_ap_loss": self.loss,
             "ap": self.ap,
+            "layers": None if self.built.layers is None else len(self.built.layers),
+            "layers_not_as_planned": self.differing,
         }
 
 
@@ -73,6 +87,7 @@ def check_autotune(job: Job) -> None:
         ConfigError, DeployError: see `choose_pricing`; or codes or outputs that the GPU's graph cannot have.
     """
     config, pricing = job.config, choose_pricing(job)
+    precisions_of(job, pricing.precisions)
     if isinstance(pricing, EstimatedPricing):
         target = TARGETS[pricing.target]
         if config.quant.activations.unsigned:
@@ -101,9 +116,7 @@ def autotune_stage(job: Job) -> None:
     """Learn what units cost, search the front, build some of its plans again, and choose one."""
     config, pricing = job.config.autotune, choose_pricing(job)
     ap = {key: _value(job, key) for key in (FLOAT, PTQ)}
-    precision = FP8 if job.config.quant.grid == FP8 else INT8
-    plans = Plans(job, {precision: job.networks.load(PTQ)})
-    losses = estimate_losses(_scores(job, precision), ap[FLOAT] - ap[PTQ])
+    plans, losses = make_plans(job, precisions_of(job, pricing.precisions), ap[FLOAT] - ap[PTQ])
     with tempfile.TemporaryDirectory() as folder:
         table = learn_costs(job, plans, pricing, Path(folder))
         search = Search(table, losses)
@@ -115,9 +128,8 @@ def autotune_stage(job: Job) -> None:
         points = spread(front, config.confirmed, config.max_ap_loss)
         if config.quantize_slower:
             points = [quantize_more(search, point, config.max_ap_loss) for point in points]
-        known = {FLOATING: ap[FLOAT], precision: ap[PTQ]}
-        confirmed = _confirm(job, plans, pricing, search, points, known, Path(folder))
-    allowed = [one for one in confirmed if ap[FLOAT] - one.ap <= config.max_ap_loss]
+        confirmed = _confirm(job, plans, pricing, search, points, ap, Path(folder))
+    allowed = [one for one in confirmed if one.loss <= config.max_ap_loss]
     if config.quantize_slower:
         allowed = [one for one in allowed if one.name != f"all {FLOATING}"] or allowed
         chosen = min(allowed, key=lambda one: list(one.point.plan.values()).count(FLOATING))
@@ -126,11 +138,36 @@ def autotune_stage(job: Job) -> None:
     _write(job, plans, pricing, search, front, confirmed, chosen)
 
 
+def make_plans(job: Job, precisions: Sequence[str], drop: float) -> tuple[Plans, Losses]:
+    """What plans are made of, and the estimated AP loss of every unit in each precision that it can have.
+
+    The run's own model is calibrated and scored already; those of the other precisions are here.
+
+    Args:
+        job: the job.
+        precisions: quantized ones, the run's own first.
+        drop: AP of the float model - AP of the run's calibrated model.
+    """
+    own, *others = precisions
+    models = {own: job.networks.load(PTQ)}
+    scores = {own: _scores(job)}
+    for precision in others:
+        models[precision] = calibrated_as(job, models[own], precision)
+        ranked = rank_units(job, models[precision])
+        scores[precision] = {score.unit: score.score for score in ranked}
+    options = options_of(job.networks, placement_of(models[own]), precisions)
+    losses = estimate_losses(scores, drop)
+    return Plans(job, models, options), {
+        unit: {name: losses[unit][name] for name in names} for unit, names in options.items()
+    }
+
+
 def learn_costs(job: Job, plans: Plans, pricing: Pricing, folder: Path) -> CostTable:
     """Build engines with several plans and take the costs of all blocks from them."""
     blocks = pricing.blocks(plans, folder)
     config = job.config
-    wanted = plans_to_build(blocks, plans.units, plans.precisions, config.autotune.mixtures, config.seed)
+    count = config.autotune.mixtures * len(plans.models)
+    wanted = plans_to_build(blocks, plans.options, plans.all_uniform, count, config.seed)
     table = CostTable(blocks)
     for plan, costs in zip(wanted, pricing.price(plans, wanted, blocks, folder), strict=True):
         table.add(plan, costs)
@@ -176,18 +213,18 @@ def quantize_more(search: Search, point: Point, max_loss: float) -> Point:
 
 
 def _best_quantized(search: Search, plan: Mapping[str, str], unit: str) -> str:
-    """The quantized precision in which a unit is fastest beside the rest of a plan."""
-    options = [name for name in search.losses[unit] if name != FLOATING]
+    """The quantized precision in which a unit is fastest beside the rest of a plan; float where it can have none."""
+    options = [name for name in search.losses[unit] if name != FLOATING] or [FLOATING]
     return min(options, key=lambda name: search.change(plan, {unit: name})[0])
 
 
 # -- models, scores, accuracy
 
 
-def _scores(job: Job, precision: str) -> dict[str, dict[str, float]]:
-    """Scores of the stage `sensitivity`, by precision and unit."""
+def _scores(job: Job) -> dict[str, float]:
+    """Scores of the stage `sensitivity`, by unit."""
     units = job.run.read_json(SENSITIVITY_FILE)["units"]
-    return {precision: {unit["unit"]: float(unit["score"]) for unit in units}}
+    return {unit["unit"]: float(unit["score"]) for unit in units}
 
 
 def _value(job: Job, key: Any) -> float:
@@ -205,25 +242,57 @@ def _confirm(
     pricing: Pricing,
     search: Search,
     points: Sequence[Point],
-    known: Mapping[str, float],
+    rows: Mapping[RowKey, float],
     folder: Path,
 ) -> list[Confirmed]:
     """Build the plans with one precision and some points again, and measure the accuracy that is not known."""
-    uniform = [(f"all {name}", search.point(plans.uniform(name))) for name in plans.precisions]
-    mixed = [point for point in points if len(set(point.plan.values())) > 1]
-    named = [*uniform, *(("front", point) for point in mixed)]
-    times = pricing.confirm(plans, [point.plan for _, point in named], search.table.blocks, folder)
+    uniform = dict(zip((f"all {name}" for name in plans.precisions), plans.all_uniform, strict=True))
+    mixed = [point for point in points if dict(point.plan) not in uniform.values()]
+    named = [(name, search.point(plan)) for name, plan in uniform.items()] + [("front", p) for p in mixed]
+    engines = pricing.confirm(plans, [point.plan for _, point in named], search.table.blocks, folder)
     confirmed = []
-    for (name, point), milliseconds in zip(named, times, strict=True):
-        ap = known.get(name.removeprefix("all "))
-        if ap is None:
+    for (name, point), built in zip(named, engines, strict=True):
+        if set(point.plan.values()) == {FLOATING}:
+            ap = rows[FLOAT]
+        elif point.plan == plans.own:
+            ap = rows[PTQ]
+        else:
             ap = value_of(job.evaluator.measure(job.predictor(plans.model(point.plan)), None))
-        confirmed.append(Confirmed(name, point, milliseconds, ap))
+        differing = compare_precisions(plans.planned(point.plan), built.layers)
+        one = Confirmed(name, point, built, ap, rows[FLOAT] - ap, differing)
+        confirmed.append(one)
         say(
-            f"{name}: {plans.describe(point.plan)}; {milliseconds:.3f} ms {pricing.kind}, AP {ap:.4f} "
-            f"(estimated loss {point.loss:.4f})"
+            f"{name}: {plans.describe(point.plan)}; {built.milliseconds:.3f} ms {pricing.kind}, AP {ap:.4f} "
+            f"(loss {one.loss:.4f}, estimated {point.loss:.4f}){_of_layers(one)}"
         )
     return confirmed
+
+
+def compare_precisions(
+    planned: Mapping[str, str], built: Mapping[str, str] | None
+) -> list[dict[str, str]] | None:
+    """Layers that an engine runs in another precision than planned; None where it does not tell.
+
+    Args:
+        planned: layer -> `float` or a quantized precision.
+        built: layer -> precision of the engine; float ones have names such as `fp16`.
+    """
+    if built is None:
+        return None
+    found = {name: FLOATING if built.get(name) in FLOATS else built.get(name, "missing") for name in planned}
+    return [
+        {"layer": name, "planned": precision, "built": built.get(name, "missing")}
+        for name, precision in planned.items()
+        if found[name] != precision
+    ]
+
+
+def _of_layers(one: Confirmed) -> str:
+    """How many layers of a built plan run as planned, where the builder tells; for messages."""
+    if one.differing is None:
+        return ""
+    first = "".join(f"; {item['layer']} in {item['built']}" for item in one.differing[:1])
+    return f", {len(one.differing)} layers not as planned{first}"
 
 
 # -- what is written
@@ -244,6 +313,7 @@ def _write(
         "latency": pricing.kind,
         "subject": pricing.subject,
         "gpu": dataclasses.asdict(pricing.gpu) if isinstance(pricing, EstimatedPricing) else None,
+        "precisions": plans.precisions,
         "max_ap_loss": job.config.autotune.max_ap_loss,
         "front": [
             {"milliseconds": p.milliseconds, "estimated_ap_loss": p.loss, "units": Counter(p.plan.values())}
@@ -257,7 +327,9 @@ def _write(
                 "reason": reasons.get(unit),
                 "estimated_ap_loss": search.losses[unit],
                 "change_from_all_float_milliseconds": {
-                    name: search.change(plans.uniform(FLOATING), {unit: name})[0] for name in plans.models
+                    name: search.change(plans.uniform(FLOATING), {unit: name})[0]
+                    for name in plans.options[unit]
+                    if name != FLOATING
                 },
             }
             for unit, precision in plan.items()
@@ -291,12 +363,13 @@ def explain(search: Search, plan: Mapping[str, str], kind: str) -> dict[str, str
 TUNE = Stage(
     "autotune",
     autotune_stage,
-    settings=("autotune", "deploy", *MEASURED_BY),
+    settings=("autotune", "deploy", "quant", "sensitivity", *MEASURED_BY),
     ignored=(
+        "quant.placement", "quant.policy", "quant.float_patterns", "quant.accuracy_budget",
         "deploy.benchmark_seconds", "deploy.fixed_point_images", "deploy.range_images", "deploy.nms",
         "deploy.float_precisions", "deploy.compute_capabilities",
     ),
-    splits=(VAL,),
+    splits=(TRAIN, VAL),
     files=("autotune.gpu_file",),
     reads=(*FLOAT_FILES, QUANTIZED[PTQ], FLOAT.path, PTQ.path, SENSITIVITY_FILE),
     writes=(AUTOTUNE, TUNED_PLACEMENT),

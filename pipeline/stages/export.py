@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from configs.deploy_schema import NMSConfig
 from core.choices import ONE2ONE
 from core.errors import ConfigError, DataError
-from core.targets import FP8_OPSET, TARGETS
+from core.targets import FP8_OPSET, NMS_OUTPUTS, TARGETS
 from data import to_input
 from deploy import (
     ExportReport,
@@ -149,11 +149,10 @@ def check_export(job: Job) -> None:
 
     Raises:
         DeployError: an operator set that a target's graph cannot be written in.
-        ConfigError: a placement with unsigned or FP8 codes for a target that does not take them, or outputs=end2end
-            for a head that needs NMS.
+        ConfigError: a placement with unsigned or FP8 codes for a target that does not take them, or outputs that the
+            head does not go with, see `check_outputs`.
     """
-    if job.config.deploy.outputs == "end2end":
-        check_end_to_end(head_of(job.config, job.run))
+    check_outputs(job.config.deploy.outputs, head_of(job.config, job.run))
     quant = job.config.quant
     kinds = {quant.grid: "quant.grid"} | {
         rule.grid: f"quant.policy, {rule.match}" for rule in quant.policy if rule.grid
@@ -166,16 +165,22 @@ def check_export(job: Job) -> None:
         TARGETS[target].opset_for(job.config.deploy.scale_type, job.config.deploy.opset)
 
 
-def check_end_to_end(head: str) -> None:
-    """Refuse the choice of detections without NMS for a head that gives an object several boxes.
+def check_outputs(outputs: str, head: str) -> None:
+    """Refuse detections without NMS for a head that gives an object several boxes, and NMS for one that gives one.
 
     Raises:
-        ConfigError: it does.
+        ConfigError: the outputs are such.
     """
-    if head != ONE2ONE:
+    if outputs == "end2end" and head != ONE2ONE:
         raise ConfigError(
             f"outputs=end2end with the head {head}: it gives an object several boxes, which only NMS removes; use "
             "outputs=onnx_nms or decoded, or model.head=one2one where the network has it"
+        )
+    if outputs in NMS_OUTPUTS and head == ONE2ONE:
+        raise ConfigError(
+            f"outputs={outputs} with the head {head}: it gives an object one box, so NMS costs time and can "
+            "only remove objects that overlap; use outputs=end2end or decoded, or model.head=one2many where the "
+            "network has it"
         )
 
 
@@ -213,8 +218,7 @@ def write_onnx(
 ) -> ExportReport:
     """Export one network of the run with the settings of `deploy`; `source` is its row."""
     config = job.config.deploy
-    if config.outputs == "end2end":
-        check_end_to_end(job.networks.detector.deployed_head)
+    check_outputs(config.outputs, job.networks.detector.deployed_head)
     named, names = with_named_nodes(network)
     try:
         return export_onnx(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,23 @@ class Plans:
 
     Args:
         job: the job.
-        models: precision -> the calibrated model that has every unit in it; all have the same units.
+        models: precision -> the calibrated model that has every unit in it; all have the same units. The first is the
+            run's own.
+        options: unit -> what it can be, float first; None where every unit can be float or any model's.
     """
 
-    def __init__(self, job: Job, models: Mapping[str, fx.GraphModule]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        models: Mapping[str, fx.GraphModule],
+        options: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         self.job = job
         self.models = models
         self.placements = {name: placement_of(model) for name, model in models.items()}
         first = next(iter(self.placements.values()))
         self.units = [group.name for group in first.groups]
+        self.options = dict(options) if options else dict.fromkeys(self.units, tuple(self.precisions))
         self.tensors = {site.name: group.name for group in first.groups for site in group.tensors}
 
     @property
@@ -54,8 +62,26 @@ class Plans:
         return [FLOATING, *self.models]
 
     def uniform(self, precision: str) -> dict[str, str]:
-        """The plan with one precision throughout."""
-        return dict.fromkeys(self.units, precision)
+        """The plan with one precision throughout; units that cannot have it are float."""
+        return {unit: precision if precision in self.options[unit] else FLOATING for unit in self.units}
+
+    @property
+    def own(self) -> dict[str, str]:
+        """The plan of the run's own model: every unit quantized."""
+        first = next(iter(self.models))
+        return {unit: first if first in names else names[-1] for unit, names in self.options.items()}
+
+    @property
+    def all_uniform(self) -> list[dict[str, str]]:
+        """The plans with one precision throughout, float first."""
+        return [self.uniform(precision) for precision in self.precisions]
+
+    def planned(self, plan: Mapping[str, str]) -> dict[str, str]:
+        """Layer -> its precision in a plan, `float` for those without quantized weights."""
+        placement = self.placement(plan)
+        return {site.layer: plan[site.group] for site in placement.weights} | dict.fromkeys(
+            placement.kept_float, FLOATING
+        )
 
     def placement(self, plan: Mapping[str, str], reasons: Mapping[str, str] | None = None) -> Placement:
         """The placement of a plan; `reasons` say by unit why it stays float."""
@@ -78,7 +104,7 @@ class Plans:
         weights = tuple(
             dataclasses.replace(site, grid=grids[plan[site.group], site.layer]) for site in placement.weights
         )
-        return dataclasses.replace(placement, weights=weights)
+        return _without_mixed_products(dataclasses.replace(placement, weights=weights))
 
     def model(self, plan: Mapping[str, str]) -> fx.GraphModule:
         """The calibrated model of a plan, quantizers on."""
@@ -100,6 +126,20 @@ class Plans:
         """How many units have which precision: `12 int8, 133 float`."""
         counts = {name: sum(found == name for found in plan.values()) for name in self.precisions}
         return listing(f"{count} {name}" for name, count in counts.items() if count)
+
+
+def _without_mixed_products(placement: Placement) -> Placement:
+    """Leave products of two tensors in float where these have codes of two kinds, which no engine multiplies."""
+    kinds = {group.name: group.grid.kind for group in placement.groups}
+    mixed = {site.name for site in placement.matmuls if len({kinds[name] for name in site.groups}) > 1}
+    return dataclasses.replace(
+        placement,
+        matmuls=tuple(site for site in placement.matmuls if site.name not in mixed),
+        kept_float={
+            **placement.kept_float,
+            **dict.fromkeys(sorted(mixed), f"{REASON}: its operands have codes of two kinds"),
+        },
+    )
 
 
 def assemble(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-from core.choices import INT8
+from core.choices import FP8, INT8
 from core.errors import DeployError
 from core.runtimes import RUNTIMES
 from deploy import EngineRequest, Runtime, benchmark_alternately, build_engine, open_engine
@@ -17,7 +18,7 @@ from deploy.autotune.measure import measure_blocks
 from deploy.autotune.roofline import count_products, estimate_blocks
 from deploy.compile.compiler import compile_graph, import_tensorrt_rtx
 from deploy.compile.kernels import Kernel
-from deploy.compile.report import fixed_shapes
+from deploy.compile.report import fixed_shapes, layer_precisions
 from deploy.graph.view import View
 from deploy.runtimes.engines import runtime_class
 from pipeline.job import Job
@@ -31,6 +32,19 @@ TIMED = ("openvino", "tensorrt", "tensorrt_rtx")  # runtimes whose layers' times
 Costs = dict[str, float]  # block -> milliseconds
 
 
+@dataclass(frozen=True)
+class Built:
+    """An engine of a plan.
+
+    Attributes:
+        milliseconds: latency, estimated or measured.
+        layers: layer -> precision that it runs in, such as `fp8` or `fp16`; None where the builder does not tell.
+    """
+
+    milliseconds: float
+    layers: Mapping[str, str] | None = None
+
+
 class Pricing(ABC):
     """A way to learn what plans cost.
 
@@ -38,11 +52,13 @@ class Pricing(ABC):
         target: what graphs are exported for.
         kind: `estimated` or `measured`.
         subject: the GPU or runtime, for messages.
+        precisions: quantized precisions that it has costs for.
     """
 
     target: str
     kind: str
     subject: str
+    precisions: tuple[str, ...]
 
     @abstractmethod
     def price(
@@ -53,13 +69,21 @@ class Pricing(ABC):
     @abstractmethod
     def confirm(
         self, plans: Plans, wanted: Sequence[Mapping[str, str]], blocks: Blocks, folder: Path
-    ) -> list[float]:
-        """Milliseconds of whole engines, built anew, for each of some plans."""
+    ) -> list[Built]:
+        """Whole engines, built anew, for each of some plans."""
 
     def blocks(self, plans: Plans, folder: Path) -> Blocks:
         """Blocks of the network, from the graph in which every unit is quantized."""
-        quantized = plans.uniform(next(iter(plans.models)))
-        return find_blocks(plans.write(quantized, self.target, folder / "blocks.onnx"), plans.tensors)
+        return find_blocks(plans.write(plans.own, self.target, folder / "blocks.onnx"), plans.tensors)
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a compiled plan consists of: kernels, multiply-accumulates by kernel, precision of each layer."""
+
+    kernels: Sequence[Kernel]
+    products: Mapping[str, int]
+    layers: Mapping[str, str]
 
 
 class EstimatedPricing(Pricing):
@@ -70,9 +94,8 @@ class EstimatedPricing(Pricing):
     def __init__(self, gpu: GPU) -> None:
         self.gpu = gpu
         self.subject = gpu.title
-        self.builds: dict[
-            tuple[str, ...], tuple[Sequence[Kernel], dict[str, int]]
-        ] = {}  # by precisions of units
+        self.precisions = tuple(name for name in (INT8, FP8) if name in gpu.teraops)
+        self.builds: dict[tuple[str, ...], Build] = {}  # by precisions of units
 
     def price(
         self, plans: Plans, wanted: Sequence[Mapping[str, str]], blocks: Blocks, folder: Path
@@ -81,27 +104,37 @@ class EstimatedPricing(Pricing):
 
         def prices() -> Iterator[Costs]:
             for plan in wanted:
-                key = tuple(plan[unit] for unit in plans.units)
-                if key not in self.builds:
-                    model = plans.write(plan, self.target, folder / "plan.onnx")
-                    shapes = fixed_shapes(View(model))
-                    kernels = compile_graph(model, [self.gpu.capability], shapes).kernels
-                    self.builds[key] = kernels, count_products(model, kernels)
-                yield estimate_blocks(*self.builds[key], blocks, self.gpu)
+                build = self.build(plans, plan, folder)
+                yield estimate_blocks(build.kernels, build.products, blocks, self.gpu)
 
         return list(track(prices(), f"compile for {self.gpu.capability}", len(wanted)))
 
     def confirm(
         self, plans: Plans, wanted: Sequence[Mapping[str, str]], blocks: Blocks, folder: Path
-    ) -> list[float]:
+    ) -> list[Built]:
         """See `Pricing.confirm`; still an estimate, of the kernels that the plan really has."""
-        return [sum(costs.values()) for costs in self.price(plans, wanted, blocks, folder)]
+        times = [sum(costs.values()) for costs in self.price(plans, wanted, blocks, folder)]
+        return [
+            Built(milliseconds, self.build(plans, plan, folder).layers)
+            for milliseconds, plan in zip(times, wanted, strict=True)
+        ]
+
+    def build(self, plans: Plans, plan: Mapping[str, str], folder: Path) -> Build:
+        """Compile a plan, once."""
+        key = tuple(plan[unit] for unit in plans.units)
+        if key not in self.builds:
+            model = plans.write(plan, self.target, folder / "plan.onnx")
+            shapes = fixed_shapes(View(model))
+            kernels = compile_graph(model, [self.gpu.capability], shapes).kernels
+            products, layers = count_products(model, kernels), layer_precisions(model, kernels)
+            self.builds[key] = Build(kernels, products, layers)
+        return self.builds[key]
 
 
 class MeasuredPricing(Pricing):
     """Engines of a runtime on this machine, timed by layer."""
 
-    kind = "measured"
+    kind, precisions = "measured", (INT8,)
 
     def __init__(self, job: Job, runtime: str) -> None:
         self.job = job
@@ -123,12 +156,12 @@ class MeasuredPricing(Pricing):
 
     def confirm(
         self, plans: Plans, wanted: Sequence[Mapping[str, str]], blocks: Blocks, folder: Path
-    ) -> list[float]:
+    ) -> list[Built]:
         """See `Pricing.confirm`: median times of whole calls, the engines in turns, without counters."""
         with ExitStack() as stack:
             engines = self.engines(plans, wanted, folder, stack)
             reports = benchmark_alternately(engines, self.shape, self.job.config.autotune.seconds)
-        return [report.median_ms for report in reports]
+        return [Built(report.median_ms) for report in reports]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -8,6 +8,7 @@ import torch
 
 from core.machine import describe_build, describe_machine, describe_versions
 from core.rows import QAT
+from core.targets import NMS_OUTPUTS
 from deploy import describe_graph
 from models import measure_network
 from pipeline.gates import missed_gates
@@ -15,6 +16,7 @@ from pipeline.job import Job
 from pipeline.networks import FLOAT_MODEL
 from pipeline.run.commands import changed_settings, flat_configuration, next_commands
 from pipeline.run.progress import say
+from pipeline.stages.autotune import AUTOTUNE
 from pipeline.stages.fixed_point import FIXED_POINT
 from pipeline.stages.histograms import layer_histograms
 from pipeline.stages.pictures import detection_panels
@@ -54,6 +56,7 @@ def report_stage(job: Job) -> None:
         model=_model_facts(job),
         graph=_graph(job),
         histograms=layer_histograms(job),
+        autotune=_autotune(job),
         findings=_findings(job),
         fixed_point=job.run.read_json(FIXED_POINT)["tensors"] if job.run.path(FIXED_POINT).exists() else [],
         notes=_notes(job),
@@ -175,6 +178,13 @@ def _graph(job: Job) -> dict[str, Any] | None:
     }
 
 
+def _autotune(job: Job) -> dict[str, Any] | None:
+    """What the stage `autotune` found, without the list of all units."""
+    if not job.run.path(AUTOTUNE).exists():
+        return None
+    return {key: value for key, value in job.run.read_json(AUTOTUNE).items() if key != "units"}
+
+
 def _findings(job: Job) -> list[dict[str, Any]]:
     """What the graph check found in the INT8 files of the export stage."""
     if not job.run.path("export.json").exists():
@@ -230,7 +240,7 @@ def _notes(job: Job) -> list[str]:
         hint = row.extras.get("precision_hint", "f32")
         if row.key.is_quantized_engine and hint != "f32":
             notes.append(f"Row {row.name}: the float part runs in {hint} (deploy.int8_hint).")
-        if row.extras.get("outputs") in ("onnx_nms", "efficient_nms"):
+        if row.extras.get("outputs") in NMS_OUTPUTS:
             notes.append(f"Row {row.name}: NMS in the graph, by the thresholds of deploy.nms.")
     if job.config.metric.factory is not None:
         notes.append(f"Rows are measured by {job.config.metric.factory} (metric), not by COCO AP.")

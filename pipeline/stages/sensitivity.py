@@ -35,8 +35,7 @@ def sensitivity_stage(job: Job) -> None:
     if config.method == "none":
         return
     model = job.networks.load(PTQ)
-    measure = {"fisher": rank_by_fisher, "sqnr": _sqnr, "map": _map}[config.method]
-    scores = sorted(measure(job, model), key=lambda score: (-score.score, score.unit))
+    scores = sorted(rank_units(job, model), key=lambda score: (-score.score, score.unit))
     job.run.write_json(
         SENSITIVITY_FILE,
         {"method": config.method, "images": config.images, "units": [score.as_dict() for score in scores]},
@@ -46,7 +45,13 @@ def sensitivity_stage(job: Job) -> None:
     say(f"most sensitive units: {worst}")
     if job.config.quant.accuracy_budget is not None:
         ranking = [score.unit for score in scores]
-        keep_budget(job, model, ranking, job.config.quant.accuracy_budget, kept_results(job))
+        keep_budget(job, model, ranking, job.config.quant.accuracy_budget, kept_results(job, model))
+
+
+def rank_units(job: Job, model: fx.GraphModule) -> Iterable[UnitScore]:
+    """Score of every unit of a calibrated model by `sensitivity.method`."""
+    measure = {"fisher": rank_by_fisher, "sqnr": _sqnr, "map": _map}[job.config.sensitivity.method]
+    return measure(job, model)
 
 
 def rank_by_fisher(job: Job, model: fx.GraphModule) -> list[UnitScore]:
@@ -61,7 +66,7 @@ def rank_by_fisher(job: Job, model: fx.GraphModule) -> list[UnitScore]:
 def _sqnr(job: Job, model: fx.GraphModule) -> Iterable[UnitScore]:
     loader = job.splits.letterboxed(job.splits.train, BATCH, job.config.sensitivity.images)
     units = [group.name for group in placement_of(model).groups]
-    sweep = kept_results(job)
+    sweep = kept_results(job, model)
     found = {unit: value for unit in units if (value := sweep.known(f"sqnr:{unit}")) is not None}
 
     def measure() -> Iterator[UnitScore]:
@@ -96,7 +101,7 @@ def measure_units(job: Job, model: fx.GraphModule) -> dict[str, float]:
     """AP with `all` units quantized, with `none`, and for each unit with it alone `off:UNIT` and alone `on:UNIT`."""
     units = [group.name for group in placement_of(model).groups]
     items = ["all", "none", *(f"{kind}:{unit}" for unit in units for kind in ("off", "on"))]
-    sweep = kept_results(job)
+    sweep = kept_results(job, model)
 
     def measure(item: str) -> float:
         kind, _, unit = item.partition(":")
@@ -109,18 +114,18 @@ def measure_units(job: Job, model: fx.GraphModule) -> dict[str, float]:
     return dict(track(sweep.run(items, measure), "sensitivity (map)", len(items)))
 
 
-def kept_results(job: Job) -> Sweep:
+def kept_results(job: Job, model: fx.GraphModule) -> Sweep:
     """The results of this stage's measurements so far, for this model and these images.
 
     They are in the run directory, or in `sensitivity.directory`, which several runs can share.
     """
     folder = job.config.sensitivity.directory
-    return Sweep((Path(folder) if folder else job.run.path("sensitivity")) / _sweep_key(job))
+    return Sweep((Path(folder) if folder else job.run.path("sensitivity")) / _sweep_key(job, model))
 
 
-def _sweep_key(job: Job) -> str:
-    """What the sweep's figures depend on: the calibrated model and the images measured."""
-    digest = hashlib.sha256()
+def _sweep_key(job: Job, model: fx.GraphModule) -> str:
+    """What the sweep's figures depend on: the calibrated model, its codes and the images measured."""
+    digest = hashlib.sha256(",".join(group.grid.name for group in placement_of(model).groups).encode())
     for name in (FLOAT_FILES[0], QUANTIZED[PTQ]):
         digest.update(job.run.need(name, "calibrate").read_bytes())
     settings = (

@@ -23,7 +23,7 @@ from torch import fx, nn
 
 from core.choices import ATTENTION, FP8, INTEGER
 from core.grid import FP8_E4M3, FP8_WEIGHTS, Grid
-from core.operators import Kind, fused_summand, narrow_reason
+from core.operators import Kind, fused_summand, narrow_reason, unsupported_reason
 from quant.graph import WEIGHTED_MODULES, inputs_of, is_nonnegative, kind_of, paths_of, trace
 from quant.placement.placement import Group, MatmulSite, Placement, TensorSite, WeightSite
 from quant.placement.policy import Policy, Rule
@@ -41,7 +41,7 @@ class PlacementOptions:
         share_concat_scales: whether concats share one scale over their inputs.
         quantize_outputs: whether layers whose result leaves the network are quantized, too (they carry the
             network's answer and are the most sensitive ones).
-        quantize_narrow: whether layers too narrow for a good INT8 kernel are quantized, too.
+        quantize_narrow: whether layers too narrow for a good INT8 kernel, or without any in 8 bits, are quantized, too.
         unsigned: whether groups that are never negative (behind a ReLU or sigmoid; images, which are in [0, 1]) use
             codes from 0 to 255: half the step for the same range. CPU engines run it, TensorRT takes signed codes only.
             FP8 groups are signed.
@@ -150,7 +150,8 @@ class _Placer:
         elif self.options.grid == FP8 and self._reads_input(node) and not self.policy.lookup("grid", tensors):
             reason = "reads the network's input, for which FP8 is too coarse"
         elif not self.options.quantize_narrow:
-            reason = self._narrow(node)
+            is_fp8 = (self.policy.lookup("grid", tensors) or self.options.grid) == FP8
+            reason = self._unsupported(node, is_fp8) or self._narrow(node)
         if reason:
             self.kept_float[path] = reason
 
@@ -202,6 +203,13 @@ class _Placer:
                 seen.update(fresh)
                 frontier += fresh
         return leaves, read
+
+    def _unsupported(self, node: fx.Node, is_fp8: bool) -> str | None:
+        """Why no engine runs a layer in 8 bits, see `core.operators.unsupported_reason`."""
+        layer = self.modules[str(node.target)]
+        if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)):
+            return None
+        return unsupported_reason(layer.kernel_size, isinstance(layer, nn.ConvTranspose2d), is_fp8)
 
     def _narrow(self, node: fx.Node) -> str | None:
         """Why a convolution is too narrow for INT8, see `core.operators.narrow_reason`."""

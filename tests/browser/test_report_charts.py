@@ -16,7 +16,7 @@ from tests.report.sample import sample_data
 
 CHARTS = {
     "accuracy", "f1", "loss-0", "gradient-0", "rate-0", "loss-1", "gradient-1", "ap-1", "share-1", "rate-1",
-    "sensitivity", "weights-0", "inputs-0", "placement", "calibration", "stages",
+    "sensitivity", "weights-0", "inputs-0", "placement", "calibration", "front", "stages",
 }  # fmt: skip
 CHART_DATA = re.compile(r'(<script type="application/json" id="report-charts">)(.*?)(</script>)', re.DOTALL)
 
@@ -89,6 +89,34 @@ def test_a_point_tells_its_figures_when_pointed_at(page: ReportPage, report: Pat
         told
         == "backbone.block1score: 1layers: layer10kept float: 100,000 MACs, 2.50% of the network, leave INT8"
     )
+
+
+def test_the_front_shows_the_plans_of_one_precision_the_chosen_one_and_what_was_measured(
+    page: ReportPage, report: Path
+) -> None:
+    page.open(report)
+    all_of = "[...document.querySelectorAll('{}')].map({})".format
+    names = all_of("#chart-front .legendtext", "e => e.textContent")
+    page.until(f"return {names}.length === 6")
+    assert page.run(f"return {names}") == [
+        "front", "all FP16", "all INT8", "all FP8", "chosen", "measured AP loss",
+    ]  # fmt: skip
+    centre = "e => (r => [r.x + r.width / 2, r.y + r.height / 2])(e.getBoundingClientRect())"
+    traces = all_of(
+        "#chart-front .scatterlayer .trace", f"t => [...t.querySelectorAll('.point')].map({centre})"
+    )
+    front, *uniform, chosen, measured = page.run(f"return {traces}")
+    assert [len(points) for points in (front, *uniform, chosen, measured)] == [3, 1, 1, 1, 1, 4]
+    assert chosen[0] == pytest.approx(front[1], abs=1)  # the plan in the middle
+    assert uniform[0][0] == pytest.approx(front[2], abs=1)  # FP16 is the slow end
+    assert measured[3][0] > chosen[0][0]  # 0.01 ms slower when built again
+    assert measured[3][1] > chosen[0][1]  # and lower on the page, with the smaller loss
+    table = page.run(f"return {all_of('[aria-labelledby=autotune] tbody tr', 'e => e.innerText.trim()')}")
+    assert [line.split("\t")[0] for line in table] == ["all FP16", "all INT8", "all FP8", "on the front"]
+    assert table[3].split("\t")[1:] == [
+        "3 float, 4 FP8, 2 INT8", "1.500", "1.510", "0.0040", "0.0030", "0.5970", "0 of 9", "yes",
+    ]  # fmt: skip
+    assert page.problems() == []
 
 
 def test_charts_follow_the_width_of_the_window(page: ReportPage, report: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -225,7 +226,7 @@ def test_costs_of_a_few_builds_tell_those_of_all_plans(rtx_setting: Setting) -> 
         total = sum(costs.values())
         assert total > len(kernels) * gpu.kernel_microseconds / 1e3
         real[tuple(plan.values())] = costs
-    built = plans_to_build(rtx_setting.blocks, rtx_setting.units, ["float", "int8"], 2)
+    built = plans_to_build(rtx_setting.blocks, *choices(rtx_setting.units), 2)
     assert len(built) == 4
     table = CostTable(rtx_setting.blocks)
     for plan in built:
@@ -273,15 +274,30 @@ def test_a_state_costs_the_median_of_what_was_seen_or_of_the_nearest() -> None:
     assert table.latency({"u": "int8", "v": "int8", "w": "float"}) == 9.0 + (20.0 + 70.0) / 2 + 5.0
 
 
+def choices(units: Iterable[str]) -> tuple[dict[str, list[str]], list[dict[str, str]]]:
+    """Float or INT8 for each unit, and the two uniform plans."""
+    names = ["float", "int8"]
+    return dict.fromkeys(units, names), [dict.fromkeys(units, name) for name in names]
+
+
 def test_mixtures_are_built_only_where_they_show_something_new() -> None:
     alone = {"a": ("u",), "b": ("v",)}
-    assert plans_to_build(Blocks(alone, {}, frozenset()), ["u", "v"], ["float", "int8"], 5) == [
+    assert plans_to_build(Blocks(alone, {}, frozenset()), *choices("uv"), 5) == [
         {"u": "float", "v": "float"},
         {"u": "int8", "v": "int8"},
     ]
     border = Blocks({"a": ("u", "v")}, {}, frozenset())
-    plans = plans_to_build(border, ["u", "v"], ["float", "int8"], 5)
+    plans = plans_to_build(border, *choices("uv"), 5)
     assert {tuple(plan.values()) for plan in plans} == set(itertools.product(["float", "int8"], repeat=2))
+
+
+def test_mixtures_keep_to_what_a_unit_can_be() -> None:
+    options = {"u": ["float", "int8"], "v": ["float", "int8", "fp8"]}
+    border = Blocks({"a": ("u", "v"), "b": ("v",)}, {}, frozenset())
+    uniform = [{"u": "float", "v": "float"}, {"u": "int8", "v": "int8"}, {"u": "float", "v": "fp8"}]
+    plans = plans_to_build(border, options, uniform, 9)
+    assert plans[:3] == uniform
+    assert {tuple(plan.values()) for plan in plans} == set(itertools.product(options["u"], options["v"]))
 
 
 # -- the front

@@ -7,6 +7,7 @@ from placed import placed_file
 from torch import nn
 from torch.nn import functional as F
 
+from core.choices import FP8, INTEGER
 from core.operators import ACTIVATIONS, OPERATORS, Kind
 from deploy import check_graph
 from deploy.graph.view import View
@@ -56,6 +57,32 @@ def test_the_check_names_the_narrow_convs_that_placement_leaves_float(conv, tmp_
         network, tmp_path / "ruled.onnx", options=PlacementOptions(quantize_narrow=True), rules=rules
     )
     assert [f.rule for f in check_graph(path) if f.rule == "narrow-conv"] == []
+
+
+@pytest.mark.parametrize(
+    ("layer", "grid", "target", "is_unsupported"),
+    [
+        (nn.ConvTranspose2d(16, 16, 2, 2), INTEGER, "openvino", True),
+        (nn.ConvTranspose2d(16, 16, 2, 2), FP8, "trt11", True),
+        (nn.Conv2d(16, 16, 7, groups=16), FP8, "trt11", True),
+        (nn.Conv2d(16, 16, 7, groups=16), INTEGER, "trt11", False),
+        (nn.Conv2d(16, 16, 5, groups=16), FP8, "trt11", False),
+    ],
+)
+def test_the_check_names_what_no_engine_runs_and_is_silent_where_it_is_float(
+    layer, grid, target, is_unsupported, tmp_path
+):
+    network = Chain(layer, 16, 16).eval()
+    rules = (Rule("input.*", grid=grid),)  # FP8 leaves the layer that reads the image in float by itself
+    options = {
+        "all": PlacementOptions(grid=grid, quantize_narrow=True),
+        "placed": PlacementOptions(grid=grid),
+    }
+    found = {}
+    for name, chosen in options.items():
+        path = placed_file(network, tmp_path / f"{name}.onnx", target, chosen, rules)
+        found[name] = [(f.rule, f.name) for f in check_graph(path) if f.name == "part"]
+    assert found == {"all": [("unsupported", "part")] if is_unsupported else [], "placed": []}
 
 
 class Sum(nn.Module):

@@ -11,17 +11,19 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from placed import placed_file
 from torch import nn
 
 from core.errors import DeployError
+from core.operators import unsupported_reason
 from deploy import export_onnx
 from deploy.check.command import main
 from deploy.compile.kernels import Kernel, KernelTensor, read_kernels, total_bytes
-from deploy.compile.report import write_float32
+from deploy.compile.report import inspect_build, write_float32
 from deploy.graph.model import Graph, load_onnx
 from deploy.graph.passes import run_pass
 from deploy.targets.resize import quantize_behind_resize
-from quant import Mode, insert, place, set_mode
+from quant import Mode, PlacementOptions, insert, place, set_mode
 
 rtx = pytest.mark.skipif(
     not __import__("importlib.util").util.find_spec("tensorrt_rtx"),
@@ -210,8 +212,6 @@ def test_a_float_resize_and_one_that_has_its_pair_are_left_alone() -> None:
 
 @rtx
 def test_every_quantized_convolution_runs_in_int8(exported: Path, tmp_path: Path) -> None:
-    from deploy.compile.report import inspect_build
-
     report = inspect_build(load_onnx(exported), "SM89")
     precisions = {layer.name: layer.precision for layer in report.layers}
     assert precisions == {
@@ -231,8 +231,6 @@ def test_every_quantized_convolution_runs_in_int8(exported: Path, tmp_path: Path
 
 @rtx
 def test_a_convolution_behind_a_bare_resize_is_a_finding(quantized: nn.Module, exported: Path) -> None:
-    from deploy.compile.report import inspect_build
-
     model = load_onnx(exported)
     graph = Graph(model)
     (resize,) = [node for node in graph.nodes if node.op_type == "Resize"]
@@ -248,8 +246,6 @@ def test_a_convolution_behind_a_bare_resize_is_a_finding(quantized: nn.Module, e
 
 @rtx
 def test_a_scale_of_shape_1_is_a_finding(exported: Path) -> None:
-    from deploy.compile.report import inspect_build
-
     model = load_onnx(exported)
     graph = Graph(model)
     for node in graph.nodes:
@@ -263,8 +259,6 @@ def test_a_scale_of_shape_1_is_a_finding(exported: Path) -> None:
 
 @rtx
 def test_turing_has_no_int8_convolutions(exported: Path) -> None:
-    from deploy.compile.report import inspect_build
-
     findings = inspect_build(load_onnx(exported), "SM75").findings
     assert [finding.name for finding in findings] == ["/stem/Conv", "/down/Conv", "/join/Conv"]
     assert all("no INT8 convolutions" in finding.hazard for finding in findings)
@@ -287,8 +281,6 @@ def test_refusals_have_the_compilers_words(
 
 @rtx
 def test_open_shapes_are_compiled_at_the_image_size(quantized: nn.Module, tmp_path: Path) -> None:
-    from deploy.compile.report import inspect_build
-
     path = tmp_path / "open.onnx"
     export_onnx(quantized, path, (160, 160), "trt11", dynamic_size=True)
     report = inspect_build(load_onnx(path), "SM86", (192, 160))
@@ -315,3 +307,32 @@ def test_the_float_twin_keeps_casts_of_whole_numbers() -> None:
     run_pass(model, write_float32)
     assert [node.name for node in model.graph.node] == ["best", "to_number", "add"]
     onnx.checker.check_model(model, full_check=True)
+
+
+@rtx
+@pytest.mark.parametrize(
+    ("layer", "grid", "wanted"),
+    [
+        (nn.ConvTranspose2d(16, 16, 2, 2), "integer", "fp16"),
+        (nn.Conv2d(16, 16, 7, 1, 3, groups=16), "fp8", "fp16"),
+        (nn.Conv2d(16, 16, 5, 1, 2, groups=16), "fp8", "fp8"),
+    ],
+    ids=["transposed", "depthwise 7x7", "depthwise 5x5"],
+)
+def test_what_the_compiler_does_not_run_in_8_bits_is_found_with_its_reason(
+    layer: nn.Module, grid: str, wanted: str, tmp_path: Path
+) -> None:
+    """All quantized on request: the compiler decides, and the finding says what `unsupported_reason` says."""
+    torch.manual_seed(0)
+    chain = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1), nn.SiLU(), layer, nn.SiLU(), nn.Conv2d(16, 16, 1), nn.SiLU(), nn.Conv2d(16, 4, 1)
+    ).eval()  # fmt: skip
+    path = placed_file(
+        chain, tmp_path / "m.onnx", "tensorrt_rtx", PlacementOptions(grid=grid, quantize_narrow=True)
+    )
+    report = inspect_build(load_onnx(path), "SM89")
+    assert {built.name: built.precision for built in report.layers}["2"] == wanted
+    found = [(finding.rule, finding.name) for finding in report.findings if finding.name == "2"]
+    assert found == ([("float-in-engine", "2")] if wanted == "fp16" else [])
+    reason = unsupported_reason(layer.kernel_size, isinstance(layer, nn.ConvTranspose2d), grid == "fp8")
+    assert all(reason in finding.hazard for finding in report.findings if finding.name == "2")

@@ -441,3 +441,13 @@ def test_images_that_cannot_be_used(content, good, tmp_path):
         np.savez(path, content)
     with pytest.raises(DeployError, match=r"images\.npz"):
         compare_files(good, good, path)
+
+
+def test_pictures_that_are_not_read_are_named(good, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(DeployError, match=r"No images in .*; OpenCV does not decode broken\.png"):
+        compare_files(good, good, tmp_path)
+    cv2.imwrite(str(tmp_path / "image.png"), np.zeros((20, 30, 3), np.uint8))
+    lines = compare_files(good, good, tmp_path).splitlines()
+    assert "on 1 images" in lines[0]
+    assert lines[1] == "  not read, since OpenCV does not decode them: broken.png"

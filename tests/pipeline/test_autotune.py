@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +20,22 @@ from deploy.autotune.blocks import Blocks
 from deploy.autotune.costs import CostTable
 from deploy.autotune.search import Point, Search
 from pipeline.run.directory import Run
-from pipeline.stages.autotune import check_autotune, estimate_losses, explain, quantize_more, spread
+from pipeline.stages.autotune import (
+    check_autotune,
+    compare_precisions,
+    estimate_losses,
+    explain,
+    quantize_more,
+    spread,
+)
 from pipeline.stages.budget import switch_units
 from pipeline.stages.order import stages_of
 from pipeline.stages.plans import Plans
+from pipeline.stages.variants import converted, options_of, precisions_of
 from quant import (
     Placement,
+    PlacementOptions,
+    Rule,
     activation_quantizers,
     calibrate,
     insert,
@@ -50,6 +61,20 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.second(torch.relu(self.first(x))))
         return self.last(torch.nn.functional.silu(self.third(x)))
+
+
+class Attention(nn.Module):
+    """A product of two computed tensors between convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.left = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+        self.right, self.after, self.last = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        return self.last(torch.relu(self.after(torch.relu(self.left(x)) @ torch.relu(self.right(x)))))
 
 
 def calibrated(network: nn.Module, placement: Placement) -> fx.GraphModule:
@@ -106,6 +131,90 @@ def test_precisions_meet_in_one_model(plans: Plans) -> None:
     scale = quantized_layers(model)["second"].weight_quantizer.scale
     assert torch.equal(scale, quantized_layers(plans.models["fp8"])["second"].weight_quantizer.scale)
     assert plans.describe(plan) == "1 float, 1 int8, 1 fp8"
+
+
+# -- three precisions
+
+
+def named(network: nn.Module) -> Any:
+    """Stands for the run's networks."""
+    return SimpleNamespace(detector=SimpleNamespace(network=network))
+
+
+def test_a_unit_can_be_what_all_of_its_layers_can() -> None:
+    """Of a 7x7 convolution there is no FP8 kernel, and what reads the image is too coarse in FP8."""
+    network = Network().eval()
+    network.third = nn.Conv2d(16, 16, 7, padding=3)
+    placement = place(network)
+    units = [group.name for group in placement.groups]
+    options = options_of(named(network), placement, ["int8", "fp8"])
+    assert list(options.items()) == [
+        (units[0], ("float", "int8")),  # first, on the image
+        (units[1], ("float", "int8", "fp8")),  # second
+        (units[2], ("float", "int8")),  # third
+    ]
+    assert set(options_of(named(network), placement, ["int8"]).values()) == {("float", "int8")}
+    # in a run with quant=fp8 the placement has left these out already
+    coarse = place(network, PlacementOptions(grid="fp8"))
+    assert options_of(named(network), coarse, ["fp8", "int8"]) == {units[1]: ("float", "fp8", "int8")}
+    # a rule has made the input FP8: it keeps that, where FP8 is among the precisions
+    ruled = place(network, rules=(Rule("input.*", grid="fp8"),))
+    assert options_of(named(network), ruled, ["int8", "fp8"])[units[0]] == ("float", "fp8")
+    assert options_of(named(network), ruled, ["int8"])[units[0]] == ("float",)
+
+
+def test_a_placement_in_other_codes_keeps_fixed_ranges() -> None:
+    network = Network().eval()
+    placement = place(network, rules=(Rule("input.*", scale=1 / 127, observer="entropy"),))
+    fp8 = converted(placement, "fp8")
+    assert [group.grid.name for group in fp8.groups] == ["FP8"] * 3
+    assert [site.grid.name for site in fp8.weights] == ["FP8"] * 3
+    assert fp8.groups[0].scale == pytest.approx(1 / 448)
+    assert [group.name for group in fp8.groups] == [group.name for group in placement.groups]
+    back = converted(fp8, "int8")
+    assert back.groups[0].scale == pytest.approx(1 / 127)
+    assert fp8.groups[0].observer is None  # FP8 has no entropy
+    assert dataclasses.replace(back, groups=placement.groups) == placement
+
+
+def test_uniform_plans_leave_units_float_that_cannot_have_the_precision(plans: Plans) -> None:
+    first, second, third = plans.units
+    options = {first: ("float", "int8"), second: ("float", "int8", "fp8"), third: ("float", "fp8")}
+    limited = Plans(plans.job, plans.models, options)
+    assert limited.uniform("fp8") == {first: "float", second: "fp8", third: "fp8"}
+    assert limited.own == {first: "int8", second: "int8", third: "fp8"}
+    assert limited.all_uniform[0] == dict.fromkeys(plans.units, "float")
+    plan = {first: "int8", second: "fp8", third: "float"}
+    assert limited.planned(plan) == {"first": "int8", "second": "fp8", "third": "float", "last": "float"}
+
+
+def test_layers_that_the_engine_runs_otherwise_are_named() -> None:
+    planned = {"a": "int8", "b": "fp8", "c": "float", "d": "float", "e": "fp8", "f": "int8"}
+    built = {"a": "int8", "b": "fp16", "c": "fp16", "d": "int8", "e": "fp8"}
+    assert compare_precisions(planned, built) == [
+        {"layer": "b", "planned": "fp8", "built": "fp16"},
+        {"layer": "d", "planned": "float", "built": "int8"},
+        {"layer": "f", "planned": "int8", "built": "missing"},
+    ]
+    assert compare_precisions(planned, {**planned, "c": "fp32", "d": "bf16"}) == []
+    assert compare_precisions(planned, None) is None
+
+
+def test_products_of_two_kinds_of_codes_are_float() -> None:
+    network = Attention().eval()
+    placement = place(network, PlacementOptions(attention="matmul", quantize_narrow=True))
+    (product,) = placement.matmuls
+    fp8 = converted(placement, "fp8")
+    models: Any = {
+        "int8": SimpleNamespace(meta={"placement": placement}),
+        "fp8": SimpleNamespace(meta={"placement": fp8}),
+    }
+    plans = Plans(None, models)  # type: ignore[arg-type]
+    for left, right in itertools.product(("int8", "fp8"), repeat=2):
+        plan = {**plans.uniform("int8"), product.groups[0]: left, product.groups[1]: right}
+        found = plans.placement(plan)
+        assert [site.name for site in found.matmuls] == ([product.name] if left == right else [])
+        assert (product.name in found.kept_float) == (left != right)
 
 
 # -- choices
@@ -179,11 +288,24 @@ def job_of(*overrides: str) -> Any:
         (["autotune.gpu=l4", "deploy.outputs=onnx_nms"], ConfigError, "expected one of decoded, raw"),
         (["quant=fp8"], ConfigError, "OpenVINO on this machine has no costs for FP8"),
         (["quant=fp8", "autotune.gpu=a10"], ConfigError, "A10 has no FP8: choose a GPU that has it"),
+        (
+            ["autotune.gpu=l4", "autotune.precisions=[fp8]"],
+            ConfigError,
+            r"autotune.precisions=\[fp8\] with quant.grid=integer: the run's calibrated model is int8, so add int8",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(overrides: list[str], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         check_autotune(job_of(*overrides))
+
+
+def test_what_the_hardware_does_not_run_is_left_out() -> None:
+    assert precisions_of(job_of("autotune.gpu=l4"), ["int8", "fp8"]) == ["int8", "fp8"]
+    assert precisions_of(job_of("autotune.gpu=a10"), ["int8"]) == ["int8"]
+    assert precisions_of(job_of("autotune.gpu=l4", "quant=fp8"), ["int8", "fp8"]) == ["fp8", "int8"]
+    only = job_of("autotune.gpu=l4", "autotune.precisions=[int8]")
+    assert precisions_of(only, ["int8", "fp8"]) == ["int8"]
 
 
 def test_autotune_needs_scores() -> None:

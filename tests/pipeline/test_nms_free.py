@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import onnx
 import pytest
@@ -19,7 +21,7 @@ from pipeline.networks import Networks, head_of
 from pipeline.prediction.predictors import Options, open_predictor
 from pipeline.run.directory import Run
 from pipeline.stages.both_heads import with_other_head, without_other_head
-from pipeline.stages.export import Deployed, check_end_to_end
+from pipeline.stages.export import Deployed, check_export, check_outputs
 from quant import Mode, activation_quantizers, place, quantized_layers, set_mode
 from quant.finetuning.distillation import flatten_maps
 
@@ -107,8 +109,8 @@ def test_the_files_metadata_switches_nms_off(
 
 def test_end_to_end_needs_a_head_without_nms(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"outputs=end2end with the head one2many.*model\.head=one2one"):
-        check_end_to_end("one2many")
-    check_end_to_end("one2one")
+        check_outputs("end2end", "one2many")
+    check_outputs("end2end", "one2one")
     run = Run(tmp_path)
     for overrides, head in (
         (["model=yolo26n"], "one2one"),
@@ -116,6 +118,20 @@ def test_end_to_end_needs_a_head_without_nms(tmp_path: Path) -> None:
         (["model=yolo12n"], "one2many"),
     ):
         assert head_of(compose(["+experiment=demo", *overrides]), run) == head
+
+
+@pytest.mark.parametrize(("outputs", "target"), [("onnx_nms", "openvino"), ("efficient_nms", "trt10")])
+def test_nms_is_refused_for_a_head_that_needs_none(outputs: str, target: str) -> None:
+    message = rf"outputs={outputs} with the head one2one.*outputs=end2end or decoded, or model\.head=one2many"
+    with pytest.raises(ConfigError, match=message):
+        check_outputs(outputs, "one2one")
+    check_outputs(outputs, "one2many")
+    config = compose(
+        ["+experiment=demo", "model.name=yolo26n", f"deploy={target}", f"deploy.outputs={outputs}"]
+    )
+    job: Any = SimpleNamespace(config=config, run=Run(Path("nowhere")))
+    with pytest.raises(ConfigError, match=message):
+        check_export(job)
 
 
 def test_fine_tuning_trains_both_heads_and_keeps_one(images: Tensor, tmp_path: Path) -> None:

@@ -69,6 +69,32 @@ def test_narrow_convolutions(conv, kept):
     assert "1" not in wanted.kept_float
 
 
+@pytest.mark.parametrize(
+    ("layer", "grid", "reason"),
+    [
+        (nn.ConvTranspose2d(16, 16, 2, 2), "integer", "engines run transposed convolutions in float"),
+        (nn.ConvTranspose2d(16, 16, 2, 2), "fp8", "engines run transposed convolutions in float"),
+        (nn.Conv2d(16, 16, 7, groups=16), "fp8", "FP8 kernels have at most 32 elements, not 7x7"),
+        (nn.Conv2d(16, 16, (3, 11)), "fp8", "FP8 kernels have at most 32 elements, not 3x11"),
+        (nn.Conv2d(16, 16, 7, groups=16), "integer", None),
+        (nn.Conv2d(16, 16, (4, 8)), "fp8", None),
+        (nn.Conv2d(16, 16, 5, groups=16), "fp8", None),
+    ],
+)
+def test_layers_that_no_engine_runs_in_these_codes_stay_float(layer, grid, reason):
+    """As TensorRT for RTX builds them, see benchmarks/compile_convolutions.py."""
+    network = folded(nn.Sequential(ConvBlock(3, 16, 3), layer, nn.SiLU(), nn.Conv2d(16, 16, 1)))
+    rules = (Rule("input.*", grid=grid),)
+    options = PlacementOptions(grid=grid, quantize_outputs=True)
+    placement = place(network, options, rules)
+    assert placement.kept_float == ({"1": reason} if reason else {})
+    # a rule has the last word, also one that makes the layer's input INT8
+    forced = place(network, options, (*rules, Rule("1", keep_float=False)))
+    assert "1" in [site.layer for site in forced.weights]
+    integer = place(network, options, (*rules, Rule("0.act", grid="integer")))
+    assert ("1" in integer.kept_float) == isinstance(layer, nn.ConvTranspose2d)
+
+
 class Ending(nn.Module):
     """A convolution, another one, and one operation between it and the output."""
 

@@ -102,6 +102,44 @@ def curves(stage: str, validated_epochs: int) -> list[dict[str, Any]]:
     return records
 
 
+def sample_autotune() -> dict[str, Any]:
+    """A front of three plans on a GPU; the one in the middle is chosen."""
+    figures = [
+        ("all float", {"float": 9}, 3.0, 0.0, 0.0),
+        ("all int8", {"int8": 9}, 2.5, 0.02, 0.018),
+        ("all fp8", {"float": 1, "fp8": 8}, 2.0, 0.03, 0.031),
+        ("front", {"float": 3, "int8": 2, "fp8": 4}, 1.5, 0.004, 0.003),
+    ]
+    return {
+        "latency": "estimated",
+        "subject": EVIL,
+        "gpu": {"name": "l4"},
+        "front": [
+            {
+                "milliseconds": milliseconds,
+                "estimated_ap_loss": loss,
+                "units": {"fp8": 8 - index, "float": 1 + index},
+            }
+            for index, (milliseconds, loss) in enumerate([(1.2, 0.01), (1.5, 0.004), (3.0, 0.0)])
+        ],
+        "confirmed": [
+            {
+                "name": name,
+                "units": units,
+                "expected_milliseconds": milliseconds,
+                "milliseconds": milliseconds + 0.01,
+                "estimated_ap_loss": estimated,
+                "measured_ap_loss": measured,
+                "ap": 0.6 - measured,
+                "layers": 9,
+                "layers_not_as_planned": [],
+                "is_chosen": name == "front",
+            }
+            for name, units, milliseconds, estimated, measured in figures
+        ],
+    }
+
+
 def sample_data() -> ReportData:
     boxes = [[10, 10, 60, 70, 0.9, 0], [30, 20, 150, 110, 0.4, 1]]
     truth = DetectionView("ground truth", [[12, 9, 61, 72, None, 0]], [], [[[12, 9, 61, 9, 61, 72]]])
@@ -160,6 +198,7 @@ def sample_data() -> ReportData:
         },
         graph=sample_graph(),
         histograms=sample_histograms(),
+        autotune=sample_autotune(),
         findings=[{"name": "Conv_3", "hazard": "float conv & slow", "remedy": "quantize <it>"}],
         notes=["A note with <b>markup</b>."],
         chosen={"engine:openvino:int8": "Chosen on the images that it is reported on."},

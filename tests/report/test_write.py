@@ -164,7 +164,7 @@ def test_html_holds_plotly_once_and_draws_every_chart(page: Page) -> None:
     assert places == {f"chart-{chart['key']}" for chart in charts}
     assert {chart["key"] for chart in charts} == {
         "accuracy", "f1", "loss-0", "gradient-0", "rate-0", "loss-1", "gradient-1", "ap-1", "share-1", "rate-1",
-        "sensitivity", "weights-0", "inputs-0", "placement", "calibration", "stages",
+        "sensitivity", "weights-0", "inputs-0", "placement", "calibration", "front", "stages",
     }  # fmt: skip
     settling = next(chart for chart in charts if chart["key"] == "calibration")
     assert [(trace["x"], trace["y"]) for trace in settling["traces"]] == [
