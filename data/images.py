@@ -206,10 +206,18 @@ def scan_images(
     headers = {key: header for key, header in results if isinstance(header, ImageHeader)}
     if verify:
         new = len(headers.keys() - known.keys())
-        _log.info("Verified %d of %d images in %.1f s.", new, len(paths), time.perf_counter() - started)
+        _log.info("%s", _verified(len(headers), new, time.perf_counter() - started))
     if cache_file and headers.keys() - known.keys():
         _write_cache(cache_file, headers)
     return [header if isinstance(header, ImageHeader) else None for _, header in results]
+
+
+def _verified(number: int, new: int, seconds: float) -> str:
+    """How many images can be used, and how many of them had to be decoded to find out."""
+    if not new:
+        return f"{number} images: all verified by an earlier run"
+    before = f", {number - new} were by an earlier run" if new < number else ""
+    return f"{number} images: {new} verified in {seconds:.1f} s{before}"
 
 
 def _cache_file(paths: Sequence[Path], cache_dir: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from configs.compose import dump
@@ -13,7 +14,9 @@ from core.files import LATEST, check_writable
 from pipeline.gates import check_gates, shipped_value
 from pipeline.input_check import check_input
 from pipeline.job import Job
+from pipeline.run.commands import next_commands
 from pipeline.run.directory import Run
+from pipeline.run.estimate import Estimate
 from pipeline.run.progress import mute, say, show_package_logs
 from pipeline.run.stopping import STOPPING, Stopped, resume_command
 from pipeline.run.terminal import print_result
@@ -43,9 +46,7 @@ def run_job(config: Config) -> float:
     if team.size > 1:
         say(f"{team.size} processes: they share the calibration images; the first does all other stages")
     try:
-        for stage in stages:
-            STOPPING.check()
-            run_stage(job, stage)
+        run_stages(job, stages)
     except Stopped as stopped:
         say(f"Stopped by {stopped.name}. To go on: {resume_command(run.directory)}")
         raise
@@ -58,23 +59,46 @@ def run_job(config: Config) -> float:
         if team.first:
             run.unlock()
     if team.first:
-        print_result(run)
+        print_result(run, next_commands(config, run))
         check_gates(config, run.rows(), job.splits.task)
     return shipped_value(run.rows())
 
 
-def run_stage(job: Job, stage: Stage) -> None:
-    """Run one stage, unless it is done: all that it read and wrote is as it was."""
+def run_stages(job: Job, stages: Sequence[Stage]) -> None:
+    """Run the stages in order, each with its number and, where an earlier run tells, an estimate of the time left."""
+    run, config = job.run, job.config
+    estimate = Estimate(run, {stage.name: stage.chosen_settings(config) for stage in stages})
+    for number, stage in enumerate(stages, 1):
+        STOPPING.check()
+        pending = [s.name for s in stages[number - 1 :] if s.is_always_run or not run.is_done(s.name)]
+        seconds = run_stage(job, stage, f"[{number}/{len(stages)}] ", estimate.describe(pending))
+        if seconds is not None:
+            estimate.note(stage.name, seconds)
+
+
+def run_stage(job: Job, stage: Stage, count: str = "", remark: str = "") -> float | None:
+    """Run one stage, unless it is done: all that it read and wrote is as it was.
+
+    Args:
+        job: the job.
+        stage: one of its stages.
+        count: text in front of the stage's line.
+        remark: text behind it.
+
+    Returns:
+        Seconds; None where the stage was done before.
+    """
     run, team = job.run, job.team
     inputs = stage.inputs(job) if team.first else None
     changes = team.share([] if inputs is None else stage.changes(job, inputs))
     if not changes and not stage.is_always_run:
-        say(f"{stage.name}: done before")
+        say(f"{count}{stage.name}: done before")
         if team.first:
             stage.tidy(run)
-        return
+        return None
     again = team.first and run.is_done(stage.name) and not stage.is_always_run
-    say(f"--- {stage.name}" + (f" again: {'; '.join(changes[:3])}" if again else ""))
+    reason = f" again: {'; '.join(changes[:3])}" if again else ""
+    say(f"{count}--- {stage.name}{reason}{remark}")
     started = time.perf_counter()
     if inputs is not None:
         stage.clear(job, inputs)
@@ -82,10 +106,12 @@ def run_stage(job: Job, stage: Stage) -> None:
     team.wait()
     if team.first or stage.is_shared:
         stage.function(job)
+    seconds = time.perf_counter() - started
     if inputs is not None:
-        run.ledger.finish(stage.name, inputs, stage.outputs(job), time.perf_counter() - started)
+        run.ledger.finish(stage.name, inputs, stage.outputs(job), seconds)
         stage.tidy(run)
     team.wait()
+    return seconds
 
 
 def open_job(config: Config, team: Team) -> Job:

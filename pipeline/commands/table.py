@@ -53,6 +53,9 @@ SUBCOMMANDS: Registry[Subcommand] = Registry(
         Subcommand(
             "benchmark", DEPLOY, "time engines, alone or against others", "pipeline.commands.benchmark:main"
         ),
+        Subcommand(
+            "placement", LOOK, "print what a run quantizes, as a tree", "pipeline.commands.placement:main"
+        ),
         Subcommand("predict", LOOK, "draw what a model detects in your pictures", "pipeline.predict:main"),
         Subcommand("evaluate", LOOK, "measure a model on a dataset", "pipeline.evaluate:main"),
         Subcommand(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -13,9 +13,16 @@ from core.files import write_json
 from pipeline.run.directory import Run
 from report import format_operating, format_table
 
+NEXT = ("See what it detects", "Go on in this run")
 
-def print_result(run: Run) -> None:
-    """Print the result table and where the report lies."""
+
+def print_result(run: Run, commands: Sequence[Mapping[str, str]] = ()) -> None:
+    """Print the result table, where the report is, and what to do next.
+
+    Args:
+        run: the run.
+        commands: of `pipeline.run.commands.next_commands`; the first of `NEXT` that is among them is printed.
+    """
     rows = run.rows()
     if rows:
         print(format_table(rows))
@@ -23,6 +30,10 @@ def print_result(run: Run) -> None:
         print(f"\n{table}")
     if run.path("report.html").exists():
         print(f"report: {run.path('report.html')}")
+    found = {item["title"]: item["command"] for item in commands}
+    for title in (title for title in NEXT if title in found):
+        print(f"next: {found[title]}")
+        break
 
 
 def report_sweep(jobs: Sequence[tuple[str, Path]]) -> None:

@@ -33,7 +33,7 @@ COMPARED_IMAGES = 16  # for the outputs that decide about shared scales
 
 
 def place_stage(job: Job) -> None:
-    """Decide the placement and save it, to be read and edited; printed as a tree where the stage was asked for."""
+    """Decide the placement and save it, to be read and edited; a summary is printed where the stage was asked for."""
     placement = make_placement(job)
     job.run.write_text(PLACEMENT, dump_placement(placement))
     hint_at_unsigned(job, placement)
@@ -43,10 +43,10 @@ def place_stage(job: Job) -> None:
             "fine-tuned with it, the row qat afterwards"
         )
     if "place" in job.config.stages:
-        print(placement.describe())
+        print(placement.summarize())
         say(
             f"placement: {job.run.path(PLACEMENT)}; edit it there and resume, or pass it to another run with "
-            "quant.placement=FILE"
+            f"quant.placement=FILE. As a tree: octet placement {job.run.directory}"
         )
 
 

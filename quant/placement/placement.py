@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from core.grid import INT8, Grid
@@ -73,6 +74,23 @@ class Placement:
     kept_float: dict[str, str] = field(default_factory=dict)
     concats: dict[str, bool] = field(default_factory=dict)
     matmuls: tuple[MatmulSite, ...] = ()
+
+    def summarize(self) -> str:
+        """In a few lines: how much is quantized with which codes, and what is float, by reason."""
+        widths = Counter("FP8" if site.grid.is_fp8 else f"{site.grid.bits} bits" for site in self.weights)
+        layers = ", ".join(f"{number} layers with {width}" for width, number in widths.most_common())
+        tensors = sum(len(group.tensors) for group in self.groups)
+        matmuls = f", {len(self.matmuls)} products of two tensors" if self.matmuls else ""
+        lines = [
+            f"quantized: {layers or 'no layer'}{matmuls}; {tensors} tensors with {len(self.groups)} scales",
+            *(
+                f"float: {number} ({reason})"
+                for reason, number in Counter(self.kept_float.values()).most_common()
+            ),
+        ]
+        if self.concats:
+            lines.append(f"concats: {sum(self.concats.values())} of {len(self.concats)} share one scale")
+        return "\n".join(lines)
 
     def describe(self) -> str:
         """As a tree: one line per group, its tensors and layers below; then what is float, and the concats."""

@@ -11,7 +11,7 @@ from PIL import Image
 
 from core.errors import DataError
 from data import list_images, open_dataset
-from data.images import scan_images
+from data.images import _verified, scan_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
 TURNED = 6
@@ -125,3 +125,15 @@ def test_a_folder_of_pictures_to_look_at_is_walked_likewise(tmp_path: Path, writ
     assert "Left out 1 links that lead nowhere" in caplog.text
     (tmp_path / "list.txt").write_bytes("set/1.jpg\r\n".encode("utf-16"))
     assert list_images(tmp_path / "list.txt") == [tmp_path / "set/1.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("new", "sentence"),
+    [
+        (0, "205 images: all verified by an earlier run"),
+        (205, "205 images: 205 verified in 1.5 s"),
+        (5, "205 images: 5 verified in 1.5 s, 200 were by an earlier run"),
+    ],
+)
+def test_the_log_says_how_many_images_were_known(new: int, sentence: str) -> None:
+    assert _verified(205, new, 1.5) == sentence

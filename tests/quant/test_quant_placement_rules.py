@@ -246,3 +246,20 @@ def test_description_shows_groups_tensors_layers_and_float_layers():
     assert "  layer  neck.top_down3.conv" in text
     assert "float: head.box.0.output (its result leaves the network)" in text
     assert "concat neck.cat_0: own scale" in text
+
+
+def test_the_summary_counts_what_the_description_lists():
+    placement = place(folded(NeckNet()), rules=(Rule("neck.cat_0", share=False), Rule("head.*", bits=4)))
+    tree, summary = placement.describe().splitlines(), placement.summarize().splitlines()
+    layers = [line for line in tree if line.startswith("  layer ")]
+    narrow = [site for site in placement.weights if site.grid.bits == 4]
+    tensors = [line for line in tree if line.startswith("  tensor ")]
+    assert narrow
+    parts = {f"{len(layers) - len(narrow)} layers with 8 bits", f"{len(narrow)} layers with 4 bits"}
+    assert set(summary[0].split("; ")[0].removeprefix("quantized: ").split(", ")) == parts
+    assert summary[0].endswith(f"; {len(tensors)} tensors with {len(placement.groups)} scales")
+    floats = sum(int(line.split()[1]) for line in summary if line.startswith("float: "))
+    assert floats == sum(line.startswith("float: ") for line in tree)
+    own = sum(line.endswith(": own scale") for line in tree)
+    concats = sum(line.startswith("concat ") for line in tree)
+    assert summary[-1] == f"concats: {concats - own} of {concats} share one scale"
