@@ -93,6 +93,7 @@ def render_html(data: ReportData) -> str:
         verdicts=lead_first(verdicts(data.rows, data.chosen), data.rows),
         verdict_legend=VERDICT_LEGEND,
         gains=gains(data.rows),
+        absent=absent_parts(data, charts),
         classes=class_table(data.rows),
         intervals=interval_table(data.rows),
         extras=extra_table(data.rows),
@@ -155,6 +156,41 @@ def safe_json(content: object) -> Markup:
     """Return JSON that is safe inside a script element, whatever the names in it hold."""
     text = json.dumps(content, allow_nan=False)
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def absent_parts(data: ReportData, charts: Iterable[Chart]) -> list[tuple[str, str]]:
+    """Return (part of the page, why it is not there) for every optional part without data."""
+    keys = {chart.key for chart in charts}
+    reasons = (
+        (
+            "Accuracy over latency",
+            "accuracy" in keys,
+            "fewer than two measured rows were timed (stage engine)",
+        ),
+        (
+            "Operating point",
+            "f1" in keys,
+            "no row was measured at a threshold; a metric of your own has none",
+        ),
+        ("AP of every class", bool(class_table(data.rows)["lines"]), "no row has COCO figures"),
+        (
+            "Intervals",
+            bool(interval_table(data.rows)["lines"]),
+            "no row was resampled; a metric of your own is not",
+        ),
+        ("Which layers matter", "sensitivity" in keys, "the stage sensitivity did not run"),
+        ("Weights and inputs", bool(data.histograms), "the stage calibrate did not run"),
+        ("What runs where", data.graph is not None, "the stage export did not run"),
+        (
+            "Detections side by side",
+            bool(data.detections),
+            "there are no validation images or no float model",
+        ),
+        ("Training", bool(data.curves), "nothing was trained or fine-tuned in this run"),
+        ("Scales", "placement" in keys, "the stage calibrate did not run"),
+        ("Calibration", "calibration" in keys, "fewer than two numbers of calibration images were compared"),
+    )
+    return [(part, reason) for part, is_there, reason in reasons if not is_there]
 
 
 def graph_view(data: ReportData) -> dict[str, Any] | None:

@@ -129,6 +129,9 @@ def to_markdown(data: ReportData) -> str:
         ranked = sorted(data.sensitivity, key=lambda item: -float(item["score"]))[:20]
         lines = [[item["unit"], cell_text(float(item["score"]))] for item in ranked]
         parts += ["## Sensitivity: the twenty first", markdown_table(["Unit", "Score"], lines)]
+    if data.commands:
+        lines = [[item["title"], item["command"]] for item in data.commands]
+        parts += ["## What next", markdown_table(["", "Command"], lines, numbers_from=2)]
     if data.stages:
         lines = [[stage["name"], seconds_text(stage["seconds"])] for stage in data.stages]
         parts += ["## Time per stage", markdown_table(["Stage", "Seconds"], lines)]

@@ -242,6 +242,19 @@ def test_an_empty_report_is_still_a_report(tmp_path: Path) -> None:
     text = write_report(tmp_path, ReportData("empty", None, 320, [])).html.read_text()
     assert Page(text).unbalanced == []
     assert len(text) < 20_000  # no chart, no plotly
+    for part in (
+        "Accuracy over latency",
+        "Operating point",
+        "Which layers matter",
+        "What runs where",
+        "Training",
+    ):
+        assert f"<li>{part}: " in text
+
+
+def test_a_full_report_lacks_nothing(written: tuple[dict, str, str]) -> None:
+    assert "Not in this report" not in written[2]
+    assert "## What next" in written[1]
 
 
 @pytest.mark.parametrize(
