@@ -148,7 +148,7 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         raise write_failure(folder, error) from error
     if not existing.is_dir():
-        raise WriteError(f"{folder} cannot be made: {existing} is a file; choose another path")
+        raise WriteError(f"{folder} cannot be created: {existing} is a file; choose another path")
     if not os.access(existing, os.W_OK | os.X_OK):
         code = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
         raise write_failure(folder, OSError(code, os.strerror(code)))

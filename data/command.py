@@ -157,18 +157,18 @@ def _between(looks: Sequence[Look]) -> Iterator[str]:
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
-    parser = command_parser(program, "Say what is in a dataset, and what is wrong.", EXAMPLES)
+    parser = command_parser(program, "Check a dataset: print its content and its faults.", EXAMPLES)
     parser.add_argument("dataset", type=Path, help="folder of a dataset, or a YOLO data.yaml")
     parser.add_argument(
         "--split", action="append", help="may be repeated; default: those that the dataset names"
     )
     parser.add_argument("--format", choices=FORMATS, default="auto", help="default: auto looks")
     parser.add_argument(
-        "--segments", action="store_true", help="look at the masks, too, for a segmentation network"
+        "--segments", action="store_true", help="also check the masks, for a segmentation network"
     )
     parser.add_argument(
-        "--dangling-links", choices=DANGLING_LINKS, default="error", help="as data.dangling_links of a run"
+        "--dangling-links", choices=DANGLING_LINKS, default="error", help="as the setting data.dangling_links"
     )
     parser.add_argument("--places", type=int, default=DEFAULT_PLACES, help="places shown for each warning")
-    parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--json", type=Path, help="write the result to this file")
     return parser

@@ -103,7 +103,7 @@ def open_dataset(
             ever written into the dataset.
         segments: read the objects' masks, too, for instance segmentation: outlines of YOLO labels, polygons and
             run-length codes of COCO JSON.
-        links: `error` refuses a dataset with links that lead nowhere, `skip` counts them.
+        links: `error` refuses a dataset with broken links, `skip` counts them.
         inventory: takes the account; None makes one.
 
     Returns:
@@ -118,7 +118,7 @@ def open_dataset(
         raise DataError(f"Unknown dataset format {format!r}: expected one of {', '.join(FORMATS)}.")
     if not root.exists():
         raise DataError(
-            f"No dataset at {root}: expected a folder or a data.yaml. Set data.root to where it lies."
+            f"No dataset at {root}: expected a folder or a data.yaml. Set data.root to its location."
         )
     if links not in DANGLING_LINKS:
         raise DataError(f"links is {links!r}, expected one of {', '.join(DANGLING_LINKS)}.")

@@ -72,7 +72,7 @@ def choose_transport(workers: int, batch_bytes: int) -> Transport:
         batch_bytes: size of one batch.
     """
     free = free_shared_memory() if workers else None
-    needed = batch_bytes * (workers * PREFETCH + 2)  # one in use, one on the way
+    needed = batch_bytes * (workers * PREFETCH + 2)  # one in use, one in transit
     if free is None or free >= needed:
         return Transport(workers)
     shares = f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, the batches in flight need {needed / 1e6:.0f} MB"

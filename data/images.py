@@ -126,7 +126,7 @@ def read_header(path: Path, verify: bool = True) -> ImageHeader:
     if not verify:
         return header
     if is_jpeg and _ends_in_zeros(path):
-        raise OSError("its end is filled with zeros, as by a download that was cut off")
+        raise OSError("its end is filled with zeros, as after an interrupted download")
     if is_jpeg and _decodes_to(path, header):
         return header
     return _decoded_header(path, transposed, kind)
@@ -247,6 +247,6 @@ def _write_cache(cache_file: Path, headers: dict[str, ImageHeader]) -> None:
         temporary.replace(cache_file)
     except OSError as error:
         raise DataError(
-            f"Cannot write {cache_file} ({error.strerror}), which remembers verified images: choose another folder "
+            f"Cannot write {cache_file} ({error.strerror}), which records verified images: choose another folder "
             "with data.cache_dir, or data.cache_dir=null to verify them on every run."
         ) from error

@@ -1,4 +1,4 @@
-"""The account of a dataset: what was left out on the way from files to records, and what makes it unusable.
+"""The account of a dataset: what was left out between files and records, and what makes it unusable.
 
 Readers count here instead of passing over things in silence, and collect faults instead of stopping at the first. So a
 run tells what its figures are of, and `python -m data` lists everything that is wrong in one go.

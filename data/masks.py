@@ -94,12 +94,12 @@ def _compress(counts: NDArray[np.int64]) -> bytes:
 def _decompress(code: bytes) -> NDArray[np.int64]:
     groups = np.frombuffer(code, np.uint8).astype(np.int64) - _FIRST_CHARACTER
     if not len(groups) or groups.min() < 0 or groups.max() > 63 or groups[-1] & 32:
-        raise ValueError(f"{code[:20]!r} is no run-length code")
+        raise ValueError(f"{code[:20]!r} is not a run-length code")
     last = groups & 32 == 0
     first = np.concatenate([[0], np.flatnonzero(last)[:-1] + 1])
     position = np.arange(len(groups)) - np.repeat(first, np.diff(np.append(first, len(groups))))
     if position.max() >= _MAX_GROUPS:
-        raise ValueError(f"{code[:20]!r} is no run-length code")
+        raise ValueError(f"{code[:20]!r} is not a run-length code")
     values = np.add.reduceat((groups & 31) << (_GROUP_BITS * position), first)
     negative = groups[last] & 16 != 0
     values[negative] -= np.int64(1) << (_GROUP_BITS * (position[last][negative] + 1))
@@ -127,7 +127,7 @@ def parse_segmentation(value: Any, size: tuple[int, int]) -> Segmentation:
         elif isinstance(counts, str) and counts.isascii():
             rle = Rle(size, counts.encode("ascii"))
         else:
-            raise ValueError(f"counts {str(counts)[:40]!r}, expected a list of runs or a compressed text")
+            raise ValueError(f"counts {str(counts)[:40]!r}, expected a list of runs or a compressed string")
         decode_mask(rle)
         return rle
     if not isinstance(value, list) or not value:
@@ -135,7 +135,7 @@ def parse_segmentation(value: Any, size: tuple[int, int]) -> Segmentation:
     try:
         parts = [np.array(part, np.float64).reshape(-1, 2) for part in value]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"polygons that are no lists of x, y, x, y ...: {error}") from error
+        raise ValueError(f"polygons that are not lists of x, y, x, y ...: {error}") from error
     if any(len(part) < 3 or not np.isfinite(part).all() for part in parts):
         raise ValueError("a polygon with fewer than three points, or with points that are not finite")
     return parts

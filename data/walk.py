@@ -34,12 +34,10 @@ LEFT_BY_SYSTEMS = frozenset(
 
 FILE, FOLDER, NOTHING, OTHER = "file", "folder", "nothing", "other"
 
-HIDDEN = (
-    "Left out {number} hidden files and folders (names with a leading dot, and what systems leave behind)"
-)
+HIDDEN = "Left out {number} hidden files and folders (leading dot, or created by operating systems)"
 SEEN_FOLDER = "Left out {number} links to folders that are read already"
 FOLLOWED = "{number} linked folders are read"
-DANGLING = "Left out {number} links that lead nowhere"
+DANGLING = "Left out {number} broken links"
 SPECIAL = "Left out {number} entries that are neither files nor folders"
 
 
@@ -58,8 +56,8 @@ def walk_files(folder: Path, inventory: Inventory, links: str = "error") -> Iter
 
     Args:
         folder: where to begin; its own name does not count as hidden.
-        inventory: is told what was left out.
-        links: `error` makes a link that leads nowhere a fault, `skip` counts it.
+        inventory: records what was left out.
+        links: `error` makes a broken link a fault, `skip` counts it.
 
     Raises:
         DataError: a folder that cannot be read.
@@ -111,12 +109,12 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 
 def account_for_link(path: Path, inventory: Inventory, links: str) -> None:
-    """A link that leads nowhere: a fault, or with `links="skip"` a note."""
+    """A broken link: a fault, or with `links="skip"` a note."""
     if links == "skip":
         inventory.note(DANGLING, path)
         return
     inventory.fault(
-        f"{path} is a link to {str(path.readlink())!r}, where nothing is: restore the target, remove the link, or "
+        f"{path} is a link to {str(path.readlink())!r}, which does not exist: restore the target, remove the link, or "
         "leave such links out with data.dangling_links=skip (--dangling-links skip of commands)."
     )
 

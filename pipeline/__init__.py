@@ -1,6 +1,6 @@
 """The main job: ties the packages together.
 
-Waiting OpenMP threads sleep instead of spinning: with data workers or any other busy process beside it, a spinning
+Waiting OpenMP threads sleep instead of spinning: with data workers or any other busy process, a spinning
 torch was measured six to nine times slower on two cores (benchmarks/torch_waiting.py). The variable must be set
 before torch is imported, which is why it stands here; a value that the user sets wins.
 

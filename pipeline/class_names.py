@@ -65,16 +65,16 @@ def fit_classes(
         return dataset, None
     if class_map == BY_ORDER:
         return dataset, (
-            f"Class names differ ({wanted.owner}: {theirs}; {source}: {ours}): taken by their order "
+            f"Class names differ ({wanted.owner}: {theirs}; {source}: {ours}): matched by number "
             "(data.class_map=order)."
         )
     if positions is None:
         raise DataError(
             f"The classes of {wanted.owner} are {theirs}, those of {source} are {ours}: every figure would compare "
             "one class with another. Map the data's classes with data.merge_classes, or, if class 0 of one is class 0 "
-            "of the other and so on, go on with data.class_map=order (--class-map order of pipeline.evaluate)"
+            "of the other and so on, continue with data.class_map=order (--class-map order of pipeline.evaluate)"
         )
     return reorder_classes(dataset, wanted.names, positions), (
-        f"Classes of {source} ({ours}) were brought into the order of {wanted.owner} ({theirs}) by name; "
-        "data.class_map=order would take them by number."
+        f"Classes of {source} ({ours}) were renumbered to the order of {wanted.owner} ({theirs}) by name; "
+        "data.class_map=order would match them by number."
     )

@@ -57,8 +57,8 @@ def check_input(job: Job) -> None:
         )
     if config.weights is None and "load" in names and config.model.factory is None:
         raise ConfigError(
-            "weights is not set and `train` is not among the stages: there would be nothing but random weights to "
-            "quantize; add weights=FILE, or train first with stages=[train,...]"
+            "weights is not set and `train` is not among the stages: only random weights could be "
+            "quantized; add weights=FILE, or train first with stages=[train,...]"
         )
     initial = None if job.run.path(FLOAT_MODEL).exists() else job.networks.initial()
     if initial is not None and config.quant.recalibrate_scores:

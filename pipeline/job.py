@@ -79,7 +79,7 @@ class Job:
         return self.evaluator.collect(predict, "float").above(self.config.evaluate.operating_confidence)
 
     def measure(self, key: RowKey, predict: Predict, batch_size: int | None = None) -> Measured:
-        """Measure what a row stands for on the validation images, and beside the float model."""
+        """Measure the model of a row on the validation images, and compare it with the float model."""
         if key == FLOAT:
             measured = self.evaluator.measure_row(predict, key.name, None, batch_size)
             vars(self)["float_detections"] = measured.detections

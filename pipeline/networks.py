@@ -134,7 +134,7 @@ class Networks:
             )
         if is_unnamed(detector.names):
             say(
-                f"{weights} names no classes: class 0 of the weights is taken for class 0 of the data, and so on "
+                f"{weights} has no class names: class 0 of the weights is matched with class 0 of the data, and so on "
                 f"({listing(names, 5)})"
             )
             detector.names = tuple(names)

@@ -85,16 +85,16 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "--runtime", choices=(TORCH, *RUNTIMES), help="default: the run's, or what the file was made for"
     )
     parser.add_argument(
-        "--compare", metavar="float|MODEL", help="draw a second model beside it, count matching boxes"
+        "--compare", metavar="float|MODEL", help="draw a second model next to it, count matching boxes"
     )
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder for results")
     parser.add_argument("--confidence", type=_share, default=0.25, help="lowest score drawn")
     parser.add_argument("--iou", type=_share, default=0.7, help="NMS threshold")
     parser.add_argument(
-        "--size", type=_size, help="of the input, where the model leaves it open: PIXELS or HEIGHTxWIDTH"
+        "--size", type=_size, help="of the input, if the model leaves it open: PIXELS or HEIGHTxWIDTH"
     )
     parser.add_argument("--threads", type=_positive, help="CPU threads")
-    parser.add_argument("--device", default="auto", help="where torch runs: auto, cpu, cuda")
+    parser.add_argument("--device", default="auto", help="device of torch: auto, cpu, cuda")
     return parser
 
 

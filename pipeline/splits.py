@@ -112,7 +112,7 @@ class Splits:
         paths, others = ({record.path for record in getattr(split, "records", ())} for split in (train, val))
         shared = len(paths & others)
         if shared:
-            self._note(f"{shared} of the {len(others)} validation images are training images, too.")
+            self._note(f"{shared} of the {len(others)} validation images are also training images.")
 
     def _note(self, note: str) -> None:
         if note not in self.notes:

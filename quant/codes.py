@@ -1,4 +1,4 @@
-"""The codes behind fake quantization: which one every value of a quantized tensor has."""
+"""The codes of fake quantization: which one every value of a quantized tensor has."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def activation_codes(
     Args:
         model: quantized, in evaluation mode, its quantizers on.
         images: float32 [B, 3, H, W] in 0..1, on the model's device.
-        forced: codes by name of the tensor that go on from its quantizer in the place of its own; what is returned
+        forced: codes by name of the tensor that its quantizer passes on instead of its own; what is returned
             are its own. With all codes of another implementation, every quantizer shows only what its own layer does
             differently.
 

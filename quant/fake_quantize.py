@@ -8,7 +8,7 @@ scales and weights under SGD. Here it is left out: AdamW divides a gradient by i
 nothing, unless it makes the gradient so small that AdamW's eps (1e-8) outweighs it, and then scales move the slower the
 larger image and batch are.
 
-The codes are those of a `Grid` (core/grid.py). An FP8 grid has codes q of unequal steps in the place of round(x / s),
+The codes are those of a `Grid` (core/grid.py). An FP8 grid has codes q of unequal steps instead of round(x / s),
 and m = 1 where |x / s| <= 448: with y = s * q(x / s) and the straight-through dq/dx = m / s, dy/ds is q(x/s) - x/s or
 +-448 in the same way, so that the two formulas for the gradients hold for it, too. Rounding is a cast to
 torch.float8_e4m3fn.

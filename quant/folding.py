@@ -1,6 +1,6 @@
 """Batch-normalisation folding on the fx graph, for networks that this project did not write.
 
-Quantization wants a convolution that an engine can run as one kernel, so a normalisation behind it has to be part of
+Quantization wants a convolution that an engine can run as one kernel, so a normalisation after it has to be part of
 its weights before a quantizer sees them (core/folding.py has the arithmetic).
 """
 
@@ -24,7 +24,7 @@ def fold_batchnorms(network: nn.Module) -> fx.GraphModule:
     """Return a traced copy in evaluation mode with each normalisation folded into the layer before it.
 
     A normalisation is folded where every call of its layer feeds it alone and nothing else feeds it: also where one
-    layer with one normalisation serves several levels. Others (before the convolution, behind a concat, or working
+    layer with one normalisation serves several levels. Others (before the convolution, after a concat, or working
     with the statistics of the batch) stay as they are. Names of modules that stay are those of the network.
 
     Args:

@@ -47,7 +47,7 @@ class _Codes(torch.autograd.Function):
 
 
 def _keeping_codes(input: Tensor, quantizer: FakeQuantize) -> torch.autograd.graph.saved_tensors_hooks:
-    """Where the backward pass needs a layer's input, it keeps the codes: one byte for each value in place of four."""
+    """Where the backward pass needs a layer's input, it keeps the codes: one byte for each value instead of four."""
     scale, place = quantizer.scale, (input.data_ptr(), input.shape)
     dtype = torch.int8 if quantizer.grid.signed else torch.uint8
 
@@ -186,7 +186,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class QuantizedMatMul(nn.Module):
-    """`torch.matmul` of two tensors that come quantized by the graph, in the place of the function.
+    """`torch.matmul` of two tensors that the graph quantizes, instead of the function.
 
     Args:
         first: the quantizer that the first operand has passed.

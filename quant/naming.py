@@ -17,7 +17,7 @@ from quant.fake_quantize import FakeQuantize
 from quant.graph import paths_of, trace
 
 QUANTIZER = "/quantizer"
-"""Behind the name of a tensor: the name of its quantizer."""
+"""Appended to the name of a tensor: the name of its quantizer."""
 
 
 class _Call(nn.Module):
@@ -42,7 +42,7 @@ def with_named_nodes(network: nn.Module) -> tuple[fx.GraphModule, dict[str, str]
 
     Returns:
         The module, and for each submodule (`scopes.12`) the path of its node: that of the layer, of the function within
-        its module, or of the quantized tensor with `/quantizer` behind it.
+        its module, or of the quantized tensor with `/quantizer` appended.
     """
     traced = trace(network)
     paths = paths_of(traced.graph)

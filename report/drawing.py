@@ -84,7 +84,7 @@ def paint_detections(
     draw = ImageDraw.Draw(picture)
     thickness = max(1, round(min(picture.size) / 200))
     font = ImageFont.load_default(size=max(10, round(min(picture.size) / 28)))
-    for box in boxes[np.argsort(boxes[:, 4], kind="stable")]:  # the surest last, on top
+    for box in boxes[np.argsort(boxes[:, 4], kind="stable")]:  # the most confident last, on top
         index = int(box[5])
         _draw_box(
             draw,
@@ -100,7 +100,7 @@ def paint_detections(
 def _tint(
     image: NDArray[np.uint8], boxes: NDArray[np.float64], masks: Sequence[NDArray[np.bool_]]
 ) -> NDArray[np.uint8]:
-    """Blend each mask's colour into the image, the surest detection last."""
+    """Blend each mask's colour into the image, the most confident detection last."""
     shapes = {mask.shape for mask in masks}
     if len(masks) != len(boxes) or shapes != {image.shape[:2]}:
         raise ReportError(

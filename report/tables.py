@@ -25,7 +25,7 @@ MEGABYTE = 1_000_000
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure and what it means beside its reference.
+    """One figure and its difference to the reference.
 
     Attributes:
         text: the figure, MISSING where there is none.
@@ -207,7 +207,7 @@ def format_table(rows: Sequence[ResultRow], width: int = 120) -> str:
 
 
 def text_table(headings: Sequence[str], lines: Sequence[Sequence[str]], width: int) -> str:
-    """Return a table for a terminal, as plain text; columns behind the first are right-aligned."""
+    """Return a table for a terminal, as plain text; columns after the first are right-aligned."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column(Text(headings[0]), overflow="fold")
     for heading in headings[1:]:

@@ -19,7 +19,7 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to say of one row beside the float row.
+    """The sentence on one row compared with the float row.
 
     Attributes:
         row: its name.

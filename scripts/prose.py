@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKED = (
     "*.md", "docs/**/*.md", "benchmarks/*.md", "scripts/*.py", "scripts/*.sh", "examples/*.py", "*.py",
     "core/**/*.py", "models/**/*.py", "configs/**/*.py", "deploy/**/*.py",
+    "data/**/*.py", "pipeline/**/*.py", "quant/**/*.py", "report/**/*.py", "training/**/*.py",
 )  # fmt: skip
 PHRASES = {  # regular expression -> what to write
     r"without a word": "silently, or: without a message",

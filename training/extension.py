@@ -33,7 +33,7 @@ class Extension(Protocol):
         Args:
             outputs: what `network` returned.
             images: float [B, C, H, W].
-            progress: share of all steps that lie behind, 0..1.
+            progress: share of all steps that are done, 0..1.
         """
         return outputs, {}
 
@@ -46,7 +46,7 @@ class Extension(Protocol):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on, beside the model and the optimizer: tensors and plain data."""
+        """All that the next step depends on, in addition to the model and the optimizer: tensors and plain data."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

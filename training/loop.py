@@ -77,7 +77,7 @@ class StepRecord:
 
 
 EpochBatches = Callable[[int, int], Iterable[TrainingBatch]]
-"""(epoch, samples of it that lie behind) -> the epoch's other batches: images float [B, C, H, W], and targets."""
+"""(epoch, number of its samples already used) -> the epoch's other batches: images float [B, C, H, W], and targets."""
 
 
 class TrainingState:

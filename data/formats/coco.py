@@ -92,7 +92,7 @@ def read_coco(
         verify: decode every image once.
         cache_dir: see `scan_images`.
         segments: keep the masks, too; every annotation must have one.
-        inventory: is told of everything that was left out.
+        inventory: records everything that was left out.
 
     Returns:
         Class names by sorted category id and one record per image, sorted by image id. Boxes may still leave the

@@ -15,7 +15,7 @@ from data.inventory import Inventory
 
 LARGEST_ID = 2**63 - 1
 LARGEST_EXACT = 2**53  # whole numbers up to here are exact as float64
-AS_TEXT = "{number} numbers are written as text and were taken as numbers"
+AS_TEXT = "{number} numbers are written as strings and were converted"
 
 Id = int | str
 
@@ -29,7 +29,7 @@ def read_id(value: Any, place: str, inventory: Inventory) -> Id | None:
         return int(value)
     if isinstance(value, int | str) and not isinstance(value, bool):
         return value
-    inventory.fault(f"{place} is {value!r}, expected a whole number or a text.")
+    inventory.fault(f"{place} is {value!r}, expected an integer or a string.")
     return None
 
 
@@ -43,7 +43,7 @@ def number_images(keys: Sequence[Id], inventory: Inventory) -> tuple[list[int], 
         ids = sorted(int(key) for key in keys)
         return ids, list(ids)
     inventory.note(
-        "{number} image ids are no whole numbers from 0 to 2^63 - 1: images are numbered 1 to "
+        "{number} image ids are not integers from 0 to 2^63 - 1: images are numbered 1 to "
         f"{len(keys)} in the file's order",
         listing(map(repr, odd), 3),
         len(odd),
@@ -116,7 +116,8 @@ def read_area(value: Any, box: Sequence[float], place: str, inventory: Inventory
         return float(number)
     if value is not None and value != 0:
         inventory.note(
-            "{number} areas are no positive numbers; the areas of the boxes are used", f"{place} is {value!r}"
+            "{number} areas are not positive numbers; the areas of the boxes are used",
+            f"{place} is {value!r}",
         )
     return box[2] * box[3]
 
@@ -127,5 +128,5 @@ def read_text(value: Any, place: str, inventory: Inventory) -> str:
         return value
     if is_number(value):
         return str(value)
-    inventory.fault(f"{place} is {'missing' if value is None else repr(value)}, expected a text.")
+    inventory.fault(f"{place} is {'missing' if value is None else repr(value)}, expected a string.")
     return ""

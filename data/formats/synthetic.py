@@ -53,7 +53,7 @@ def generate_synthetic(root: Path | str, train: int, val: int, size: int, seed: 
         return root
     if existing is None and root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise DataError(
-            f"{root} exists and is no synthetic set; choose another folder, it will not be overwritten."
+            f"{root} exists and is not a synthetic set; choose another folder, it will not be overwritten."
         )
     root.parent.mkdir(parents=True, exist_ok=True)
     temporary = root.parent / f".{root.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -75,9 +75,9 @@ def _read_manifest(root: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{file} is damaged ({error}); remove {root} to have it made again.") from error
+        raise DataError(f"{file} is damaged ({error}); remove {root} to generate it again.") from error
     if not isinstance(manifest, dict):
-        raise DataError(f"{file} is damaged; remove {root} to have it made again.")
+        raise DataError(f"{file} is damaged; remove {root} to generate it again.")
     complete = all(
         (root / "annotations" / f"instances_{split}.json").is_file()
         and sum(1 for _ in (root / "images" / split).glob("*.png")) == manifest.get(split)

@@ -44,8 +44,8 @@ def read_yolo(
         verify: decode every image once.
         cache_dir: see `scan_images`.
         segments: keep the outlines, too; every line must have one. Areas are then those of the outlines.
-        inventory: is told of everything that was left out.
-        links: `error` or `skip`, for links that lead nowhere.
+        inventory: records everything that was left out.
+        links: `error` or `skip`, for broken links.
 
     Returns:
         Class names and one record per image, ids from 1 in the order of the sorted paths. Boxes are clipped to
@@ -165,7 +165,7 @@ def _image_paths(
     if not root.is_dir():
         raise DataError(
             f"{yaml_file}: path leads to {root}, which does not exist. It is relative to the YAML file; "
-            "correct it, or remove it if the images lie beside the file."
+            "correct it, or remove it if the images are in the file's folder."
         )
     paths: list[Path] = []
     folders: list[Path] = []
@@ -186,13 +186,13 @@ def _image_paths(
     once = sorted(set(paths))
     if len(once) < len(paths):
         inventory.note(
-            "{number} images are named more than once; each counts once", "", len(paths) - len(once)
+            "{number} images are listed more than once; each counts once", "", len(paths) - len(once)
         )
     return once, folders
 
 
 def _resolve(root: Path, source: str, place: str, inventory: Inventory) -> Path:
-    """Where a split leads. Roboflow writes `../train/images` for the folder `train/images` beside the data.yaml."""
+    """Where a split leads. Roboflow writes `../train/images` for the folder `train/images` next to the data.yaml."""
     literal = root / source
     beside = root / source.removeprefix("../")
     if beside == literal or not beside.exists():

@@ -22,7 +22,7 @@ SHARED = "{number} images share their label file with another image of the same 
 def label_path(image: Path) -> Path:
     """Where an image's labels lie: the last folder called `images` becomes `labels`, the suffix becomes `.txt`.
 
-    Example: `set/images/val/7.jpg` has `set/labels/val/7.txt`; without such a folder they lie beside the image.
+    Example: `set/images/val/7.jpg` has `set/labels/val/7.txt`; else they are in the image's folder.
     """
     return _swapped(image, "images", "labels").with_suffix(".txt")
 
@@ -66,7 +66,7 @@ class LabelFiles:
     Args:
         images: sorted.
         inventory: gets faults and counts.
-        links: `error` or `skip`, for links that lead nowhere.
+        links: `error` or `skip`, for broken links.
     """
 
     def __init__(self, images: Sequence[Path], inventory: Inventory, links: str) -> None:
@@ -91,7 +91,7 @@ class LabelFiles:
             )
 
     def existing(self) -> list[Path | None]:
-        """Each image's label file, None where there is none. A link that leads nowhere, or a folder, is no absence."""
+        """Each image's label file, None where there is none. A broken link, or a folder, does not count as none."""
         found: list[Path | None] = []
         for image, label in zip(self.images, self.expected, strict=True):
             found.append(label if label.is_file() else None)

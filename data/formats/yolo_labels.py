@@ -202,12 +202,12 @@ class LabelReader:
         return (
             f"{self.first[count][0]}: {count} values that read as {kind}, not as an outline. Say in data.yaml what "
             f"they are: kpt_shape: {' or '.join(shapes)} for keypoints (the boxes are then used), kpt_shape: [0, 0] "
-            f"for outlines; cut a tracker's lines down to 5 values. {self._counts()}"
+            f"for outlines; reduce a tracker's lines to 5 values. {self._counts()}"
         )
 
 
 def reads_as_keypoints(values: Sequence[float]) -> bool:
-    """Whether the numbers behind a class read as a box inside the image, and then points inside the box.
+    """Whether the numbers after a class read as a box inside the image, and then points inside the box.
 
     Points of three values have a visibility of 0, 1 or 2; a point at 0, 0 is one that nobody marked. Points of two
     values must span a quarter of the box, in width or height, where there are three or more. Two values are also taken

@@ -1,1 +1,1 @@
-"""COCO metrics and the precision and recall beside them."""
+"""COCO metrics, and precision and recall."""

@@ -146,12 +146,12 @@ class Detections:
         return Detections([rows[rows[:, 4] > confidence] for rows in self.rows], self.image_ids)
 
     def in_classes(self, order: NDArray[np.int64]) -> Detections:
-        """With class `order[k]` in place of class k, without masks."""
+        """With class `order[k]` instead of class k, without masks."""
         rows = [np.concatenate([r[:, :5], order[r[:, 5:].astype(np.int64)]], axis=1) for r in self.rows]
         return Detections(rows, self.image_ids)
 
     def boxes(self, number_of: Mapping[int, int]) -> Boxes:
-        """All of them, with numbers in place of the image ids."""
+        """All of them, with numbers instead of the image ids."""
         rows = np.concatenate([np.zeros((0, 6)), *self.rows])
         numbers = [number_of[image_id] for image_id in self.image_ids]
         images = np.repeat(np.array(numbers, np.int64), list(map(len, self.rows)))
@@ -347,7 +347,7 @@ def _numbers(image_ids: Sequence[int]) -> dict[int, int]:
 
 
 def _numbered(truth: Mapping[str, Any], number_of: Mapping[int, int]) -> dict[str, Any]:
-    """The images of a COCO dictionary that have a number, with their annotations, under numbers in place of ids."""
+    """The images of a COCO dictionary that have a number, with their annotations, under numbers instead of ids."""
     images = [
         {**image, "id": number_of[image["id"]]} for image in truth["images"] if image["id"] in number_of
     ]

@@ -107,7 +107,7 @@ def _match_class(
 
 
 def _match_image(overlaps: Floats, crowd: Flags) -> tuple[Flags, Flags]:
-    """Hits and ignored detections [T, m] of one image and class; `overlaps` [m, g] has the surest detection first."""
+    """Hits and ignored detections [T, m] of one image and class; `overlaps` [m, g] by descending score."""
     overlaps = np.asarray(overlaps, np.float64).reshape(-1, len(crowd))
     hits, ignored = np.zeros((2, len(THRESHOLDS), len(overlaps)), bool)
     free = np.tile(~crowd, (len(THRESHOLDS), 1))

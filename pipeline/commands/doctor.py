@@ -145,7 +145,7 @@ def available_memory() -> float | None:
 
 
 def check_gpu() -> Iterator[Finding]:
-    """What torch sees, beside what the system has."""
+    """What torch sees, and what the system has."""
     try:
         import torch
     except (ImportError, OSError) as error:

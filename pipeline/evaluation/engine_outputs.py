@@ -90,7 +90,7 @@ class OutputReader:
         return suppress_overlaps(decoded, self.confidence, self.iou, self.max_detections)
 
     def boxes(self, outputs: Mapping[str, FloatArray], images: int) -> list[Tensor]:
-        """`detections` of a network without masks; of one with masks (end2end) with its coefficients behind."""
+        """`detections` of a network without masks; of one with masks (end2end) followed by its coefficients."""
         if self.is_decodable:
             decoded = self.decoded(outputs)[:images]
             return [
@@ -173,7 +173,7 @@ def _of_plugin(outputs: Mapping[str, FloatArray]) -> list[Tensor]:
 def match_detections(found: Tensor, reference: Tensor, iou: float = 0.5) -> list[tuple[int, int]]:
     """Pairs (index in `found`, index in `reference`) of one class that overlap by at least `iou`, one to one.
 
-    The surest detection chooses first, and takes the partner that it overlaps most.
+    The most confident detection chooses first, the partner that it overlaps most.
 
     Args:
         found: [N, 6] x1, y1, x2, y2, score, class.

@@ -107,7 +107,7 @@ class Evaluator:
         batch_size: int | None = None,
         limit: int | None = None,
     ) -> Measured:
-        """As `measure`, with the operating point, beside the detections of the float model where there are any."""
+        """As `measure`, with the operating point, compared with the float model's detections if there are any."""
         if self.metric is not None:
             return Measured(self.measure(predict, label, batch_size, limit))
         confidence, truth = self.config.operating_confidence, self.splits.truth

@@ -73,7 +73,7 @@ def measure_custom(
     if VALUE not in figures:
         raise ConfigError(
             f"{SETTING}={reference}: it returned the keys {', '.join(map(str, figures)) or 'none'}; expected "
-            f"one called {VALUE!r}, the number to maximise"
+            f"one called {VALUE!r}, the number to maximize"
         )
     numbers = {str(name): _number(reference, str(name), figure) for name, figure in figures.items()}
     return CustomMetrics(numbers.pop(VALUE), numbers)

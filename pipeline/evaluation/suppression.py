@@ -1,4 +1,4 @@
-"""From decoded outputs to what was found: the one selection behind every row, every engine and every picture."""
+"""From decoded outputs to what was found: the same selection for every row, engine and picture."""
 
 from __future__ import annotations
 

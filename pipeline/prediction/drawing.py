@@ -54,7 +54,7 @@ def predict(
         model: what detects.
         source: the pictures.
         folder: where results go.
-        other: a second model, drawn to the left; how many of its detections are found again is told.
+        other: a second model, drawn to the left; the share of its detections that are found again is printed.
         confidence: threshold both used, for the file.
 
     Raises:

@@ -62,7 +62,7 @@ def _measure(
     metric: str | None,
     limit: int | None,
 ) -> Measured:
-    """Figures of the first model, beside the detections of the second where there is one.
+    """Figures of the first model, compared with the detections of the second if there is one.
 
     Raises:
         DataError: two models of different classes.
@@ -84,7 +84,7 @@ def _evaluator(
     """Measures a model on the data at the model's size, with the data's classes in the model's order."""
     names = ClassNames(predictor.label, predictor.names)
     if is_unnamed(names.names):
-        say(f"{names.owner} names no classes: its class 0 is taken for class 0 of the data, and so on")
+        say(f"{names.owner} has no class names: its class 0 is matched with class 0 of the data, and so on")
     sized = replace(data, image_size=predictor.size.plain)
     splits = Splits(sized, predictor.task, torch.device("cpu"), find_names=lambda: names)
     return Evaluator(thresholds, metric, splits, torch.device("cpu"))
@@ -100,7 +100,7 @@ def _settings(options: argparse.Namespace) -> tuple[DataConfig, EvaluateConfig, 
     if options.data is not None:
         data.kind, data.root, data.factory = "folder", str(options.data), None
     elif run is None:
-        raise DataError(f"{options.model} lies in no run directory: name the dataset with --data FOLDER.")
+        raise DataError(f"{options.model} is not in a run directory: give the dataset with --data FOLDER.")
     if options.class_map is not None:
         data.class_map = options.class_map
     if options.dangling_links is not None:

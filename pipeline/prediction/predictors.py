@@ -1,4 +1,4 @@
-"""Anything that detects, behind one function: a run, an engine, an ONNX file, a float checkpoint.
+"""Anything that detects, with one interface: a run, an engine, an ONNX file, a float checkpoint.
 
 Preprocessing, decode and NMS are those of every row of a report, so what is drawn is what was measured.
 """
@@ -195,7 +195,7 @@ def open_float(path: Path, options: Options) -> Predictor:
     directory = find_run(path)
     if directory is None:
         raise DeployError(
-            f"--compare float: {path} lies in no run directory; give --compare the float model's path."
+            f"--compare float: {path} is not in a run directory; give --compare the float model's path."
         )
     job = _job(directory, options)
     return _of_job(job, job.networks.detector.network, "float (torch)", options)
@@ -293,7 +293,7 @@ def open_file(path: Path, options: Options, runtime: str | None = None) -> Predi
 def _stored_size(path: Path) -> ImageSize:
     size = find_image_size(path)
     if size is None:
-        raise DeployError(f"{path} does not tell its image size; pass --size PIXELS or --size HEIGHTxWIDTH.")
+        raise DeployError(f"{path} does not state its image size; pass --size PIXELS or --size HEIGHTxWIDTH.")
     return ImageSize(*size)
 
 

@@ -85,7 +85,7 @@ def _frames(path: Path) -> Iterator[tuple[str, Picture]]:
     finally:
         capture.release()
     if not number:
-        raise DataError(f"{path} holds no frame that can be decoded.")
+        raise DataError(f"{path} has no frame that can be decoded.")
 
 
 class PictureWriter:
@@ -123,9 +123,9 @@ class PictureWriter:
             self._size = (frame.shape[1], frame.shape[0])
             self._video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), rate, self._size)
             if not self._video.isOpened():
-                raise DataError(f"{path} cannot be written: OpenCV has no MP4 encoder here.")
+                raise DataError(f"{path} cannot be written: this OpenCV has no MP4 encoder.")
             self.paths.append(path)
-        if (frame.shape[1], frame.shape[0]) != self._size:  # some videos change their size on the way
+        if (frame.shape[1], frame.shape[0]) != self._size:  # some videos change their size
             frame = np.asarray(cv2.resize(frame, self._size), np.uint8)
         self._video.write(frame)
 

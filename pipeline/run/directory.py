@@ -78,9 +78,9 @@ class Run:
             return cls(directory, latest)
         check_writable(directory)
         if directory.exists() and any(directory.iterdir()):
-            remedy = "add resume=true to go on in it, or choose another"
+            remedy = "add resume=true to continue it, or choose another"
             if not (directory / CONFIG).is_file():
-                remedy = "it is no run directory; choose another, or remove what is in it"
+                remedy = "it is not a run directory; choose another, or remove its content"
             raise RunError(f"run_dir={directory} exists and is not empty: {remedy}")
         return cls(directory)
 
@@ -129,7 +129,7 @@ class Run:
         if not (found / CONFIG).is_file():
             missing = "" if found.exists() else ", it does not exist"
             raise RunError(
-                f"{directory} is no run directory{missing}: expected config.yaml in it, as train_qat.py leaves it; "
+                f"{directory} is not a run directory{missing}: expected config.yaml in it, as train_qat.py writes it; "
                 "start a run without resume=true, or name another"
             )
         return cls(found.resolve())
@@ -231,6 +231,6 @@ class Run:
                 rows.append(ResultRow.from_dict(json.loads(path.read_text(encoding="utf-8"))))
             except (ValueError, KeyError, TypeError) as error:
                 raise RunError(
-                    f"{path} is no row of the result table ({error}): remove it and resume"
+                    f"{path} is not a row of the result table ({error}): remove it and resume"
                 ) from error
         return sorted_rows(rows)

@@ -102,7 +102,9 @@ def find_engine(run: Run, runtime: RuntimeEntry, graph: str) -> Path | None:
 @reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.run.files", description="Name a run's models.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.run.files", description="List the models of a run."
+    )
     parser.add_argument("run", type=path_argument, help="run directory of train_qat.py")
     parser.add_argument("--runtime", choices=RUNTIMES, default="openvino")
     options = parser.parse_args(arguments)

@@ -37,7 +37,7 @@ def print_result(run: Run, commands: Sequence[Mapping[str, str]] = ()) -> None:
 
 
 def report_sweep(jobs: Sequence[tuple[str, Path]]) -> None:
-    """Print one line per job of a sweep: what differed, and the AP of every row; keep it as sweep.json beside them.
+    """Print one line per job of a sweep: what differed, and the AP of every row; keep it as sweep.json in their folder.
 
     Args:
         jobs: (overrides, run directory) of each job.

@@ -213,7 +213,7 @@ def quantize_more(search: Search, point: Point, max_loss: float) -> Point:
 
 
 def _best_quantized(search: Search, plan: Mapping[str, str], unit: str) -> str:
-    """The quantized precision in which a unit is fastest beside the rest of a plan; float where it can have none."""
+    """The quantized precision in which a unit is fastest within a plan; float if it has none."""
     options = [name for name in search.losses[unit] if name != FLOATING] or [FLOATING]
     return min(options, key=lambda name: search.change(plan, {unit: name})[0])
 
@@ -339,7 +339,7 @@ def _write(
     slower = sum("slower" in reason for reason in reasons.values())
     say(
         f"chosen: {chosen.name}, {plans.describe(plan)}; {chosen.milliseconds:.3f} ms {pricing.kind} "
-        f"({pricing.subject}), AP {chosen.ap:.4f}; {slower} units float because they are slower quantized"
+        f"({pricing.subject}), AP {chosen.ap:.4f}; {slower} units in float because they are slower quantized"
     )
     if set(plan.values()) == {FLOATING}:
         say("nothing to quantize: build the float engine in the GPU's or processor's half precision")

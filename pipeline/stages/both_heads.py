@@ -1,6 +1,6 @@
 """Fine-tuning with both heads of a network that deploys one of them (`qat.both_heads`).
 
-The other head stands beside the quantized model in float and is dropped in the end. As in float training, the
+The other head is kept in float next to the quantized model and is removed at the end. As in float training, the
 one-to-one head reads detached features, and everything before the heads learns from the one-to-many head
 (arXiv:2405.14458, section 3.1). Each head has its own loss and its own teacher.
 """
@@ -21,7 +21,7 @@ from quant import Mode, insert, placement_of, set_mode
 
 
 def with_other_head(networks: Networks, model: fx.GraphModule) -> tuple[fx.GraphModule, nn.Module, TaskLoss]:
-    """What fine-tuning trains in place of a quantized model.
+    """What fine-tuning trains instead of a quantized model.
 
     Returns:
         The model with its other head, the float network with both heads as its teacher, and the loss of both heads.
@@ -53,7 +53,7 @@ def without_other_head(student: fx.GraphModule, model: fx.GraphModule) -> fx.Gra
 
 
 def _detach_one_to_one(student: fx.GraphModule) -> None:
-    """Detach every tensor that enters the one-to-one head, behind its quantizer."""
+    """Detach every tensor that enters the one-to-one head, after its quantizer."""
     prefix = f"head.{PREFIXES[ONE2ONE]}"
     inside = {
         node

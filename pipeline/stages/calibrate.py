@@ -67,7 +67,7 @@ def imported_ranges(job: Job) -> dict[str, Tensor]:
     if ranges and job.config.quant.equalize:
         raise ConfigError(
             f"quant.equalize=true moves ranges between channels, and the weights bring {len(ranges)} ranges of their "
-            "own: add quant.imported_ranges=ignore, or leave equalisation out"
+            "own: add quant.imported_ranges=ignore, or use quant.equalize=false"
         )
     return ranges
 
@@ -87,7 +87,7 @@ def _repair(job: Job, model: fx.GraphModule) -> None:
         say(f"greedy rounding: {len(rounded)} layers; output error {median(rounded):.2f} of nearest (median)")
     shifts = [repair.shift for repair in repairs if repair.shift is not None]
     if shifts:
-        say(f"bias correction: {len(shifts)} layers; largest mean shift taken out {max(shifts):.3g}")
+        say(f"bias correction: {len(shifts)} layers; largest mean shift corrected {max(shifts):.3g}")
 
 
 CALIBRATE = Stage(

@@ -1,4 +1,4 @@
-"""The stage `engine`: builds every engine, compares it with torch, evaluates it, and times all of them in turns.
+"""The stage `engine`: builds every engine, compares it with torch, evaluates it, and times all of them alternately.
 
 Engines that this machine can build but not run get rows without accuracy and latency.
 """
@@ -63,7 +63,7 @@ def measure_engines(job: Job, engines: list[Runtime]) -> None:
         job.measure(key, engine_predictor(job, engine), config.batch)
         for key, engine in zip(keys, engines, strict=True)
     ]
-    say(f"timing {len(engines)} engines in turns, {config.benchmark_seconds:g} s each")
+    say(f"timing {len(engines)} engines alternately, {config.benchmark_seconds:g} s each")
     shape = (config.batch, 3, *job.config.data.input_size)
     timings = benchmark_alternately(engines, shape, config.benchmark_seconds, warmup=10)
     for key, engine, found, timing in zip(keys, engines, measured, timings, strict=True):

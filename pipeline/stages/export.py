@@ -122,7 +122,7 @@ def compare_with_torch(job: Job) -> None:
 
 
 def export_exact(job: Job, path: Path) -> Path:
-    """Export the best quantized model in FP32 beside its codes, as ONNX Runtime executes it; returns the path."""
+    """Export the best quantized model with the float part in FP32, as ONNX Runtime executes it; returns the path."""
     network, row = job.networks.best()
     fp8 = has_fp8(network)
     # no engine of an exact target runs FP8, but ONNX Runtime executes its graph
@@ -174,7 +174,7 @@ def check_outputs(outputs: str, head: str) -> None:
     if outputs == "end2end" and head != ONE2ONE:
         raise ConfigError(
             f"outputs=end2end with the head {head}: it gives an object several boxes, which only NMS removes; use "
-            "outputs=onnx_nms or decoded, or model.head=one2one where the network has it"
+            "outputs=onnx_nms or decoded, or model.head=one2one if the network has it"
         )
     if outputs in NMS_OUTPUTS and head == ONE2ONE:
         raise ConfigError(
@@ -342,7 +342,7 @@ def _output_texts(job: Job) -> dict[str, str]:
         return OUTPUT_TEXTS[outputs]
     if outputs != "end2end":
         return MASK_TEXTS
-    return {**MASK_TEXTS, "output0": f"{OUTPUT_TEXTS[outputs]['output0']}; mask coefficients behind"}
+    return {**MASK_TEXTS, "output0": f"{OUTPUT_TEXTS[outputs]['output0']}; mask coefficients after them"}
 
 
 def describe_export(report: ExportReport) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The fixed-point report of a run: the codes of the exported graph beside those of torch, image by image."""
+"""The fixed-point report of a run: the codes of the exported graph compared with those of torch, image by image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.run.progress import say, track
 from quant import QUANTIZER, activation_codes
 
 FIXED_POINT = "fixed_point.json"
-SUFFIX = f"{QUANTIZER}/QuantizeLinear"  # behind the name of a tensor: its quantizer in the graph
+SUFFIX = f"{QUANTIZER}/QuantizeLinear"  # after the name of a tensor: its quantizer in the graph
 
 
 def compare_fixed_point(job: Job, path: Path) -> None:
@@ -38,7 +38,7 @@ def compare_fixed_point(job: Job, path: Path) -> None:
         {**tensor, "differing_locally": alone.differing}
         for tensor, alone in zip(content["tensors"], local.tensors, strict=True)
     ]
-    sentence = f"from the same codes on, {local.describe()}; from the image on, {report.describe()}"
+    sentence = f"per layer, {local.describe()}; end to end, {report.describe()}"
     local_figures = {key: value for key, value in local.as_dict().items() if key in ("share", "steps")}
     job.run.write_json(FIXED_POINT, {"sentence": sentence, **content, "local": local_figures})
     say(f"fixed point: {sentence}")

@@ -122,7 +122,7 @@ def describe(report: CompareReport) -> str:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Detections of an engine beside those of torch.
+    """Detections of an engine compared with those of torch.
 
     Attributes:
         images: number of images.

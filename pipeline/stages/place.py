@@ -118,7 +118,7 @@ def _measured_placement(job: Job, options: PlacementOptions, rules: tuple[Rule, 
 
 
 def hint_at_unsigned(job: Job, placement: Placement) -> None:
-    """Say where a CPU engine could use a finer grid than the placement has: groups behind a ReLU, say."""
+    """Say where a CPU engine could use a finer grid than the placement has: for example groups after a ReLU."""
     config = job.config.quant
     if config.activations.unsigned or config.placement is not None:
         return

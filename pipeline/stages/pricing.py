@@ -149,7 +149,7 @@ class MeasuredPricing(Pricing):
     def price(
         self, plans: Plans, wanted: Sequence[Mapping[str, str]], blocks: Blocks, folder: Path
     ) -> list[Costs]:
-        """See `Pricing.price`; the engines run in turns."""
+        """See `Pricing.price`; the engines run alternately."""
         with ExitStack() as stack:
             engines = self.engines(plans, wanted, folder, stack, is_profiled=True)
             return measure_blocks(engines, self.shape, self.job.config.autotune.seconds, blocks)
@@ -157,7 +157,7 @@ class MeasuredPricing(Pricing):
     def confirm(
         self, plans: Plans, wanted: Sequence[Mapping[str, str]], blocks: Blocks, folder: Path
     ) -> list[Built]:
-        """See `Pricing.confirm`: median times of whole calls, the engines in turns, without counters."""
+        """See `Pricing.confirm`: median times of whole calls, the engines alternately, without counters."""
         with ExitStack() as stack:
             engines = self.engines(plans, wanted, folder, stack)
             reports = benchmark_alternately(engines, self.shape, self.job.config.autotune.seconds)

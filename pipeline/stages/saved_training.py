@@ -74,7 +74,7 @@ class SavedTraining:
                 "the stage from its beginning"
             ) from error
         self.step_saved = self.state.step
-        say(f"going on after step {self.state.step} (epoch {self.state.epoch + 1})")
+        say(f"continuing after step {self.state.step} (epoch {self.state.epoch + 1})")
         return True
 
     def train(

@@ -110,7 +110,7 @@ class Stage:
 
         Results move to the folder `previous`, so that a changed setting does not cost hours of work; what an unfinished
         run left is removed, unless the stage was stopped with the same inputs and can go on from it. A file that the
-        user has edited is kept beside the new one under another name.
+        user has edited is kept under another name.
         """
         record, run = job.run.ledger.get(self.name), job.run
         goes_on = record is not None and not record.is_done and self._can_go_on(record.inputs, inputs)

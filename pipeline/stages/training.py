@@ -35,7 +35,7 @@ def train_stage(job: Job) -> None:
     # with data.class_map=order the weights may call their classes otherwise
     detector.names = tuple(job.splits.val.names)
     if detector.amax:
-        say(f"imported ranges: {len(detector.amax)} dropped, since training moves the weights away from them")
+        say(f"imported ranges: {len(detector.amax)} dropped, because training changes the weights")
         detector.amax = {}
     loader = job.splits.train_batches(config.batch_size, augmentation(job.config.augment))
     plain = job.splits.train_batches(config.batch_size, LIGHT)

@@ -47,7 +47,7 @@ def open_own(reference: str, split: str) -> Dataset:
     if odd:
         raise DataError(
             f"{prefix}ids are {listing(map(repr, odd), 3)}; expected whole numbers from 0 to 2^63 - 1: number "
-            "your images, and keep their names to yourself"
+            "your images, and map their names in your own code"
         )
     sample = call_user(SETTING, reference, "reading item 0", dataset.__getitem__, 0)
     problem = _sample_problem(sample, len(names), ids[0])

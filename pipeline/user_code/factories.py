@@ -1,7 +1,7 @@
 """The `factory` settings: Python code of the user's, named as `path/to/file.py:function` or `package.module:function`.
 
 These are the only settings that run code. A file is looked for from the working directory. A module is looked for where
-Python looks anyway (beside the entry, among the installed packages) and last in the working directory, so it never
+Python looks anyway (next to the entry, among the installed packages) and last in the working directory, so it never
 replaces a module of Octet or of an installed package. Worker processes and `export.py` look the same way.
 """
 
@@ -44,9 +44,9 @@ def load_factory(setting: str, reference: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{source}.".startswith(f"{error.name}."):
             raise _broken(setting, reference, "importing it", error) from error
-        remedy = _file_hint(reference) or "run the command where the module lies, or install it"
+        remedy = _file_hint(reference) or "run the command in the folder of the module, or install it"
         raise ConfigError(
-            f"{setting}={reference}: there is no module {error.name!r} in {directory}, beside the entry or among the "
+            f"{setting}={reference}: there is no module {error.name!r} in {directory}, next to the entry or among the "
             f"installed packages; {remedy}"
         ) from error
     except Exception as error:
@@ -96,7 +96,7 @@ def _file_hint(reference: str, module: ModuleType | None = None) -> str:
         return ""
     if module is not None and module.__file__ is not None and path.samefile(module.__file__):
         return ""
-    return f"a package of that name comes first, so name the file: write {path.as_posix()}:{name}"
+    return f"a package of that name has priority, so give the file: write {path.as_posix()}:{name}"
 
 
 def _broken(setting: str, reference: str, what: str, error: Exception) -> ConfigError:

@@ -186,7 +186,7 @@ class CustomModel:
             assert b is not None
             if float((a - b).abs().max()) > TRACE_TOLERANCE * max(float(a.abs().max()), 1e-6):
                 raise self._error(
-                    "the traced network computes something else than the network itself: its forward must not draw "
+                    "the traced network does not compute the same as the network itself: its forward must not draw "
                     "random numbers or depend on state outside of it in evaluation mode"
                 )
 

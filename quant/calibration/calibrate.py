@@ -32,8 +32,8 @@ from quant.fake_quantize import Mode
 from quant.insertion import activation_quantizers, placement_of, quantized_layers, quantizers, set_mode
 
 log = logging.getLogger(__name__)
-FIXED = "fixed"  # in place of a method, for scales that the placement gives
-IMPORTED = "imported"  # ... of a group whose range came with the checkpoint
+FIXED = "fixed"  # instead of a method, for scales that the placement gives
+IMPORTED = "imported"  # ... for a group whose range is in the checkpoint
 
 
 Gather = Callable[

@@ -1,7 +1,7 @@
 """Whether calibration saw enough images: what the scales of half of them, a quarter, ... would have cost.
 
-Histograms are copied whenever the number of images has doubled, and every copy is asked for its scales. What a scale is
-worth is its squared rounding and clipping error over the values of all images; a scale itself may move by a lot where
+Histograms are copied whenever the number of images has doubled, and the scales of every copy are computed. A scale is
+judged by its squared rounding and clipping error over the values of all images; a scale itself may move by a lot where
 that error hardly depends on it. Where the scales of fewer images do nearly as well, more images would change nothing
 that matters.
 """
@@ -75,9 +75,9 @@ class Convergence:
         return found
 
     def sentence(self) -> str:
-        """What a person wants to know."""
+        """Summary of the convergence in one sentence."""
         if len(self.counts) < 2:
-            return f"{self.counts[-1]} images are too few to see whether the scales have settled"
+            return f"{self.counts[-1]} images are too few to judge whether the scales have converged"
         last = self.excess(-2)
         text = (
             f"with the scales of {self.counts[-2]} of the {self.counts[-1]} images, tensors have at most "
@@ -86,7 +86,8 @@ class Convergence:
         if self.enough < self.counts[-1]:
             return f"{text}{self.enough} images are enough to stay within {CLOSE:.0%}"
         return (
-            f"{text}more images may take another {CLOSE:.0%} off some: raise quant.calibration_images to see"
+            f"{text}more images may reduce the error of some tensors by another {CLOSE:.0%}: raise "
+            "quant.calibration_images to check"
         )
 
     def as_dict(self) -> dict[str, Any]:

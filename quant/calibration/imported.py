@@ -47,20 +47,20 @@ class ImportedRanges:
     def describe(self) -> list[str]:
         """Lines for the log: what was taken, what was joined, and what had no counterpart, in both directions."""
         lines = [
-            f"imported ranges: {len(self.groups)} groups and the weights of {len(self.weights)} layers take theirs"
+            f"imported ranges: used for {len(self.groups)} groups and the weights of {len(self.weights)} layers"
         ]
         if self.joined:
             group = max(self.joined, key=lambda name: self.groups[name] / min(self.joined[name].values()))
             found = ", ".join(f"{layer} {value:g}" for layer, value in self.joined[group].items())
             lines.append(
-                f"  {len(self.joined)} groups are read by several layers and take the largest of their ranges; "
-                f"farthest apart: {group} takes {self.groups[group]:g} ({found})"
+                f"  {len(self.joined)} groups are read by several layers and use the largest of their ranges; "
+                f"largest difference: {group} uses {self.groups[group]:g} ({found})"
             )
         unused = [f"{name} ({reason})" for name, reason in self.unused.items()]
         for label, names in (
-            ("in the checkpoint, without a quantizer here", unused),
-            ("groups here, without a range in the checkpoint (calibrated)", self.groups_without),
-            ("weights here, without a range in the checkpoint (searched)", self.weights_without),
+            ("in the checkpoint, without a quantizer in the placement", unused),
+            ("groups without a range in the checkpoint (calibrated)", self.groups_without),
+            ("weights without a range in the checkpoint (searched)", self.weights_without),
         ):
             lines.append(f"  {label}: {len(names)}{': ' if names else ''}{', '.join(names)}")
         return lines

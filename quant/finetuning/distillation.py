@@ -63,9 +63,9 @@ def distillation_loss(student: Any, teacher: Any, floor: float = VARIANCE_FLOOR)
 def feature_nodes(network: nn.Module, patterns: Sequence[str] = ()) -> list[str]:
     """Names of the graph nodes whose tensors feature distillation compares.
 
-    Without patterns these are the tensors where the outputs' ways part: behind them every computation serves one
-    output alone. In a detector that is what enters the head, one map per level. A network with one output has no such
-    place; there it is what the last weighted layer reads.
+    Without patterns these are the last tensors that several outputs depend on: every later computation serves one
+    output alone. In a detector these are the inputs of the head, one map per level. In a network with one output it
+    is the input of the last weighted layer.
 
     Args:
         network: the float network, or anything `trace` reads.

@@ -127,7 +127,7 @@ def _rise(progress: float) -> float:
 
 
 def _settle_scales(model: nn.Module) -> None:
-    """Bring weight scales that are not learned to the weights of the last step (in training they are one behind)."""
+    """Bring weight scales that are not learned to the weights of the last step (in training they lag one step)."""
     for layer in quantized_layers(model).values():
         quantizer = layer.weight_quantizer
         if quantizer.mode is Mode.QUANTIZE and not quantizer.learned:

@@ -3,11 +3,11 @@
 A weighted layer (convolution, linear) demands INT8 data. Each demand is walked back through the operations
 that quantize-dequantize commutes with (concat, split, max-pool, nearest upsampling, reshapes) to the tensors that
 were really computed: an activation's output, a residual sum, an average, the image. These get one fake
-quantizer each, right behind their producer. Tensors that meet in one concat, and demands that meet in one tensor,
+quantizer each, directly after their producer. Tensors that meet in one concat, and demands that meet in one tensor,
 share one scale (union-find), so that an engine moves INT8 data from producer to consumer without a single
 requantization. Sources of the rules: NVIDIA's tensorflow-quantization guide (custom Q/DQ cases) and modelopt.
 
-Residual sums, with or without an activation behind them: the skip operand reads the quantized tensor, the other
+Residual sums, with or without an activation after them: the skip operand reads the quantized tensor, the other
 operand stays unquantized so that the engine can fuse convolution, activation and sum into one kernel.
 
     x --Q--+--> conv -> act -> conv -> act --+--> add --Q--> ...
@@ -42,7 +42,7 @@ class PlacementOptions:
         quantize_outputs: whether layers whose result leaves the network are quantized, too (they carry the
             network's answer and are the most sensitive ones).
         quantize_narrow: whether layers too narrow for a good INT8 kernel, or without any in 8 bits, are quantized, too.
-        unsigned: whether groups that are never negative (behind a ReLU or sigmoid; images, which are in [0, 1]) use
+        unsigned: whether groups that are never negative (after a ReLU or sigmoid; images, which are in [0, 1]) use
             codes from 0 to 255: half the step for the same range. CPU engines run it, TensorRT takes signed codes only.
             FP8 groups are signed.
         attention: of products of two tensors `float` leaves all in float, `matmul` quantizes both operands. Their
@@ -224,7 +224,7 @@ class _Placer:
     # -- which tensors
 
     def _peek(self, tensor: fx.Node) -> Iterator[fx.Node]:
-        """Producers behind a tensor, through every transparent node and concat."""
+        """Producers of a tensor, through every transparent node and concat."""
         if self.kinds[tensor] in {Kind.TRANSPARENT, Kind.CONCAT}:
             for operand in inputs_of(tensor):
                 yield from self._peek(operand)

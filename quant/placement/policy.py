@@ -94,5 +94,5 @@ class Policy:
                 hint = closest_hint(rule.match, names, "closest of those")
                 raise PolicyError(
                     f"rule {rule.match!r} sets `{field}`, which applies to {what}; it matched only "
-                    f"{matched[0]!r} and the like{hint}"
+                    f"{matched[0]!r} and others of its kind{hint}"
                 )

@@ -41,7 +41,7 @@ class EqualizationResult:
 def equalize(network: nn.Module) -> EqualizationResult:
     """Return a copy of a network with even channel ranges in every pair of layers where that changes nothing.
 
-    A pair is a layer whose one reader, behind an activation or directly, is the other, each called once. Chains of
+    A pair is a layer whose one reader, after an activation or directly, is the other, each called once. Chains of
     pairs are gone through until their ranges have settled.
 
     Args:

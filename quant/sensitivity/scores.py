@@ -4,7 +4,7 @@ A unit is a placement group: its activations and the weights of the layers that 
 
 `fisher` needs one backward pass per image of the float network. For a unit with values x, quantized values Q(x)
 and loss gradient g, the expected rise of the loss is, to second order and with the diagonal of the Fisher
-information in place of the Hessian (FIT, arXiv:2210.08502),
+information instead of the Hessian (FIT, arXiv:2210.08502),
 
     score = mean over images of  sum g^2 (Q(x) - x)^2,     weights and activations added.
 

@@ -106,7 +106,7 @@ def test_ids_that_are_no_such_number_are_replaced_and_said(
 @pytest.mark.parametrize("image_id", [2.5, True, None, [1], float("nan"), 2.0**60])
 def test_other_types_are_refused_with_their_place(tmp_path: Path, write_image, image_id: object) -> None:
     root = write_set(tmp_path, [1, image_id], write_image)
-    with pytest.raises(DataError, match=r"instances_val\.json: images\[1\]: id is .*expected a whole number"):
+    with pytest.raises(DataError, match=r"instances_val\.json: images\[1\]: id is .*expected an integer"):
         open_dataset(root, "val")
 
 

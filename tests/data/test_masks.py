@@ -69,11 +69,11 @@ def test_every_coco_form_is_read_and_written_back():
         (None, "expected polygons"),
         ([], "expected polygons"),
         ([[1, 2, 3, 4]], "fewer than three points"),
-        ([[1, 2, 3]], "no lists"),
+        ([[1, 2, 3]], "not lists"),
         ([[1, 2, 3, 4, float("nan"), 5]], "not finite"),
         ({"size": [4, 5], "counts": [20]}, r"size \[4, 5\]"),
         ({"size": [4, 4], "counts": [3, 2]}, "runs of 5 pixels"),
-        ({"size": [4, 4], "counts": "\x7f"}, "no run-length code"),
+        ({"size": [4, 4], "counts": "\x7f"}, "not a run-length code"),
         ({"size": [4, 4], "counts": 5}, "counts .5"),
     ],
 )

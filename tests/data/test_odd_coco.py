@@ -51,17 +51,17 @@ def test_the_set_itself(coco_root: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (lambda c: [a.update(iscrowd=str(a["iscrowd"])) for a in c["annotations"]], "3 numbers are written as text"),
+        (lambda c: [a.update(iscrowd=str(a["iscrowd"])) for a in c["annotations"]], "3 numbers are written as strings"),
         (lambda c: [a.update(iscrowd=bool(a["iscrowd"])) for a in c["annotations"]], None),
         (lambda c: [a.update(iscrowd=float(a["iscrowd"])) for a in c["annotations"]], None),
         (lambda c: c["annotations"][0].update(iscrowd=None), None),
         (lambda c: c["annotations"][0].pop("iscrowd"), None),
-        (each("images", width="60", height="40"), "4 numbers are written as text"),
+        (each("images", width="60", height="40"), "4 numbers are written as strings"),
         (each("images", width=60.0, height=40.0), None),
         (each("images", width=None), None),
         (lambda c: [i.pop("height") for i in c["images"]], None),
         (lambda c: [a.update(bbox=[str(v) for v in a["bbox"]]) for a in c["annotations"]], "12 numbers are written"),
-        (lambda c: [a.update(area=str(a["area"])) for a in c["annotations"]], "3 numbers are written as text"),
+        (lambda c: [a.update(area=str(a["area"])) for a in c["annotations"]], "3 numbers are written as strings"),
         (lambda c: [a.update(image_id=float(a["image_id"])) for a in c["annotations"]], None),
         (lambda c: [k.update(id=str(k["id"])) for k in c["categories"][::-1]]
             + [a.update(category_id=str(a["category_id"])) for a in c["annotations"]]
@@ -83,7 +83,7 @@ def test_an_area_that_is_none_is_that_of_the_box(
 ) -> None:
     root = write(coco_root, coco_content, lambda c: c["annotations"][0].update(area=area))
     assert truth_of(root)[1] == (7, 2, [1.5, 2, 10, 20], 200.0, 0)
-    assert "1 areas are no positive numbers; the areas of the boxes are used" in caplog.text
+    assert "1 areas are not positive numbers; the areas of the boxes are used" in caplog.text
     assert "annotations[0]: area is" in caplog.text
 
 
@@ -156,7 +156,7 @@ def test_roboflows_layout(tmp_path: Path, coco_content: dict, write_image) -> No
             r"annotations\[0\]: bbox is .*3 of 3 boxes lie within 0 to 1: these are fractions"),
         (lambda c: c["categories"][0].update(id=5), r"categories 'dog', 'cat' share the id 5"),
         (lambda c: c["categories"][0].update(name=None), r"categories\[0\]: name is missing"),
-        (lambda c: c["categories"][0].update(id=[1]), r"categories\[0\]: id is \[1\], expected a whole number"),
+        (lambda c: c["categories"][0].update(id=[1]), r"categories\[0\]: id is \[1\], expected an integer"),
         (lambda c: c["images"][0].update(width="wide"), r"images\[0\]: width is 'wide', expected a whole number"),
         (lambda c: c["images"][0].update(width="61"), "declared 40 high and 61 wide, but the file has 40 and 60"),
         (lambda c: c["images"][0].update(height=0), r"images\[0\]: height is 0, expected a whole number of pixels"),

@@ -169,7 +169,7 @@ def test_an_image_listed_twice_counts_once_and_a_shared_label_file_is_said(
     file.write_text(file.read_text().replace("val: images/val", "val: val.txt"))
     with caplog.at_level(logging.WARNING):
         assert len(open_dataset(yolo_root, "val")) == 2
-    assert "1 images are named more than once" in caplog.text
+    assert "1 images are listed more than once" in caplog.text
     assert "2 images share their label file with another image" in caplog.text
 
 
@@ -239,7 +239,7 @@ def test_links_that_lead_nowhere_are_an_error_unless_told_otherwise(
         open_dataset(yolo_root, "val")
     with caplog.at_level(logging.WARNING):
         assert len(open_dataset(yolo_root, "val", links="skip")) == 2
-    assert "Left out 1 links that lead nowhere" in caplog.text
+    assert "Left out 1 broken links" in caplog.text
 
 
 def test_a_link_to_itself_and_one_in_a_list_are_named(yolo_root: Path) -> None:

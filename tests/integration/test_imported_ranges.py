@@ -83,5 +83,5 @@ def test_ranges_can_be_ignored_and_training_drops_them(job: tuple[Path, Detector
     trained = ("weights=qat.pt", "stages=[train,calibrate]", "run_dir=trained")
     outcome = run_entry("train_qat.py", *TINY, *trained, cwd=folder)
     assert outcome.code == 0, outcome.err
-    assert "dropped, since training moves the weights" in outcome.err
+    assert "dropped, because training changes the weights" in outcome.err
     assert "imported" not in json.loads((folder / "trained/calibration.json").read_text())

@@ -66,7 +66,7 @@ def test_placeholder_names_give_way_to_the_datas(tmp_path: Path, capsys: pytest.
     load_stage(job)
     assert job.networks.detector.names == tuple(job.splits.val.names)
     assert len(set(job.networks.detector.names)) == 4
-    assert capsys.readouterr().err.count("names no classes") == 1
+    assert capsys.readouterr().err.count("has no class names") == 1
 
 
 # ---------------------------------------------------------------------------------------------------- names to order
@@ -119,7 +119,7 @@ def test_data_in_another_order_is_brought_into_that_of_the_weights(
             assert found == {
                 name.lower(): pytest.approx(0.2 + 0.1 * index) for index, name in enumerate(order)
             }
-    assert capsys.readouterr().err.count("were brought into the order of") == 2  # both splits, each once
+    assert capsys.readouterr().err.count("were renumbered to the order of") == 2  # both splits, each once
     assert sum("by name" in note for note in _notes(job)) == 2
     assert any(note.startswith("Validation data: Left out 1 hidden files") for note in _notes(job))
     load_stage(job)
@@ -140,8 +140,8 @@ def test_the_setting_takes_classes_by_number_and_says_so(
         check_input(job)
         assert tuple(job.splits.val.names) == order
         assert job.splits.val.records[0].labels.tolist() == [0, 1, 2]
-        assert "taken by their order (data.class_map=order)" in capsys.readouterr().err
-        assert any("taken by their order" in note for note in _notes(job))
+        assert "matched by number (data.class_map=order)" in capsys.readouterr().err
+        assert any("matched by number" in note for note in _notes(job))
 
 
 def test_trained_weights_have_the_names_of_their_data(tmp_path: Path, weights: Path) -> None:
@@ -292,7 +292,7 @@ def test_evaluate_leaves_out_dangling_links_when_told(
     assert evaluate.main(arguments) == 3
     assert "--dangling-links skip of commands" in capsys.readouterr().err
     assert evaluate.main([*arguments, "--dangling-links", "skip"]) == 0
-    assert "Left out 1 links that lead nowhere" in capsys.readouterr().err
+    assert "Left out 1 broken links" in capsys.readouterr().err
 
 
 def test_evaluate_refuses_other_names(

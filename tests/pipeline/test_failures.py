@@ -156,7 +156,7 @@ def test_latest_is_a_text_file_where_there_are_no_symbolic_links(tmp_path: Path)
     latest = tmp_path / "demo/latest"
     assert latest.read_text() == f"{second.directory.name}\n"
     assert not list((tmp_path / "demo").glob(".*"))
-    with pytest.raises(RunError, match="no run directory"):
+    with pytest.raises(RunError, match="not a run directory"):
         Run.open(latest)
     write_text(second.path("config.yaml"), "")
     assert Run.open(latest).directory == second.directory.resolve()

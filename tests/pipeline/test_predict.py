@@ -209,11 +209,11 @@ def test_a_checkpoint_beside_another_model(world: Path, tmp_path: Path) -> None:
         (["m.onnx", "text.txt"], "text.txt"),
         (["text.txt", "images"], "text.txt"),
         (["broken.onnx", "images"], "broken.onnx"),
-        (["images", "images"], "no run directory"),
+        (["images", "images"], "not a run directory"),
         (["m.xml", "images", "--runtime", "onnxruntime"], "openvino does"),
         (["m.onnx", "images", "--runtime", "torch"], "torch runs checkpoints"),
         (["m.onnx", "images", "--runtime", "tensorrt"], "deploy.engine build"),
-        (["m.onnx", "images", "--compare", "float"], "lies in no run directory"),
+        (["m.onnx", "images", "--compare", "float"], "is not in a run directory"),
         (["m.onnx", "broken.png"], "broken.png"),
     ],
 )
@@ -225,7 +225,7 @@ def test_bad_input_is_told(
     (world / "text.txt").write_text("hello\n")
     model, source, *rest = arguments
     code = predict.main([str(world / model), str(world / source), *rest, "--out", str(tmp_path / "out")])
-    assert code == (2 if words == "no run directory" else 3)  # a wrong argument; anything else is data
+    assert code == (2 if words == "not a run directory" else 3)  # a wrong argument; anything else is data
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out" / "detections.json").exists()
 
@@ -237,7 +237,7 @@ def test_a_folder_that_cannot_be_made_is_told(
     for source, out in (("images", tmp_path / "file"), ("v.mp4", tmp_path / "file" / "below")):
         code = predict.main([str(world / "m.xml"), str(world / source), "--out", str(out)])
         assert code == 3
-        assert f"error: {out} cannot be made" in capsys.readouterr().err
+        assert f"error: {out} cannot be created" in capsys.readouterr().err
 
 
 def test_names_of_other_tools() -> None:

@@ -93,7 +93,7 @@ def test_rows_come_float_first_and_int8_before_other_engines(tmp_path: Path) -> 
 def test_a_damaged_row_is_named(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.write_text("rows/float.json", '{"name": "float"}')
-    with pytest.raises(RunError, match=r"float\.json is no row"):
+    with pytest.raises(RunError, match=r"float\.json is not a row"):
         run.rows()
 
 

@@ -77,7 +77,7 @@ def test_images_that_are_in_both_splits_are_said(
         splits = Splits(DataConfig(root=str(root), workers=0, cache_dir=None), "detect", torch.device("cpu"))
         for name in (first, "train", "val"):
             getattr(splits, name)
-        note = f"{number} of the 2 validation images are training images, too."
+        note = f"{number} of the 2 validation images are also training images."
         assert splits.notes == ([note] if number else [])
         assert capsys.readouterr().err.count(note) == bool(number)
 

@@ -119,7 +119,7 @@ def test_resume_is_recommended_only_where_it_works(start: Callable[..., Run], tm
     """A folder of something else is no run, and `resume=true` would refuse it."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
-    with pytest.raises(RunError, match="no run directory; choose another") as caught:
+    with pytest.raises(RunError, match="not a run directory; choose another") as caught:
         start(run_dir="mine")
     assert "resume=true" not in str(caught.value)
     start(run_dir="run")
