@@ -27,7 +27,9 @@ from core.choices import (
     HEADS,
     INT8,
     INTEGER,
+    LAYOUTS,
     OBSERVERS,
+    PRECISIONS,
     SENSITIVITY_METHODS,
 )
 from core.families import ARCHITECTURES
@@ -103,7 +105,16 @@ class TrainConfig:
         0.999, "Decay of the weight average that is evaluated", unit="0..1", minimum=0, maximum=1
     )
     clip_norm: float = setting(10.0, "Largest gradient norm; 0 switches clipping off", minimum=0)
-    amp: bool = setting(True, "Autocast on a GPU; without effect on a CPU")
+    precision: str = setting(
+        "auto",
+        "Type of the forward and backward pass; auto is bfloat16 (autocast) on a GPU, float32 on a CPU",
+        choices=PRECISIONS,
+    )
+    layout: str = setting(
+        "auto",
+        "Memory layout of images and activations; auto measures which is faster, once per machine and network",
+        choices=("auto", *LAYOUTS),
+    )
     close_mosaic: int = setting(0, "Epochs at the end without mosaic", unit="epochs", minimum=0)
 
 
@@ -291,7 +302,16 @@ class QatConfig:
         "Weights kept: of the epoch that is best on the validation images, or of the last one",
         choices=("best", "last"),
     )
-    amp: bool = setting(True, "Autocast on a GPU; without effect on a CPU")
+    precision: str = setting(
+        "auto",
+        "Type of the forward and backward pass; auto is bfloat16 (autocast) on a GPU, float32 on a CPU",
+        choices=PRECISIONS,
+    )
+    layout: str = setting(
+        "auto",
+        "Memory layout of images and activations; auto measures which is faster, once per machine and network",
+        choices=("auto", *LAYOUTS),
+    )
     learn_scales: bool = setting(
         True,
         "Learn the scales of activations and weights (LSQ, arXiv:1902.08153); false keeps activation scales and lets "

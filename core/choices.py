@@ -20,6 +20,9 @@ SENSITIVITY_METHODS = {  # quant.sensitivity and the stage
     "map": "AP of each unit",
 }
 ACTIVATIONS = ("silu", "relu")  # models.blocks
+BFLOAT16, FLOAT32 = "bfloat16", "float32"
+PRECISIONS = ("auto", FLOAT32, BFLOAT16)  # training.loop
+CONTIGUOUS, CHANNELS_LAST = LAYOUTS = ("contiguous", "channels_last")  # training.layout
 CHEAP_ACTIVATIONS = ("relu", "hardswish")  # models.swapping: what can replace SiLU
 ONE2MANY, ONE2ONE = "one2many", "one2one"
 HEADS = (ONE2ONE, ONE2MANY)  # models.dual_heads

@@ -39,7 +39,8 @@ class TrainingOptions:
         ema_warmup: steps over which the decay grows towards its value (see average.py); 0 for none.
         clip_norm: largest gradient norm of each parameter group; 0 switches clipping off.
         task_weight: weight of the task loss.
-        amp: whether the forward pass runs under autocast to bfloat16 (CUDA only).
+        autocast: whether the forward pass runs under autocast to bfloat16.
+        channels_last: whether images, and with them all activations, are laid out in channels-last.
     """
 
     epochs: int
@@ -51,7 +52,8 @@ class TrainingOptions:
     ema_warmup: float = 100.0
     clip_norm: float = 10.0
     task_weight: float = 1.0
-    amp: bool = False
+    autocast: bool = False
+    channels_last: bool = False
 
 
 @dataclass
@@ -220,7 +222,9 @@ def _train_step(state: TrainingState, images: Tensor, targets: Any, task_loss: T
         group["lr"] = group["peak"] * factor * state.rate_scale
     state.faults.remember_buffers()
     progress = min(state.step / total, 1.0)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=options.amp and images.is_cuda):
+    if options.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=options.autocast):
         terms = _loss_terms(state, images, targets, task_loss, progress)
     loss = torch.stack(list(terms.values())).sum()
     values = {name: float(term.detach()) for name, term in terms.items()}

@@ -13,6 +13,7 @@ from configs.schema import Config, QatConfig
 from core.rows import FLOAT, MIXED, PTQ, QAT
 from pipeline.evaluation.measuring import describe, measure_name, value_of
 from pipeline.job import Job, seed_everything
+from pipeline.layout import in_channels_last, layout_file, uses_autocast
 from pipeline.networks import QUANTIZED, STAGE_OF
 from pipeline.run.progress import say
 from pipeline.splits import TRAIN, VAL
@@ -46,7 +47,9 @@ def finetune_stage(job: Job) -> None:
     augments = {"none": None, "light": LIGHT, "heavy": augmentation(job.config.augment)}
     loader = job.splits.train_batches(config.batch_size, augments[config.augment])
     extension = QuantizationAware(model, fine_tuning_options(config), teacher)
-    state = TrainingState(model, loop_options(config, config.task_weight), extension)
+    channels_last = in_channels_last(job, config, model, "finetune")
+    options = loop_options(config, uses_autocast(config, job.device), channels_last, config.task_weight)
+    state = TrainingState(model, options, extension)
     seed_everything(job.config.seed)  # whatever stages ran before in this process
     kept = Kept(job)
     saved = SavedTraining(job, STATES, LOG, state, kept)
@@ -190,7 +193,7 @@ FINETUNE = Stage(
         recalibration_file(PTQ),
         recalibration_file(MIXED),
     ),
-    writes=(QUANTIZED[QAT], OUTCOME, LOG, recalibration_file(QAT), QAT.path),
-    partial=(f"{STATES}/*.pt", LOG),
+    writes=(QUANTIZED[QAT], OUTCOME, LOG, layout_file("finetune"), recalibration_file(QAT), QAT.path),
+    partial=(f"{STATES}/*.pt", LOG, layout_file("finetune")),
     adjustable=("qat.learning_rate", "qat.scale_learning_rate", "qat.clip_norm"),
 )

@@ -7,6 +7,7 @@ from typing import Any
 from configs.schema import AugmentConfig, QatConfig, TrainConfig
 from data import AugmentOptions
 from pipeline.job import Job
+from pipeline.layout import in_channels_last, layout_file, uses_autocast
 from pipeline.run.progress import say
 from pipeline.splits import TRAIN, VAL
 from pipeline.stages.load import FLOAT_FILES
@@ -46,7 +47,9 @@ def train_stage(job: Job) -> None:
     def batches(epoch: int, samples: int) -> Any:
         return (heavy_batches if epoch < last_heavy else light_batches)(epoch, samples)
 
-    state = TrainingState(detector.network, loop_options(config))
+    channels_last = in_channels_last(job, config, detector.network, "train")
+    options = loop_options(config, uses_autocast(config, job.device), channels_last)
+    state = TrainingState(detector.network, options)
     saved = SavedTraining(job, STATES, LOG, state)
     saved.restore()
     num_steps = loader.batch_sampler.num_batches()
@@ -57,8 +60,10 @@ def train_stage(job: Job) -> None:
     job.networks.keep(detector.eval())
 
 
-def loop_options(config: TrainConfig | QatConfig, task_weight: float = 1.0) -> TrainingOptions:
-    """The section `train` or `qat` as the training loop wants it."""
+def loop_options(
+    config: TrainConfig | QatConfig, autocast: bool, channels_last: bool, task_weight: float = 1.0
+) -> TrainingOptions:
+    """The section `train` or `qat` as the training loop wants it, with what was chosen for the machine."""
     return TrainingOptions(
         epochs=config.epochs,
         learning_rate=config.learning_rate,
@@ -67,7 +72,8 @@ def loop_options(config: TrainConfig | QatConfig, task_weight: float = 1.0) -> T
         ema_decay=config.ema_decay,
         clip_norm=config.clip_norm,
         task_weight=task_weight,
-        amp=config.amp,
+        autocast=autocast,
+        channels_last=channels_last,
     )
 
 
@@ -110,7 +116,7 @@ TRAIN_FLOAT = Stage(
     ),
     splits=(TRAIN, VAL),
     files=("weights",),
-    writes=(*FLOAT_FILES, LOG),
-    partial=(f"{STATES}/*.pt", LOG),
+    writes=(*FLOAT_FILES, LOG, layout_file("train")),
+    partial=(f"{STATES}/*.pt", LOG, layout_file("train")),
     adjustable=("train.learning_rate", "train.clip_norm"),
 )

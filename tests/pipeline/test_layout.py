@@ -1,0 +1,84 @@
+"""The layout of a stage: as set, measured once per machine and network, and kept for a run that goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+
+from configs.schema import QatConfig
+from core.image_size import ImageSize
+from pipeline import layout
+from pipeline.job import Job
+from pipeline.layout import in_channels_last, uses_autocast
+
+NETWORK = nn.Conv2d(3, 4, 1)
+
+
+def job_in(folder: Path, cache: Path | None) -> Job:
+    """What the choice reads of a job."""
+    folder.mkdir(exist_ok=True)
+    run = SimpleNamespace(
+        path=lambda name: folder / name,
+        write_json=lambda name, content: (folder / name).write_text(json.dumps(content)),
+    )
+    config = SimpleNamespace(data=SimpleNamespace(cache_dir=None if cache is None else str(cache)))
+    splits = SimpleNamespace(config=SimpleNamespace(input_size=ImageSize(32, 32)))
+    return cast(Job, SimpleNamespace(run=run, config=config, splits=splits, device=torch.device("cpu")))
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Shapes of the images of every measurement; channels-last wins."""
+    shapes: list[torch.Size] = []
+
+    def measure(network: nn.Module, images: torch.Tensor, autocast: bool) -> dict[str, float]:
+        shapes.append(images.shape)
+        return {"contiguous": 1.0, "channels_last": 0.5}
+
+    monkeypatch.setattr(layout, "measure_layouts", measure)
+    return shapes
+
+
+def test_it_is_measured_once_per_network(tmp_path: Path, measured: list[torch.Size], capsys: Any) -> None:
+    config, cache = QatConfig(batch_size=2), tmp_path / "cache"
+    for number in range(2):
+        assert in_channels_last(job_in(tmp_path / f"run{number}", cache), config, NETWORK, "finetune")
+        assert "layout channels_last" in capsys.readouterr().err
+    assert measured == [(2, 3, 32, 32)]
+    assert in_channels_last(job_in(tmp_path / "other", cache), config, nn.Conv2d(3, 5, 1), "finetune")
+    assert len(measured) == 2
+
+
+def test_a_run_that_goes_on_keeps_its_layout(tmp_path: Path, measured: list[torch.Size]) -> None:
+    job = job_in(tmp_path / "run", None)
+    (tmp_path / "run" / "finetune-layout.json").write_text('{"layout": "contiguous"}')
+    assert not in_channels_last(job, QatConfig(), NETWORK, "finetune")
+    assert measured == []
+
+
+@pytest.mark.parametrize("wanted", ["contiguous", "channels_last"])
+def test_a_layout_that_is_set_is_taken(wanted: str, tmp_path: Path, measured: list[torch.Size]) -> None:
+    job = job_in(tmp_path / "run", tmp_path)
+    assert in_channels_last(job, QatConfig(layout=wanted), NETWORK, "finetune") == (wanted == "channels_last")
+    assert measured == []
+
+
+def test_a_damaged_cache_is_measured_again(tmp_path: Path, measured: list[torch.Size]) -> None:
+    (tmp_path / "layouts.json").write_text("{")
+    assert in_channels_last(job_in(tmp_path / "run", tmp_path), QatConfig(), NETWORK, "finetune")
+    assert len(measured) == 1
+    assert len(json.loads((tmp_path / "layouts.json").read_text())) == 1
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "expected"),
+    [("auto", "cpu", False), ("auto", "cuda", True), ("bfloat16", "cpu", True), ("float32", "cuda", False)],
+)
+def test_precision(precision: str, device: str, expected: bool) -> None:
+    assert uses_autocast(QatConfig(precision=precision), torch.device(device)) is expected

@@ -1,0 +1,71 @@
+"""Which memory layout of activations is faster in training, measured on the network itself.
+
+On CPUs convolutions of oneDNN read channels-last as it is and convert contiguous tensors; on GPUs tensor cores do. How
+much that gains, and whether the other operators of a network lose it again, depends on the machine and the network.
+Layers keep the layout of their input, so that it is enough to lay out the images; weights stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from core.choices import CHANNELS_LAST, CONTIGUOUS
+
+log = logging.getLogger(__name__)
+FORMATS = {CONTIGUOUS: torch.contiguous_format, CHANNELS_LAST: torch.channels_last}
+GAIN = 0.03  # share of the time by which channels-last must be faster to be chosen
+
+
+def measure_layouts(
+    network: nn.Module, images: Tensor, autocast: bool = False, rounds: int = 3
+) -> dict[str, float]:
+    """Seconds of a forward and backward pass by layout, the least of several rounds; the network stays as it is.
+
+    Args:
+        network: images -> tensors in any nesting.
+        images: float [B, C, H, W].
+        autocast: whether it will train under autocast to bfloat16.
+        rounds: passes in each layout, after one that warms up; the layouts take turns.
+
+    Returns:
+        Infinite for channels-last where the network does not run in it (a `view` across channels, say).
+    """
+    network = copy.deepcopy(network).train()
+    best = dict.fromkeys(FORMATS, math.inf)
+    for number in range(rounds + 1):
+        for name, layout in FORMATS.items():
+            start = _now(images)
+            try:
+                _step(network, images.contiguous(memory_format=layout), autocast)
+            except RuntimeError as error:
+                if name == CONTIGUOUS or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                log.info("the network does not run in %s: %s", name, str(error).splitlines()[0])
+                return {**best, name: math.inf}
+            if number > 0:
+                best[name] = min(best[name], _now(images) - start)
+    return best
+
+
+def _step(network: nn.Module, images: Tensor, autocast: bool) -> None:
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+        outputs = [leaf for leaf in tree_leaves(network(images)) if isinstance(leaf, Tensor)]
+    torch.stack([leaf.float().square().mean() for leaf in outputs if leaf.requires_grad]).sum().backward()
+
+
+def faster_layout(seconds: dict[str, float]) -> str:
+    """The layout to train in: channels-last where it gains enough to count."""
+    return CHANNELS_LAST if seconds[CHANNELS_LAST] < (1 - GAIN) * seconds[CONTIGUOUS] else CONTIGUOUS
+
+
+def _now(images: Tensor) -> float:
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    return time.perf_counter()
