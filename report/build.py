@@ -92,7 +92,7 @@ def _data(content: dict[str, Any]) -> ReportData:
         rows=[ResultRow.from_dict(row) for row in content["rows"]],
         stages=content["stages"],
         detections=[DetectionPanel.from_dict(panel) for panel in content["detections"]],
-        **{name: content[name] for name in PLAIN},
+        **{name: content[name] for name in PLAIN if name in content},  # parts of later versions may be absent
     )
 
 

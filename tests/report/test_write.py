@@ -219,6 +219,16 @@ def test_report_json_gives_the_same_page_again(tmp_path: Path) -> None:
     assert paths.html.read_text(encoding="utf-8") == first
 
 
+def test_a_report_json_without_a_part_gives_a_page_without_it(tmp_path: Path) -> None:
+    paths = write_report(tmp_path, sample_data())
+    content = json.loads(paths.json.read_text(encoding="utf-8"))
+    del content["graph"]
+    paths.json.write_text(json.dumps(content), encoding="utf-8")
+    assert main([str(tmp_path)]) == 0
+    text = paths.html.read_text(encoding="utf-8")
+    assert "<li>What runs where: the stage export did not run.</li>" in text
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
