@@ -171,6 +171,8 @@ def _explain_omegaconf(error: OmegaConfBaseException, schema: type) -> str:
         near = _closest_key(str(full_key), str(error.key), error.object_type, schema)
         remedy = f"closest: {near}." if near else "docs/configuration.md lists all keys."
         return f"Unknown key {full_key}; {remedy}"
+    if message.endswith("is not Optional"):
+        return f"{full_key}=null: expected a value; leave {full_key} out for the default."
     return f"{full_key}: {message}" if full_key else message
 
 

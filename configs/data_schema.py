@@ -66,7 +66,10 @@ class DataConfig:
     )
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     limit_train: int | None = setting(
-        None, "Use only N training images, spread evenly over the split", unit="images", minimum=1
+        None,
+        "Use at most N training images, spread evenly over the split; calibration, too",
+        unit="images",
+        minimum=1,
     )
     limit_val: int | None = setting(
         None, "Use only N validation images, spread evenly over the split", unit="images", minimum=1

@@ -14,7 +14,7 @@ from configs.deploy_schema import DeployConfig
 from configs.schema import STAGES, Config
 from core.choices import FP8, FP8_CAPABILITIES
 from core.errors import ConfigError
-from core.names import closest
+from core.names import address_remedy, closest, is_address
 from core.runtimes import RUNTIMES, RuntimeEntry
 from core.targets import TARGETS
 
@@ -23,7 +23,12 @@ def validate(config: Any) -> None:
     """Raise ConfigError with one line per problem of a `Config` or `ExportConfig` instance."""
     problems = _field_problems(config, "") + device_problems(config.device)
     if isinstance(config, Config):
-        problems += _combination_problems(config) + _quant_problems(config) + _deploy_problems(config)
+        problems += (
+            _address_problems(config)
+            + _combination_problems(config)
+            + _quant_problems(config)
+            + _deploy_problems(config)
+        )
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -34,6 +39,17 @@ def device_problems(device: str) -> list[str]:
         return []
     reason = ": Apple's GPUs are not supported" if device == "mps" else ""
     return [f"device={device}{reason}: expected auto, cpu, cuda or cuda:N; use device=auto."]
+
+
+def _address_problems(config: Config) -> list[str]:
+    """Refuse addresses where a file or folder is expected."""
+    paths = {
+        "weights": config.weights,
+        "data.root": config.data.root,
+        "quant.placement": config.quant.placement,
+        "run_dir": config.run_dir,
+    }
+    return [f"{key}: {address_remedy(path)}." for key, path in paths.items() if path and is_address(path)]
 
 
 def _field_problems(node: Any, prefix: str) -> list[str]:

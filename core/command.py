@@ -14,6 +14,7 @@ from core.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, OctetError
 from core.failures import known_failure
 from core.files import followed
 from core.image_size import ImageSize
+from core.names import address_remedy, is_address
 
 Main = Callable[..., int]
 
@@ -56,7 +57,13 @@ def command_parser(program: str, description: str, examples: Sequence[str] = ())
 
 
 def path_argument(text: str) -> Path:
-    """A path of the command line; `latest` may be a text file, see `core.files.followed`."""
+    """A path of the command line; `latest` may be a text file, see `core.files.followed`.
+
+    Raises:
+        argparse.ArgumentTypeError: it is an address.
+    """
+    if is_address(text):
+        raise argparse.ArgumentTypeError(address_remedy(text))
     return followed(Path(text))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 LIKELY = 0.6  # similarity below which a suggestion would only confuse
@@ -48,3 +49,16 @@ def listing(values: Iterable[str], limit: int = 10) -> str:
     hidden = len(listed) - limit
     shown = ", ".join(listed[:limit])
     return f"{shown}, and {hidden} more" if hidden > 0 else shown
+
+
+def is_address(text: str) -> bool:
+    """Whether a text that should be a path is an address, such as https://example.org/w.pt.
+
+    `pathlib` joins its slashes, so that a path that was made of an address has one of them.
+    """
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/{1,2}[^/]", text) is not None
+
+
+def address_remedy(text: str) -> str:
+    """What to do about an address in place of a path."""
+    return f"'{text}' is an address, and Octet downloads nothing: download it first, then give its path"

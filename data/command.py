@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from core.choices import DANGLING_LINKS
-from core.command import command_parser, reports_errors
+from core.command import command_parser, path_argument, reports_errors
 from core.errors import EXIT_INPUT, EXIT_OK, DataError
 from core.files import write_json
 from data.classes import class_positions
@@ -158,7 +158,7 @@ def _between(looks: Sequence[Look]) -> Iterator[str]:
 
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = command_parser(program, "Check a dataset: print its content and its faults.", EXAMPLES)
-    parser.add_argument("dataset", type=Path, help="folder of a dataset, or a YOLO data.yaml")
+    parser.add_argument("dataset", type=path_argument, help="folder of a dataset, or a YOLO data.yaml")
     parser.add_argument(
         "--split", action="append", help="may be repeated; default: those that the dataset names"
     )

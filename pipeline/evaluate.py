@@ -54,7 +54,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "model", type=path_argument, help="run directory, engine, .onnx file, or float checkpoint"
     )
-    parser.add_argument("--data", type=Path, help="dataset: YOLO data.yaml tree or COCO JSON folder")
+    parser.add_argument("--data", type=path_argument, help="dataset: YOLO data.yaml tree or COCO JSON folder")
     parser.add_argument(
         "--size", type=size_argument, help="of the input: PIXELS or HEIGHTxWIDTH; default: the model's"
     )

@@ -80,7 +80,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "model", type=path_argument, help="run directory, .onnx, .xml, .engine, or a float checkpoint"
     )
-    parser.add_argument("source", type=Path, help="image, folder of images, or video")
+    parser.add_argument("source", type=path_argument, help="image, folder of images, or video")
     parser.add_argument(
         "--runtime", choices=(TORCH, *RUNTIMES), help="default: the run's, or what the file was made for"
     )

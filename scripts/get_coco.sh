@@ -25,6 +25,23 @@ for tool in curl md5sum unzip; do
     command -v "$tool" >/dev/null || { echo "$tool is needed: install it first." >&2; exit 2; }
 done
 
+# download ADDRESS FILE: go on with FILE until it is complete; without a connection give up at once.
+download() {
+    local attempt code
+    for attempt in 1 2 3 4 5; do
+        code=0
+        curl --fail --location --connect-timeout 15 --continue-at - --output "$2" "$1" || code=$?
+        case "$code" in
+            0) return ;;
+            18 | 35 | 52 | 55 | 56 | 92) sleep "$attempt" ;;  # the transfer was interrupted
+            *) break ;;
+        esac
+    done
+    echo "$1 cannot be fetched (curl ended with $code): check the network and its proxy (https_proxy, http_proxy)," \
+        "then run this again. What has arrived is kept." >&2
+    exit 1
+}
+
 # fetch ADDRESS MD5 DESTINATION MARKER: unpack an archive into DESTINATION unless MARKER says that it is there.
 fetch() {
     local archive="$folder/${1##*/}"
@@ -32,7 +49,7 @@ fetch() {
         return
     fi
     echo "Fetching $1" >&2
-    curl --fail --location --continue-at - --retry 5 --output "$archive" "$1"
+    download "$1" "$archive"
     if ! md5sum --check --status <<<"$2  $archive"; then
         rm -f "$archive"
         echo "$1 arrived damaged (its MD5 sum is not $2) and was removed: run this again." >&2

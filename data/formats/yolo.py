@@ -159,7 +159,8 @@ def _image_paths(
     sources = value if isinstance(value, list) else [value]
     if not sources or not all(isinstance(source, str) and source for source in sources):
         raise DataError(
-            f"{yaml_file}: {split} is {value!r}, expected a folder of images, a .txt list, or a list of them."
+            f"{yaml_file}: {split} is {value!r}, expected a folder of images, a .txt list, or a list of them. Set it "
+            "there, or choose another split with data.train_split or data.val_split."
         )
     root = yaml_file.parent / str(config.get("path") or ".")
     if not root.is_dir():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from core.command import command_parser, reports_errors
+from core.command import command_parser, path_argument, reports_errors
 from core.errors import CheckpointError
 from core.names import listing
 from models.checkpoints.convert import is_folded
@@ -110,7 +110,7 @@ def _is_parameter(key: str) -> bool:
 def main(arguments: Sequence[str] | None = None, program: str = "python -m models.checkpoints") -> int:
     """Entry of `python -m models.checkpoints`; returns the exit code (0, or 3 for a problem with the checkpoint)."""
     parser = command_parser(program, "Say what a checkpoint holds, without running anything in it.", EXAMPLES)
-    parser.add_argument("file", type=Path, help="a .pt, .safetensors or .npz checkpoint")
+    parser.add_argument("file", type=path_argument, help="a .pt, .safetensors or .npz checkpoint")
     parser.add_argument(
         "--convert", type=Path, metavar="OUT", help="write OUT (.safetensors) and its manifest"
     )

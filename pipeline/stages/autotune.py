@@ -363,7 +363,7 @@ def explain(search: Search, plan: Mapping[str, str], kind: str) -> dict[str, str
 TUNE = Stage(
     "autotune",
     autotune_stage,
-    settings=("autotune", "deploy", "quant", "sensitivity", *MEASURED_BY),
+    settings=("autotune", "deploy", "quant", "sensitivity", "data.limit_train", *MEASURED_BY),
     ignored=(
         "quant.placement", "quant.policy", "quant.float_patterns", "quant.accuracy_budget",
         "deploy.benchmark_seconds", "deploy.fixed_point_images", "deploy.range_images", "deploy.nms",

@@ -93,7 +93,7 @@ def _repair(job: Job, model: fx.GraphModule) -> None:
 CALIBRATE = Stage(
     "calibrate",
     calibrate_stage,
-    settings=("quant", *MEASURED_BY),
+    settings=("quant", "data.limit_train", *MEASURED_BY),
     ignored=("quant.placement", "quant.policy", "quant.float_patterns", "quant.accuracy_budget"),
     splits=(TRAIN, VAL),
     reads=(*FLOAT_FILES, PLACEMENT),

@@ -160,10 +160,12 @@ def weight_method(job: Job) -> str:
 def calibration_images(job: Job, limit: int | None = None) -> Iterator[Tensor]:
     """Letterboxed training images, spread evenly over the split, on the device; of a team, this process's share.
 
-    With a limit at most as many, the same in every process and without a progress bar.
+    At most `quant.calibration_images` and `data.limit_train` of them. With a limit at most as many, the same in every
+    process and without a progress bar.
     """
     config = job.config.quant
-    count = config.calibration_images if limit is None else min(limit, config.calibration_images)
+    limits = (config.calibration_images, job.config.data.limit_train, limit)
+    count = min(number for number in limits if number is not None)
     team = job.team if limit is None else ALONE
     loader = job.splits.letterboxed(job.splits.train, config.calibration_batch_size, count, team)
     return job.splits.images(loader, "calibrate" if limit is None else None)
@@ -172,7 +174,7 @@ def calibration_images(job: Job, limit: int | None = None) -> Iterator[Tensor]:
 def placement_settings(config: Config) -> Sequence[str]:
     """What a placement depends on; with measured concats also what calibration does."""
     if config.quant.share_concat_scales == "measured":
-        return ("quant", "data.image_size")
+        return ("quant", "data.image_size", "data.limit_train")
     return tuple(
         f"quant.{name}"
         for name in (

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 
 from configs import Config, compose, compose_export, read, validate
+from core.command import path_argument
 from core.errors import ConfigError
-from core.names import closest
+from core.names import closest, is_address
 
 DEMO = "+experiment=demo"
 
@@ -153,3 +155,26 @@ def test_fp8_for_gpus_without_it() -> None:
     with pytest.raises(ConfigError, match=r"names SM86, without FP8.*=\[SM89,SM120,SM121\]"):
         compose([*settings, "deploy.compute_capabilities=[SM86,SM89]"])
     compose([*settings, "deploy.compute_capabilities=[SM89,SM120]"])
+
+
+@pytest.mark.parametrize("key", ["weights", "data.root", "quant.placement", "run_dir"])
+def test_an_address_is_no_path(key: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"{key}: 'https://\S+' is an address, and Octet downloads nothing"
+    ):
+        compose([DEMO, f"{key}=https://example.org/w.pt"])
+    compose([DEMO, f"{key}=folder/w.pt"])
+
+
+def test_paths_and_addresses_are_told_apart() -> None:
+    assert all(
+        map(is_address, ("https://a.org/w.pt", "https:/a.org/w.pt", "s3://bucket/w.pt", "file://w.pt"))
+    )
+    assert not any(map(is_address, ("w.pt", "/a/b", "../b", "C:/w.pt", "a:b", "file.py:function", "a/b:/c")))
+    with pytest.raises(argparse.ArgumentTypeError, match="downloads nothing"):
+        path_argument("https://a.org/w.pt")
+
+
+def test_a_setting_that_needs_a_value() -> None:
+    with pytest.raises(ConfigError, match=r"data.val_split=null: expected a value; leave data.val_split out"):
+        compose([DEMO, "data.val_split=null"])

@@ -12,13 +12,20 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "get_coco.sh"
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 
-def run(tmp_path: Path, *arguments: str, md5_passes: bool) -> subprocess.CompletedProcess[str]:
+def run(
+    tmp_path: Path, *arguments: str, md5_passes: bool, curl_ends: str = "0"
+) -> subprocess.CompletedProcess[str]:
     """Run the script with stand-ins that write down what they were asked to do."""
     programs = tmp_path / "bin"
     programs.mkdir(exist_ok=True)
     log = tmp_path / "log"
     for name, body in (
-        ("curl", f'echo "curl ${{@: -1}}" >> {log}; while [[ $1 != --output ]]; do shift; done; touch "$2"'),
+        (
+            "curl",
+            f'echo "curl ${{@: -1}}" >> {log}; while [[ $1 != --output ]]; do shift; done; touch "$2"; '
+            f"exit {curl_ends}",
+        ),
+        ("sleep", f'echo "sleep $1" >> {log}'),
         ("unzip", f'echo "unzip $5" >> {log}'),
         ("md5sum", f"exit {0 if md5_passes else 1}"),
     ):
@@ -62,3 +69,20 @@ def test_unknown_part(tmp_path: Path):
     result = run(tmp_path, "coco", "everything", md5_passes=True)
     assert result.returncode == 2
     assert "expected val or all" in result.stderr
+
+
+def test_without_network_it_ends_at_once_with_one_message(tmp_path: Path):
+    """Exit code 6 of curl: the host's name cannot be resolved."""
+    result = run(tmp_path, "coco", md5_passes=True, curl_ends="6")
+    assert result.returncode == 1
+    assert (tmp_path / "log").read_text().count("curl ") == 1
+    assert "cannot be fetched (curl ended with 6): check the network" in result.stderr
+
+
+def test_an_interrupted_transfer_is_continued(tmp_path: Path):
+    """Exit code 56 of curl, twice, then success."""
+    log = tmp_path / "log"
+    result = run(tmp_path, "coco", md5_passes=True, curl_ends=f"$(( $(grep -c curl {log}) <= 2 ? 56 : 0 ))")
+    assert result.returncode == 0, result.stderr
+    lines = log.read_text().splitlines()
+    assert [line.split()[0] for line in lines[:5]] == ["curl", "sleep", "curl", "sleep", "curl"]
