@@ -60,5 +60,5 @@ def is_address(text: str) -> bool:
 
 
 def address_remedy(text: str) -> str:
-    """What to do about an address in place of a path."""
+    """What to do about an address where a path is expected."""
     return f"'{text}' is an address, and Octet downloads nothing: download it first, then give its path"

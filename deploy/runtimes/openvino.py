@@ -68,6 +68,25 @@ def _read_model(path: Path) -> Any:
         raise DeployError(f"OpenVINO cannot read {path}: {error}.{plugin_hint(error)}") from error
 
 
+def _stored_inputs(path: Path) -> tuple[ModelInput, ...]:
+    """Inputs of a file, which is read once however often they are asked for."""
+    status = path.stat() if path.is_file() else None
+    return _inputs_of(path, (status.st_mtime_ns, status.st_size) if status else None)
+
+
+@functools.lru_cache(maxsize=8)
+def _inputs_of(path: Path, version: tuple[int, int] | None) -> tuple[ModelInput, ...]:
+    """Inputs of a file in this version (time of its last change, bytes)."""
+    return tuple(
+        ModelInput(
+            value.get_any_name(),
+            str(value.element_type.to_dtype()),
+            tuple(None if size.is_dynamic else size.get_length() for size in value.partial_shape),
+        )
+        for value in _read_model(path).inputs
+    )
+
+
 class OpenVINORuntime(Runtime):
     """An .onnx or .xml file compiled for the CPU.
 
@@ -166,28 +185,21 @@ class OpenVINORuntime(Runtime):
     @classmethod
     def stored_size(cls, path: Path) -> tuple[int, int] | None:
         """See `Runtime.stored_size`."""
-        shape = _read_model(path).inputs[0].partial_shape
-        if len(shape) != 4 or shape[2].is_dynamic or shape[3].is_dynamic:
+        shape = _stored_inputs(path)[0].shape
+        if len(shape) != 4 or shape[2] is None or shape[3] is None:
             return None
-        return shape[2].get_length(), shape[3].get_length()
+        return shape[2], shape[3]
 
     @classmethod
     def stored_inputs(cls, path: Path) -> list[ModelInput]:
         """See `Runtime.stored_inputs`."""
-        return [
-            ModelInput(
-                value.get_any_name(),
-                str(value.element_type.to_dtype()),
-                tuple(None if size.is_dynamic else size.get_length() for size in value.partial_shape),
-            )
-            for value in _read_model(path).inputs
-        ]
+        return list(_stored_inputs(path))
 
     @classmethod
     def stored_batch(cls, path: Path) -> int | None:
         """See `Runtime.stored_batch`."""
-        shape = _read_model(path).inputs[0].partial_shape
-        return None if not len(shape) or shape[0].is_dynamic else int(shape[0].get_length())
+        shape = _stored_inputs(path)[0].shape
+        return shape[0] if shape else None
 
     def infer_outputs(self, images: FloatArray) -> dict[str, FloatArray]:
         """See `Runtime.infer_outputs`."""
