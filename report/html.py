@@ -97,13 +97,7 @@ def render_html(data: ReportData) -> str:
         classes=class_table(data.rows),
         intervals=interval_table(data.rows),
         extras=extra_table(data.rows),
-        operating={
-            "title": operating.TITLE,
-            "caption": operating.caption(data.rows),
-            "legend": operating.LEGEND,
-            "rows": {"keys": operating.HEADINGS, "lines": operating.operating_lines(data.rows)},
-            "classes": {"keys": operating.CLASS_HEADINGS, "lines": operating.class_lines(data.rows)},
-        },
+        operating=operating_view(data.rows),
         autotune={
             "title": autotune.TITLE,
             "caption": autotune.caption(data.autotune) if data.autotune else "",
@@ -156,6 +150,17 @@ def safe_json(content: object) -> Markup:
     """Return JSON that is safe inside a script element, whatever the names in it hold."""
     text = json.dumps(content, allow_nan=False)
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def operating_view(rows: Sequence[ResultRow]) -> dict[str, Any]:
+    """Return the section on the user's confidence threshold: title, caption, legend, and its two tables."""
+    return {
+        "title": operating.TITLE,
+        "caption": operating.caption(rows),
+        "legend": operating.LEGEND,
+        "rows": {"keys": operating.HEADINGS, "lines": operating.operating_lines(rows)},
+        "classes": {"keys": operating.CLASS_HEADINGS, "lines": operating.class_lines(rows)},
+    }
 
 
 def absent_parts(data: ReportData, charts: Iterable[Chart]) -> list[tuple[str, str]]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from core.files import write_text
-from report import autotune
 from report.build import FORMAT, PLAIN, render
 from report.data import ReportData
 from report.operating import markdown_operating
@@ -103,12 +102,7 @@ def to_markdown(data: ReportData) -> str:
     ]
     if data.notes:
         parts += ["## Notes", "\n".join(f"- {escape_markdown(note)}" for note in data.notes)]
-    if data.model is not None:
-        lines = [[label, text] for label, text in model_facts(data.model).items()]
-        parts += ["## Model", markdown_table(["", ""], lines, numbers_from=2)]
-        lines = layer_lines(data.model, first=MOST_EXPENSIVE)
-        title = f"### The {len(lines)} layers with the most multiply-accumulates"
-        parts += [title, markdown_table(LAYER_HEADINGS, lines, numbers_from=2)]
+    parts += _model_parts(data)
     if data.autotune:
         parts += [
             f"## {autotune.TITLE}",
@@ -140,3 +134,17 @@ def to_markdown(data: ReportData) -> str:
             lines = [[key, cell_text(value)] for key, value in content.items()]
             parts += [f"## {title}", markdown_table(["", ""], lines, numbers_from=2)]
     return "\n\n".join(parts) + "\n"
+
+
+def _model_parts(data: ReportData) -> list[str]:
+    """The network's figures, and its most expensive layers."""
+    if data.model is None:
+        return []
+    facts = [[label, text] for label, text in model_facts(data.model).items()]
+    layers = layer_lines(data.model, first=MOST_EXPENSIVE)
+    return [
+        "## Model",
+        markdown_table(["", ""], facts, numbers_from=2),
+        f"### The {len(layers)} layers with the most multiply-accumulates",
+        markdown_table(LAYER_HEADINGS, layers, numbers_from=2),
+    ]

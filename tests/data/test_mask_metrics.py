@@ -14,6 +14,8 @@ from pycocotools.cocoeval import COCOeval
 from core.errors import DataError
 from data import Instances, build_loader, evaluate, generate_synthetic, open_dataset
 from data.masks import Rle, encode_mask
+from data.metrics.coco import coco_matches
+from data.metrics.resampling import resample_ap
 from tests.data.per_image import compute_metrics
 
 SIZE = (90, 120)
@@ -86,6 +88,20 @@ def test_figures_are_those_of_pycocotools(seed: int):
         assert "ap_mask" in found.as_dict()
         assert not [name for name in boxes.as_dict() if name.endswith("_mask")]
     assert 0.05 < evaluation.stats[0] < 0.95
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("engine", ["hotcoco", "pycocotools"])
+def test_matches_of_masks_give_the_mask_ap(engine: str, seed: int):
+    """Every image drawn once: the resampled score is the mask AP of the library."""
+    truth, rows, masks = scene(seed)
+    ids = [image["id"] for image in truth["images"]]
+    corners, rest = rows[:, 1:5], rows[:, 5:] + (0, 1)
+    boxes = np.concatenate([rows[:, :1], corners[:, :2], corners[:, 2:] - corners[:, :2], rest], axis=1)
+    found = resample_ap(coco_matches(truth, boxes, ids, engine, masks), np.ones((1, len(ids)), np.int64))
+    assert found[0] == pytest.approx(
+        compute_metrics(rows, ids, truth, "pycocotools", masks).ap_mask, abs=1e-9
+    )
 
 
 def test_masks_without_ground_truth_masks_are_refused():
