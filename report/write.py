@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import write_text
+from report import autotune
 from report.build import FORMAT, PLAIN, render
 from report.data import ReportData
 from report.operating import markdown_operating
