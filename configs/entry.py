@@ -110,7 +110,7 @@ def _run(
     if arguments.help:
         print(help_text(config_name, Path(sys.argv[0]).name, config_dirs))
         return
-    if not arguments.shell_completion:  # takes install=SHELL, which is no setting
+    if not arguments.shell_completion:  # takes install=SHELL, which is not a setting
         check_overrides(arguments.overrides, schema, config_dirs, arguments.multirun)
     register_configs()
     failures: list[int] = []

@@ -35,7 +35,7 @@ def known_keys(schema: type) -> list[str]:
 
 
 def key_types(schema: type) -> dict[str, Any]:
-    """Return the types of all settings that are no sections, by dotted name."""
+    """Return the types of all settings that are not sections, by dotted name."""
     hints = get_type_hints(schema)
     types: dict[str, Any] = {}
     for field in dataclasses.fields(schema):
@@ -103,7 +103,7 @@ def _unreadable(text: str, types: dict[str, Any]) -> str:
     key, equals, value = text.partition("=")
     name = key.strip()
     if not equals:
-        return f"'{text}' is no setting: expected KEY=VALUE; write {name or 'KEY'}=VALUE."
+        return f"'{text}' is not a setting: expected KEY=VALUE; write {name or 'KEY'}=VALUE."
     if key != name or not name:
         return f"'{text}' cannot be read: no space before the equals sign; write {name or 'KEY'}={value}."
     if any(character.isspace() for character in name):

@@ -201,7 +201,7 @@ def _deploy_problems(config: Config) -> list[str]:
     deploy = config.deploy
     problems: list[str] = []
     if deploy.target not in TARGETS or not set(deploy.runtimes) <= set(RUNTIMES):
-        return problems  # named before, as values that are no choice
+        return problems  # reported before, as values that are not a choice
     if deploy.outputs not in TARGETS[deploy.target].outputs:
         able = [f"deploy={name}" for name, target in TARGETS.items() if deploy.outputs in target.outputs]
         problems.append(

@@ -45,7 +45,7 @@ def command_parser(program: str, description: str, examples: Sequence[str] = ())
     Args:
         program: how the command was called: `octet data`, or `python -m data`.
         description: one sentence.
-        examples: command lines that stand at the end of the help, with `%(prog)s` for the program.
+        examples: command lines at the end of the help, with `%(prog)s` for the program.
     """
     epilog = "\n  ".join(["examples:", *examples]) if examples else None
     return argparse.ArgumentParser(

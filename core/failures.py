@@ -83,7 +83,7 @@ def _loader_failure(text: str) -> DataError | None:
         )
     if text.startswith("Too many open files"):
         return DataError(
-            "Too many open files: the data workers cannot hand over their batches. Raise the limit (ulimit -n 4096) or "
+            "Too many open files: the data workers cannot pass on their batches. Raise the limit (ulimit -n 4096) or "
             "use data.workers=0"
         )
     return None

@@ -32,7 +32,7 @@ _TEMPORARY = ".writing-"
 def written_atomically(*paths: Path) -> Iterator[tuple[Path, ...]]:
     """Give one temporary path for each target; all of them replace their targets when the block ends well.
 
-    For writers that want a path of their own (safetensors, torch.save, OpenVINO). Files that belong together are
+    For writers that need a path (safetensors, torch.save, OpenVINO). Files that belong together are
     given together: no target is replaced before every temporary file is complete and on disk. The temporary files have
     the targets' names, in a hidden folder next to them; other files that a writer leaves there are removed.
 

@@ -2,7 +2,7 @@
 
 The system's own lock (flock) on a file decides; it ends with the process that holds it, however that ends. Some network
 folders lock for each host by itself. So the file also names its owner, who touches it every few seconds: a lock of
-another host counts as long as that goes on.
+another host counts while that continues.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def describe_versions() -> dict[str, str]:
 
 
 def describe_build() -> dict[str, str]:
-    """Version of Octet, and its commit where it runs from a git checkout; "-dirty" stands for changes since."""
+    """Version of Octet, and its commit where it runs from a git checkout; "-dirty" marks changes since."""
     try:
         build = {"version": metadata.version(DISTRIBUTION)}
     except metadata.PackageNotFoundError:

@@ -1,6 +1,6 @@
 """Rows of the result table: what was measured, by which engine, and the figures.
 
-A row's key is typed (kind, runtime, precision). Its name, such as `engine:openvino:int8`, is for people and for files;
+A row's key is typed (kind, runtime, precision). Its name, such as `engine:openvino:int8`, is for readers and for files;
 no program has to take it apart again.
 """
 
@@ -51,7 +51,7 @@ class RowKey:
 
     @property
     def path(self) -> str:
-        """Where the row lies in a run directory."""
+        """Path of the row in a run directory."""
         return f"{ROWS}/{self.name.replace(':', '-')}.json"
 
     @property
@@ -123,7 +123,7 @@ class ResultRow:
         """Read back what `as_dict` gave, or what a version without operating points or draws gave.
 
         Raises:
-            KeyError, TypeError, ValueError: it is no row.
+            KeyError, TypeError, ValueError: it is not a row.
         """
         key = RowKey(RowKind(content["kind"]), content["runtime"], content["engine_precision"])
         point = content.get("operating_point")

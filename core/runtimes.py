@@ -60,7 +60,7 @@ class RuntimeEntry:
         return configured if configured in self.targets else self.targets[0]
 
     def float_engines(self, wanted: Sequence[str]) -> tuple[str, ...]:
-        """Precisions of the float engines to build where the settings want these."""
+        """Precisions of the float engines to build if the settings ask for these."""
         return tuple(wanted) if len(self.float_precisions) > 1 else self.float_precisions
 
     def engine_name(self, graph: str, precision: str) -> str:

@@ -1,4 +1,4 @@
-"""Types of functions and data that several packages hand to each other."""
+"""Types of functions and data that several packages pass to each other."""
 
 from __future__ import annotations
 

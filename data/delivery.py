@@ -1,6 +1,6 @@
 """How batches come from worker processes: through memory that is large enough, and with an end where none come.
 
-torch hands tensors over in shared memory (/dev/shm). A container may have as little as 64 MB of it, less than the
+torch passes tensors in shared memory (/dev/shm). A container may have as little as 64 MB of it, less than the
 batches in flight; torch then loses a batch and waits for it for ever. The free memory is checked before workers start,
 and where it is too small batches travel through pipes, or are made in this process. A worker that stops delivering,
 for whatever reason, ends the iteration with an error that says what is known.
@@ -58,7 +58,7 @@ def free_shared_memory() -> int | None:
 
 @dataclass(frozen=True)
 class Transport:
-    """How many workers there are, and whether they hand over batches in shared memory."""
+    """How many workers there are, and whether they pass batches in shared memory."""
 
     workers: int
     shares: bool = True
@@ -153,7 +153,7 @@ class Pulse:
         return [pid for pid in self._numbers[self.workers :] if pid]
 
     def describe(self) -> str:
-        """The workers and their states, as far as the system tells."""
+        """The workers and their states, if the system reports them."""
         states = [f"{pid} is {_STATES.get(_state(pid), 'of unknown state')}" for pid in self.pids]
         return ", ".join(states) or "none has started"
 

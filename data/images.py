@@ -151,7 +151,7 @@ def _decoded_header(path: Path, transposed: bool, kind: str) -> ImageHeader:
 
 
 def _ends_in_zeros(path: Path) -> bool:
-    """Whether zeros stand where a JPEG's end marker should be; decoders take them for grey and say nothing."""
+    """Whether zeros replace a JPEG's end marker; decoders silently read them as grey."""
     with path.open("rb") as stream:
         stream.seek(-2, os.SEEK_END)
         if stream.read() != b"\0\0":

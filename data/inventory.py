@@ -1,7 +1,7 @@
 """The account of a dataset: what was left out between files and records, and what makes it unusable.
 
 Readers count here instead of passing over things in silence, and collect faults instead of stopping at the first. So a
-run tells what its figures are of, and `python -m data` lists everything that is wrong in one go.
+run tells what its figures are of, and `python -m data` lists all faults at once.
 """
 
 import logging
@@ -42,7 +42,7 @@ class Inventory:
     """Notes and faults of one split.
 
     Args:
-        collects: `refuse` lets the reader go on, for a command that reports everything; a run stops at it.
+        collects: `refuse` lets the reader continue, for a command that reports everything; a run stops at it.
         max_examples: places kept for each note.
     """
 

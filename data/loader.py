@@ -1,6 +1,6 @@
 """Turns a dataset into batches: in worker processes, in an order that depends on nothing but seed and epoch.
 
-The sampler hands out (epoch, index) pairs rather than indices. So persistent workers learn the epoch with every item,
+The sampler yields (epoch, index) pairs rather than indices. So persistent workers learn the epoch with every item,
 augmentation is seeded by it, and a run that stopped inside an epoch continues at any batch with the batches that it
 would have had.
 """
@@ -211,7 +211,7 @@ def collate(items: list[Item]) -> Batch:
 
 
 class _Collate:
-    """Makes batches in a worker, and hands them over as the loader's transport has it."""
+    """Makes batches in a worker, and passes them on as the loader's transport has it."""
 
     def __init__(self, shares: bool) -> None:
         self.shares = shares

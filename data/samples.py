@@ -35,7 +35,7 @@ class Sample:
         labels: int64 [N], class indices from 0.
         image_id: unique within the dataset, not negative.
         size: (height, width) of `image`.
-        crowd: bool [N], True for a region that stands for many objects (COCO `iscrowd`): left out of training, and
+        crowd: bool [N], True for a region of many objects (COCO `iscrowd`): left out of training, and
             handled by the COCO rules in evaluation. None means that there are none.
         areas: float64 [N], object areas in square pixels for the COCO size ranges. None means the box areas.
         segments: N masks, in pixels of `image`: for each object polygons or a run-length code (`data.masks`). None

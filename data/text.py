@@ -1,4 +1,4 @@
-"""Text files as people have them: with a byte-order mark, in UTF-16 as PowerShell writes it, in a code page."""
+"""Text files as they occur: with a byte-order mark, in UTF-16 as PowerShell writes it, in a code page."""
 
 import codecs
 from pathlib import Path

@@ -42,7 +42,7 @@ SPECIAL = "Left out {number} entries that are neither files nor folders"
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of that name is no part of a dataset: `.ipynb_checkpoints`, `._1.jpg`, `@eaDir`, ..."""
+    """Whether a file or folder of that name is not part of a dataset: `.ipynb_checkpoints`, `._1.jpg`, `@eaDir`, ..."""
     return name.startswith(".") or name.lower() in LEFT_BY_SYSTEMS
 
 
@@ -97,7 +97,7 @@ def walk_files(folder: Path, inventory: Inventory, links: str = "error") -> Iter
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """What an entry is, or what its link leads to; no system call where the folder's listing tells."""
+    """What an entry is, or what its link leads to; no system call if the folder's listing shows it."""
     try:
         if entry.is_file():
             return FILE

@@ -2,7 +2,7 @@
 
 Waiting OpenMP threads sleep instead of spinning: with data workers or any other busy process, a spinning
 torch was measured six to nine times slower on two cores (benchmarks/torch_waiting.py). The variable must be set
-before torch is imported, which is why it stands here; a value that the user sets wins.
+before torch is imported, so it is set here; a value that the user sets wins.
 
 The public names are imported when they are first used, so that small commands start without torch.
 """

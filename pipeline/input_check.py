@@ -97,7 +97,7 @@ def check_needs(job: Job, names: set[str]) -> None:
             order = [s.name for s in ORDER if s.name in {*job.config.stages, missing}]
             raise RunError(
                 f"the stage `{stage.name}` needs what `{missing}` makes, which has not run: use "
-                f"stages=[{','.join(order)}], or go on in a run that has it (run_dir=DIRECTORY resume=true)"
+                f"stages=[{','.join(order)}], or continue a run that has it (run_dir=DIRECTORY resume=true)"
             )
 
 

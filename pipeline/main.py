@@ -48,11 +48,11 @@ def run_job(config: Config) -> float:
     try:
         run_stages(job, stages)
     except Stopped as stopped:
-        say(f"Stopped by {stopped.name}. To go on: {resume_command(run.directory)}")
+        say(f"Stopped by {stopped.name}. To continue: {resume_command(run.directory)}")
         raise
     except Exception as error:
         if known_failure(error) is not None and not isinstance(error, GateError):
-            say(f"To go on after that: {resume_command(run.directory)}")
+            say(f"To continue after that: {resume_command(run.directory)}")
         raise
     finally:
         STOPPING.is_deferred = False
@@ -65,7 +65,7 @@ def run_job(config: Config) -> float:
 
 
 def run_stages(job: Job, stages: Sequence[Stage]) -> None:
-    """Run the stages in order, each with its number and, where an earlier run tells, an estimate of the time left."""
+    """Run the stages in order, each with its number and, if an earlier run allows it, an estimate of the time left."""
     run, config = job.run, job.config
     estimate = Estimate(run, {stage.name: stage.chosen_settings(config) for stage in stages})
     for number, stage in enumerate(stages, 1):

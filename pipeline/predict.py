@@ -110,14 +110,14 @@ def _share(text: str) -> float:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no positive number")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
     return int(text)
 
 
 def _size(text: str) -> ImageSize:
     size = size_argument(text)
     if any(side % 32 for side in size):
-        raise argparse.ArgumentTypeError(f"'{text}' is no multiple of 32")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a multiple of 32")
     return size
 
 

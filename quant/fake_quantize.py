@@ -1,7 +1,7 @@
 """Fake quantization: the two quantizers that a network carries, and their place in autograd.
 
 Scales are learned in the log domain, which keeps every scale positive by construction and lets one learning rate serve
-scales that differ by orders of magnitude. The arithmetic and the gradients stand in quant/rounding.py.
+scales that differ by orders of magnitude. The arithmetic and the gradients are in quant/rounding.py.
 
 LSQ (arXiv:1902.08153) also divides the gradient by sqrt(number of values * highest code), to balance the steps of
 scales and weights under SGD. Here it is left out: AdamW divides a gradient by its own size, so the factor changes
@@ -32,8 +32,8 @@ MAX_SCALE = 1e30
 class Mode(enum.Enum):
     """What a quantizer does with the tensor that passes through it."""
 
-    OFF = "off"  # hands the tensor on, bit for bit
-    OBSERVE = "observe"  # hands it on and shows it to the observer
+    OFF = "off"  # passes the tensor on, bit for bit
+    OBSERVE = "observe"  # passes it on and shows it to the observer
     QUANTIZE = "quantize"  # rounds it to the grid
 
 

@@ -1,6 +1,6 @@
 """Batch-normalisation folding on the fx graph, for networks that this project did not write.
 
-Quantization wants a convolution that an engine can run as one kernel, so a normalisation after it has to be part of
+Quantization needs a convolution that an engine can run as one kernel, so a normalisation after it has to be part of
 its weights before a quantizer sees them (core/folding.py has the arithmetic).
 """
 

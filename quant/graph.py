@@ -72,7 +72,7 @@ def trace(network: nn.Module) -> fx.GraphModule:
 
 
 def _drop_identities(network: nn.Module, graph: fx.Graph) -> None:
-    """Remove nodes that hand their input on (folded batch norms), so that neighbours are neighbours."""
+    """Remove nodes that pass their input on (folded batch norms), so that neighbours are neighbours."""
     for node in list(graph.nodes):
         if node.op == "call_module" and isinstance(network.get_submodule(str(node.target)), nn.Identity):
             node.replace_all_uses_with(node.args[0])
@@ -101,7 +101,7 @@ def kind_of(node: fx.Node, modules: dict[str, nn.Module]) -> Kind:
     else:
         return Kind.FLOAT
     if kind is Kind.MATMUL and any(operand.op == "get_attr" for operand in inputs_of(node)):
-        return Kind.FLOAT  # a parameter that is no layer's
+        return Kind.FLOAT  # a parameter that is not a layer's
     return kind
 
 

@@ -22,7 +22,7 @@ def insert(network: nn.Module, placement: Placement, learn_scales: bool = True) 
     """Return a copy of the network with fake quantizers at the places of the placement.
 
     Module and parameter names stay as they are; a quantized layer gains `.weight_quantizer`, and each group's one
-    quantizer stands under `activation_quantizers.<number>`. A product of two quantized tensors becomes a module under
+    quantizer is `activation_quantizers.<number>`. A product of two quantized tensors becomes a module under
     the path that the placement gives it. All quantizers start switched off: the copy then
     computes bit for bit what the network computes.
 

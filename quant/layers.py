@@ -11,7 +11,7 @@ are divided by a power of two that brings them to [-1, 1] (unsigned ones to [0, 
 overflow. The gradient is that of the product of values. Sums are rounded once, to the type of autocast; steps and bias
 are applied in float32.
 
-FP8 codes are no whole numbers: layers with an FP8 grid multiply values in float32, under autocast, too.
+FP8 codes are not whole numbers: layers with an FP8 grid multiply values in float32, under autocast, too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from core.grid import Grid
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
 from quant.rounding import codes_of, scaled
 
-InputGrid = tuple[FakeQuantize, ...]  # a tuple, so that the quantizer is no second submodule of the layer
+InputGrid = tuple[FakeQuantize, ...]  # a tuple, so that the quantizer is not a second submodule of the layer
 
 
 class _Codes(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 Exporters name what they write after the modules that ran. A traced network calls its layers from one flat forward, and
 functions (concat, sum) run in no module at all: `conv_19`, `Concat_3`. The module made here has one numbered submodule
-for each node, and the names say which path of the placement (see `quant.graph.paths_of`) each number stands for.
+for each node, and the names say which path of the placement (see `quant.graph.paths_of`) each number belongs to.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Charts as plain Plotly descriptions (traces and layout), which `report.html` hands to the inlined plotly.js.
+"""Charts as plain Plotly descriptions (traces and layout), which `report.html` passes to the inlined plotly.js.
 
 Colours are left out on purpose: the page gives every series its colour from its own light or dark palette.
 """
@@ -46,7 +46,7 @@ class Chart:
     Attributes:
         section: the part of the page that shows it, one of SECTIONS.
         key: unique name in the page.
-        title: what stands above it.
+        title: its heading.
         description: what a screen reader says.
         traces: Plotly traces.
         layout: Plotly layout.

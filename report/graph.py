@@ -1,7 +1,7 @@
 """The network graph of the report: boxes with their places, for one SVG that the page zooms, searches and highlights.
 
-An activation is drawn in the box of the layer before it. Boxes stand in rows by their distance from the input. A deep
-network is cut into bands of rows that stand side by side, so that all of it fits a screen.
+An activation is drawn in the box of the layer before it. Boxes are in rows by their distance from the input. A deep
+network is cut into bands of rows side by side, so that all of it fits a screen.
 """
 
 from __future__ import annotations

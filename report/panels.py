@@ -92,12 +92,12 @@ class DetectionPanel:
         """Read back what `as_dict` gave.
 
         Raises:
-            KeyError, TypeError, ValueError: it is no panel.
+            KeyError, TypeError, ValueError: it is not a panel.
         """
         try:
             picture = base64.b64decode(content["picture"], validate=True)
         except binascii.Error as error:
-            raise ValueError(f"the picture '{content['title']}' is no base64: {error}") from error
+            raise ValueError(f"the picture '{content['title']}' is not base64: {error}") from error
         height, width = (int(side) for side in content["size"])
         views = [DetectionView(**view) for view in content["views"]]
         return cls(str(content["title"]), picture, (height, width), views, str(content["remark"]))

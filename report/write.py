@@ -1,4 +1,4 @@
-"""Write the three reports of a run: JSON for programs, Markdown for a pull request, HTML for people."""
+"""Write the three reports of a run: JSON for programs, Markdown for a pull request, HTML for readers."""
 
 from __future__ import annotations
 

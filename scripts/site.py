@@ -1,8 +1,8 @@
 """MkDocs hook: pages of the repository outside docs/ join the site, and links between pages hold in both places.
 
 README.md is the site's front page. Links are written for a reader of the repository (`docs/data.md` in README.md,
-`../benchmarks/RESULTS.md` in docs/); here they become links between pages of the site. A link to a file that is no page
-becomes its path.
+`../benchmarks/RESULTS.md` in docs/); here they become links between pages of the site. A link to a file that is not a
+page becomes its path.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Extension(Protocol):
-    """Methods that the loop calls. As they stand here they add nothing, which is float training.
+    """Methods that the loop calls. By default they add nothing, which is float training.
 
     Attributes:
         network: module that a step runs on the images. It shares its parameters with the model that is trained.

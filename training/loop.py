@@ -60,7 +60,7 @@ class TrainingOptions:
 class StepRecord:
     """What one step did: the losses by name, the learning rate, and the weights' gradient norm before clipping.
 
-    `figures` are of the whole epoch and stand on its last step: those of the extension, and what the caller adds.
+    `figures` are of the whole epoch and given with its last step: those of the extension, and what the caller adds.
     """
 
     step: int
@@ -125,7 +125,7 @@ class TrainingState:
         return self.model if self.average is None else self.average.model
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a stopped training needs to go on exactly where it was; tensors and plain data."""
+        """All that a stopped training needs to continue exactly; tensors and plain data."""
         return {
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
@@ -172,7 +172,7 @@ def train_epochs(
     """Train a model in place; yields the state after every epoch so that the caller can validate, save or stop.
 
     Args:
-        state: new, or of a training that was stopped after any step, to go on from.
+        state: new, or of a training that was stopped after any step, to continue from.
         epoch_batches: see `EpochBatches`.
         steps_per_epoch: number of batches in a whole epoch.
         task_loss: see `core.types.TaskLoss`.
@@ -290,7 +290,7 @@ def _clip(optimizer: torch.optim.Optimizer, clip_norm: float) -> dict[str, float
 
 
 def _skip(state: TrainingState, what: str, values: dict[str, float], cause: str) -> None:
-    """Take a step back whose loss or gradient is not finite, and go on to the next."""
+    """Take a step back whose loss or gradient is not finite, and continue with the next."""
     rates = [
         f"that of {group['name']} (now {group['peak']:g})"
         for group in state.optimizer.param_groups

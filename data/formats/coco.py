@@ -225,7 +225,7 @@ class _Reader:
     def _find(
         self, entry: dict[str, Any], key: str, place: str, known: dict[fields.Id, Any], table: str
     ) -> Any:
-        """What an id of an annotation stands for; None and a fault where it is unknown."""
+        """The object that an id of an annotation refers to; None and a fault where it is unknown."""
         value = fields.read_id(entry.get(key), f"{place}: {key}", self.inventory)
         if value is None:
             return None

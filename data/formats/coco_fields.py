@@ -36,7 +36,7 @@ def read_id(value: Any, place: str, inventory: Inventory) -> Id | None:
 def number_images(keys: Sequence[Id], inventory: Inventory) -> tuple[list[int], list[Id]]:
     """Image ids as a dataset has them, and the file's ids in that order.
 
-    They are the file's own, sorted; or 1, 2, ... in the file's order where one of them is no number of 63 bits.
+    They are the file's own, sorted; or 1, 2, ... in the file's order where one of them is not a number of 63 bits.
     """
     odd = [key for key in keys if not isinstance(key, int) or not 0 <= key <= LARGEST_ID]
     if not odd:
@@ -78,7 +78,7 @@ def read_number(value: Any, place: str, inventory: Inventory) -> float | None:
 
 
 def read_side(value: Any, place: str, inventory: Inventory) -> int | None:
-    """Height or width in pixels; None where the file does not say, and with a fault where it is no whole number."""
+    """Height or width in pixels; None where the file does not say, and with a fault where it is not a whole number."""
     if value is None:
         return None
     number = read_number(value, place, inventory)

@@ -95,7 +95,7 @@ def draw_scene(size: int, seed: tuple[int, ...]) -> tuple[Image, list[SceneObjec
 
 
 def _background(size: int, random: np.random.Generator) -> Canvas:
-    """Smooth noise of several scales, stripes, and strokes that are no object."""
+    """Smooth noise of several scales, stripes, and strokes that are not objects."""
     grey = random.uniform(70, 180) + random.uniform(-20, 20, 3)
     canvas = np.zeros((size, size, 3), np.float32) + grey.astype(np.float32)
     for cells, strength in ((3, 18), (8, 12), (24, 9), (64, 6)):

@@ -288,7 +288,7 @@ def resample_score(
 
 @dataclass(frozen=True)
 class _Coco:
-    """Detections and ground truth as the metric's libraries want them."""
+    """Detections and ground truth in the form of the metric's libraries."""
 
     truth: dict[str, Any]
     rows: NDArray[np.float64]

@@ -54,7 +54,7 @@ def best_f1(found: Boxes, truth: Boxes) -> BestF1:
 
     Args:
         found: detections.
-        truth: ground truth; a class counts if it has an object that is no crowd region.
+        truth: ground truth; a class counts if it has an object that is not a crowd region.
 
     Returns:
         All zero where nothing was detected.

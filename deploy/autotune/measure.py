@@ -1,4 +1,4 @@
-"""Measured time of an engine's blocks, where a runtime tells times by layer."""
+"""Measured time of an engine's blocks, if a runtime reports times by layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def measure_blocks(
         blocks: blocks of the network, by the names of its nodes.
 
     Raises:
-        DeployError: an engine tells no times.
+        DeployError: an engine reports no times.
     """
     images = np.random.default_rng(0).random(shape, dtype=np.float32)
     spent = [0.0] * len(engines)

@@ -5,7 +5,7 @@ there: a unit, or a unit and its neighbours in the graph, is set to another prec
 until nothing does. Neighbours move together because a single unit may cost conversions that a run of them does not.
 
 The weights come from the plans (Aneja and Nair 1979, doi:10.1287/mnsc.25.1.73): between the fastest and the most
-accurate plan, the weight at which both are equally good either shows a better one, and the search goes on between it
+accurate plan, the weight at which both are equally good either shows a better one, and the search continues between it
 and each of the two, or shows that there is none. Where no block depends on two units, every plan of the front's convex
 hull is found; otherwise the improvement may miss one.
 """

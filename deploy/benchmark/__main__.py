@@ -205,7 +205,7 @@ def choose_batches(specs: Sequence[ModelSpec], wanted: Sequence[int] | None) -> 
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) from a file's input shape or metadata; raises DeployError where neither tells."""
+    """(height, width) from a file's input shape or metadata; raises DeployError if neither states it."""
     size = find_image_size(path)
     if size is None:
         raise DeployError(f"{path} does not state its image size; pass --shapes HEIGHTxWIDTH.")

@@ -20,7 +20,7 @@ def pin_process(pinning: str, threads: int | None = None) -> set[int]:
         The processors in use afterwards.
 
     Raises:
-        DeployError: unknown kind, or the machine does not tell its layout.
+        DeployError: unknown kind, or an unknown layout of the machine.
     """
     if pinning not in PINNINGS:
         raise DeployError(f"Unknown pinning '{pinning}'; expected one of {', '.join(PINNINGS)}.")

@@ -274,7 +274,7 @@ def equal_scales(graph: Graph) -> PassResult:
 
 
 def _quantizer_groups(view: View) -> Iterator[set[str]]:
-    """Codes (names of Q results) that want one scale; a Q may be in several groups."""
+    """Codes (names of Q results) that need one scale; a Q may be in several groups."""
     for tensor in computed_tensors(view):
         yield {node.output[0] for node in quantizers_reaching(view, tensor)}
     for node in view.weighted():

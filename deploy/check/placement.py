@@ -1,4 +1,4 @@
-"""The rules about where quantizers stand: needless ones, quantized decodes, float pools, FP32 islands.
+"""The rules about where quantizers are placed: needless ones, quantized decodes, float pools, FP32 islands.
 
 See `deploy.check.rules` for the sources.
 """

@@ -79,7 +79,7 @@ def inspect_graph(
 
     Args:
         path: the file; it is treated as untrusted data.
-        image_size: (height, width) where neither shapes nor metadata of the file tell; needed for the MAC shares
+        image_size: (height, width), used if neither shapes nor metadata of the file state it; needed for the MAC shares
             only.
         target: engine the graph is for, one of `TARGETS`; None takes what the file says, TensorRT where it says
             nothing.

@@ -7,7 +7,7 @@ With detailed profiling verbosity the last part of a build's log holds one line 
     StrideOrder: [...], Datatype: Int8, Format: (NHWC) ... }], Constants: [...], Outputs: [...], TacticName: ...,
     StreamId: 0, Metadata: [ONNX Layer: /network/conv/Conv][ONNX Layer: ...]
 
-The log is no documented interface, so it is read strictly: a line of another form is an error, which names the line.
+The log is not a documented interface, so it is read strictly: a line of another form is an error, which names the line.
 """
 
 from __future__ import annotations

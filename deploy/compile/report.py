@@ -242,7 +242,7 @@ def _findings(view: View, layers: Sequence[LayerBuild], capability: str) -> Iter
 
 
 def _why_float(view: View, node: NodeProto, layer: LayerBuild, capability: str) -> tuple[str, str]:
-    """Why a layer that the file quantizes runs in float, as far as the graph tells, and what to do."""
+    """Why a layer that the file quantizes runs in float, if the graph shows it, and what to do."""
     hazard = f"quantized in the file, but the engine for {capability} runs it in {layer.precision}"
     if unable := WITHOUT_INT8_CONVOLUTIONS.intersection(capability.split(",")):
         return (

@@ -1,4 +1,4 @@
-"""Reading, indexing and writing ONNX graphs: the ground every export pass and the graph check stand on.
+"""Reading, indexing and writing ONNX graphs: used by every export pass and the graph check.
 
 An ONNX file is untrusted data. Its tensors may point to other files ("external data"), and the readers inside
 the runtimes follow such pointers. `load_onnx` and `verify_onnx` therefore look at every pointer first: it has
@@ -332,7 +332,7 @@ def attributes(node: NodeProto) -> dict[str, object]:
 
 
 def tensor_shapes(model: ModelProto) -> Mapping[str, tuple[int | None, ...]]:
-    """Shape of every tensor that shape inference can tell; None for a dimension known only at run time."""
+    """Shape of every tensor that shape inference finds; None for a dimension known only at run time."""
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
     shapes: dict[str, tuple[int | None, ...]] = {}
     graph = inferred.graph

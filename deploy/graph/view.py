@@ -73,7 +73,7 @@ class View:
             ONNX's own domain carry it in their type, such as `com.microsoft.QGemm`.
         target: the engine; "" for files of other tools, also where they quantized a float file of ours.
         is_ours: whether this project exported the file.
-        shapes: shapes with batch 1; types: element types; both by tensor name, where inference could tell.
+        shapes: shapes with batch 1; types: element types; both by tensor name, if inference finds them.
         fixed: tensors computed from constants only.
     """
 

@@ -120,22 +120,22 @@ class Runtime(ABC):
 
     @classmethod
     def stored_size(cls, path: Path) -> tuple[int, int] | None:
-        """(height, width) of an engine's images where its file tells; never asked for .onnx files."""
+        """(height, width) of an engine's images if its file states it; never asked for .onnx files."""
         return None
 
     @classmethod
     def stored_inputs(cls, path: Path) -> list[ModelInput]:
-        """Inputs of an engine; empty where its file does not tell. Never asked for .onnx files."""
+        """Inputs of an engine; empty if its file does not state it. Never asked for .onnx files."""
         return []
 
     @classmethod
     def stored_batch(cls, path: Path) -> int | None:
-        """The only batch that an engine takes, where its file tells; never asked for .onnx files."""
+        """The only batch that an engine takes, if its file states it; never asked for .onnx files."""
         return None
 
     @classmethod
     def stored_details(cls, path: Path) -> dict[str, Any]:
-        """What an engine's file tells of it without running it, as plain data; part of `details`."""
+        """What an engine's file states without running it, as plain data; part of `details`."""
         return {}
 
     @abstractmethod
@@ -162,7 +162,7 @@ class Runtime(ABC):
         """Times by layer since loading, for engines loaded with profiling.
 
         Raises:
-            DeployError: this runtime tells nothing about layers, or was loaded without profiling.
+            DeployError: this runtime reports nothing about layers, or was loaded without profiling.
         """
         raise DeployError(
             f"{self.name} was not loaded with profiling, or has no information about its layers."

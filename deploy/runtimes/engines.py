@@ -1,4 +1,4 @@
-"""From a runtime's name or a file to the class in charge: build, open, and what a file tells of itself."""
+"""From a runtime's name or a file to the class in charge: build, open, and what a file states about itself."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def runtime_of(path: Path, otherwise: str = "openvino") -> str:
 
 
 def find_image_size(path: Path) -> tuple[int, int] | None:
-    """(height, width) of a model's images from its input shape or its metadata, None where neither tells.
+    """(height, width) of a model's images from its input shape or its metadata, None if neither states it.
 
     Raises:
         DeployError: the file cannot be read.
@@ -80,7 +80,7 @@ def find_image_size(path: Path) -> tuple[int, int] | None:
 
 
 def find_batch(path: Path) -> int | None:
-    """The only batch that a model takes, None where it takes any or its file does not tell.
+    """The only batch that a model takes, None where it takes any or its file does not state it.
 
     Raises:
         DeployError: the file cannot be read.
@@ -92,7 +92,7 @@ def find_batch(path: Path) -> int | None:
 
 
 def list_inputs(path: Path) -> list[ModelInput]:
-    """Inputs of a model; empty where its file does not tell.
+    """Inputs of a model; empty if its file does not state it.
 
     Raises:
         DeployError: the file cannot be read.

@@ -146,7 +146,7 @@ class ONNXRuntime(Runtime):
 
 
 def _kernel_precision(arguments: Mapping[str, Any]) -> str:
-    """The type of a kernel's first input, as the profile tells it."""
+    """The type of a kernel's first input, according to the profile."""
     inputs = arguments.get("input_type_shape") or [{}]
     return next(iter(inputs[0]), "")
 

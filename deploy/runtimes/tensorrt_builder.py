@@ -290,7 +290,7 @@ def profile_range(name: str, shape: Sequence[int], options: BuildOptions) -> tup
     """Smallest, best and largest shape of an input whose open dimensions are -1.
 
     Raises:
-        DeployError: it is no batch of images, or the sizes are not in order.
+        DeployError: it is not a batch of images, or the sizes are not in order.
     """
     low, best, high = (
         fill_shape(shape, batch, size)

@@ -317,7 +317,7 @@ def efficient_nms(graph: Graph, options: NMSOptions) -> PassResult:
         "nms/EfficientNMS",
         domain=PLUGIN_DOMAIN,
         plugin_version="1",
-        background_class=-1,  # no class stands for "nothing"
+        background_class=-1,  # no background class
         max_output_boxes=options.max_detections,
         score_threshold=options.confidence,
         iou_threshold=options.iou,

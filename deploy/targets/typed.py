@@ -1,4 +1,4 @@
-"""The strongly typed graph that TensorRT 11 wants (10.x too, with STRONGLY_TYPED): precision is what the file says.
+"""The strongly typed graph that TensorRT 11 needs (10.x too, with STRONGLY_TYPED): precision is what the file says.
 
 TensorRT 11 has no FP16 and INT8 flags any more. Q/DQ make the INT8 or FP8 part; everything else runs in the type the
 graph gives it. So the float part is written in FP16 here, and the tail after the last convs (DFL, boxes, sigmoid)
@@ -6,7 +6,7 @@ stays FP32: FP16 steps are 0.5 px above 512. Scales come in two forms:
 
 - "fp16": scale tensors in FP16, opset 19. The grid moves by at most 2^-11 of a step; Q and DQ get the same value.
 - "fp32": scale tensors in FP32, opset 23, whose DQ names its output type. No zero point is written then, because
-  TensorRT's parser wants the type of a zero point and `output_dtype` to be equal. For TensorRT versions that fail on
+  TensorRT's parser requires the type of a zero point and `output_dtype` to be equal. For TensorRT versions that fail on
   FP16 scales (NVIDIA/TensorRT#4832).
 """
 

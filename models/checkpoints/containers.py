@@ -1,6 +1,7 @@
 """What a file is, by its content: a checkpoint that can be read, or something else that is taken for one.
 
-The ending decides only where the content says nothing. What is no checkpoint is named in one line with its remedy.
+The suffix decides only if the content does not. A file that is not a checkpoint is reported in one line with the
+remedy.
 """
 
 import zipfile

@@ -179,7 +179,7 @@ class _InertUnpickler(pickle._Unpickler):
     def load_newobj_ex(self) -> None:
         named = self.stack.pop()
         if type(named) is not dict:
-            raise CheckpointError("Damaged pickle: named arguments that are no dictionary")
+            raise CheckpointError("Damaged pickle: named arguments that are not a dictionary")
         self.load_newobj()
         self.stack[-1].entries = named
 

@@ -119,7 +119,7 @@ def check_name(module: str, name: str) -> Name:
     """Accept a name for description, or refuse it.
 
     Raises:
-        CheckpointError: If it lies in a module that could run something, or is not a plain dotted name.
+        CheckpointError: If it is in a module that could run something, or is not a plain dotted name.
     """
     full = f"{module[:MAX_NAME_LENGTH]}.{name[:MAX_NAME_LENGTH]}"
     if len(full) > MAX_NAME_LENGTH or not all(part.isidentifier() for part in full.split(".")):

@@ -1,1 +1,1 @@
-"""Network families: one module each, builders with their numbers in sight."""
+"""Network families: one module each, builders with explicit numbers."""

@@ -1,4 +1,4 @@
-"""YOLO12 (arXiv:2502.12524): one function per size, with its numbers in sight. Area attention in stages 4 and 5.
+"""YOLO12 (arXiv:2502.12524): one function per size, with explicit numbers. Area attention in stages 4 and 5.
 
 There is no pyramid pooling. The two largest sizes have a scaled residual around their attention stages and a narrower
 feed-forward network in them.

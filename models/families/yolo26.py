@@ -1,4 +1,4 @@
-"""YOLO26: one function per size, with its numbers in sight. Two heads without box distributions; deployed without NMS.
+"""YOLO26: one function per size, with explicit numbers. Two heads without box distributions; deployed without NMS.
 
 The layout is YOLO11's, with a shortcut around the pyramid pooling, `C3k` blocks in the neck and attention in its last
 block.

@@ -1,4 +1,4 @@
-"""YOLOv10 (arXiv:2405.14458): one function per size, with its numbers in sight. Two heads; deployed without NMS.
+"""YOLOv10 (arXiv:2405.14458): one function per size, with explicit numbers. Two heads; deployed without NMS.
 
 Which stages have compact inverted blocks, and which of these a 7x7 kernel, differs from size to size: the paper chooses
 them by how much each stage's layers repeat each other (section 3.2).

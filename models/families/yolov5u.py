@@ -1,4 +1,4 @@
-"""YOLOv5u: YOLOv5 with YOLOv8's anchor-free head; one function per size, with its numbers in sight.
+"""YOLOv5u: YOLOv5 with YOLOv8's anchor-free head; one function per size, with explicit numbers.
 
 The neck's two entries from above are 1x1 convolutions; both their results go up and come back down.
 """

@@ -1,4 +1,4 @@
-"""YOLOv8: one function per size, with its numbers in sight. Sizes differ in widths and in how often blocks repeat."""
+"""YOLOv8: one function per size, with explicit numbers. Sizes differ in widths and in how often blocks repeat."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""YOLOv9 t, s, m and c in their deployed, single-head form: one function per size, with its numbers in sight.
+"""YOLOv9 t, s, m and c in their deployed, single-head form: one function per size, with explicit numbers.
 
 The training form with its auxiliary branch computes the same function; `models.checkpoints.convert` drops the branch
 when such a checkpoint is loaded. Layer indices are those of the official single-head ("gelan") checkpoints.

@@ -166,7 +166,7 @@ class DetectionLoss(nn.Module):
 def distribution_focal_loss(logits_PC: Tensor, distances_P4: Tensor, reg_max: int) -> Tensor:
     """Cross-entropy to the two bins around each distance, weighted by nearness (arXiv:2006.04388, eq. 6).
 
-    A distance of 2.25 cells wants 0.75 of bin 2 and 0.25 of bin 3. Distances are clipped to [0, R - 1.01].
+    A distance of 2.25 cells has the target 0.75 for bin 2 and 0.25 for bin 3. Distances are clipped to [0, R - 1.01].
 
     Args:
         logits_PC: [P, 4R].

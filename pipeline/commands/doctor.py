@@ -130,7 +130,7 @@ def check_machine() -> Iterator[Finding]:
 
 
 def available_memory() -> float | None:
-    """GiB that this machine, or the container that the process is in, can still give; None where nobody tells."""
+    """GiB that this machine, or the container that the process is in, can still give; None if unknown."""
     found = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -14,7 +14,7 @@ class Subcommand:
 
     Attributes:
         name: what is typed behind `octet`.
-        group: heading that it stands under in `octet --help`.
+        group: heading in `octet --help`.
         summary: what it does, in one line.
         target: `module:function`, imported when it is called.
         is_entry: whether the function is an entry of Hydra, which reads `sys.argv` and KEY=VALUE settings; others take

@@ -34,7 +34,7 @@ class OutputReader:
         confidence: scores must be greater, 0..1.
         iou: threshold of the NMS that runs here (decoded, raw); None for a head that needs none.
         max_detections: boxes kept in an image.
-        masks: whether coefficients stand below the scores, and a second output holds the prototypes (decoded).
+        masks: whether coefficients follow the scores, and a second output holds the prototypes (decoded).
     """
 
     form: str

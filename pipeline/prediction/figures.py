@@ -91,7 +91,7 @@ def _evaluator(
 
 
 def _settings(options: argparse.Namespace) -> tuple[DataConfig, EvaluateConfig, str | None]:
-    """Data, thresholds and metric: those of the run that the model lies in, changed by the options."""
+    """Data, thresholds and metric: those of the run that contains the model, changed by the options."""
     data, thresholds, metric = DataConfig(), EvaluateConfig(), None
     run = find_run(options.model)
     if run is not None:

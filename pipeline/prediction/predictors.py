@@ -187,10 +187,10 @@ def why_not_here(runtime: str) -> str | None:
 
 
 def open_float(path: Path, options: Options) -> Predictor:
-    """The float model of a run, or of the run that a file lies in.
+    """The float model of a run, or of the run that contains a file.
 
     Raises:
-        DeployError: the file lies in no run directory.
+        DeployError: the file is not in a run directory.
     """
     directory = find_run(path)
     if directory is None:
@@ -233,7 +233,7 @@ def partner_classes(model: Predictor, other: Predictor) -> Tensor | None:
 
 
 def find_run(path: Path) -> Path | None:
-    """The run directory that a path is or lies in; None for a path outside of runs."""
+    """The run directory of a path; None for a path outside of runs."""
     folders = [path, *path.resolve().parents][:4]
     return next((folder for folder in folders if (folder / CONFIG).is_file()), None)
 

@@ -1,4 +1,4 @@
-"""Commands that a report prints: to make the run again, to go on in it, to deploy it."""
+"""Commands that a report prints: to repeat the run, to continue it, to deploy it."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def next_commands(config: Config, run: Run) -> list[dict[str, str]]:
             "Make this run again", again, "in a new run directory; compare the hashes of weights and data"
         ),
         _command(
-            "Go on in this run", f"{again} run_dir={place} resume=true", "stages that are done are skipped"
+            "Continue this run", f"{again} run_dir={place} resume=true", "stages that are done are skipped"
         ),
         _command(
             "This page again", f"python -m report {place}", "from report.json alone; name two runs to compare"

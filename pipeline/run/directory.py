@@ -9,7 +9,7 @@ runs/<experiment>/<time>/
     calibration.json, ptq.safetensors
     mixed.safetensors    the calibrated model within its accuracy budget, where one was asked for
     qat.safetensors, qat.jsonl, qat.json
-    train-state/, qat-state/   states to go on from, while training and fine-tuning are not finished
+    train-state/, qat-state/   states to continue from, while training and fine-tuning are not finished
     model.onnx, float.onnx, engines/
     rows/<name>.json     one table row each
     report.html, report.md, report.json
@@ -123,7 +123,7 @@ class Run:
         """Open a run directory that exists.
 
         Raises:
-            RunError: it is no run directory.
+            RunError: it is not a run directory.
         """
         found = followed(directory)
         if not (found / CONFIG).is_file():

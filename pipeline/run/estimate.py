@@ -34,7 +34,7 @@ class Estimate:
         self._taken[stage] = seconds
 
     def left(self, stages: Iterable[str]) -> float | None:
-        """Seconds for these stages; None where no earlier run tells."""
+        """Seconds for these stages; None if no earlier run allows it."""
         if self.source is None:
             return None
         known = [name for name in self._taken if name in self.earlier]

@@ -33,7 +33,7 @@ def mute(silent: bool) -> None:
 
 
 class _PackageLog(logging.Handler):
-    """Says what the packages log, each line once: a file that is opened again for another stage is no news."""
+    """Says what the packages log, each line once: a file opened again by another stage is not repeated."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)

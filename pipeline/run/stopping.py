@@ -1,4 +1,4 @@
-"""How a run stops when it is asked to: it finishes the step, saves, and says how to go on.
+"""How a run stops when it is asked to: it finishes the step, saves, and prints how to continue.
 
 SIGINT (Ctrl-C) ends with exit code 130, SIGTERM with 143, SIGHUP with 129, and SIGUSR1, by which SLURM announces the
 end of a job's time (`sbatch --signal=USR1@120`), with 75, the code for "try again" (EX_TEMPFAIL). A second signal ends
@@ -85,7 +85,7 @@ STOPPING = Stopping()
 
 
 def resume_command(directory: Path, arguments: Sequence[str] | None = None) -> str:
-    """The command that goes on with this run.
+    """The command that continues this run.
 
     Args:
         directory: of the run.

@@ -1,6 +1,6 @@
 """Sweeps over many slow, independent measurements: each result is one small file, written whole.
 
-So a sweep that was killed goes on with what is missing, and several processes or machines can share one directory.
+So a sweep that was killed continues with what is missing, and several processes or machines can share one directory.
 A worker locks an item before it measures it, so that no two work on the same; a lock ends with its owner (see
 core/locks.py), and whoever waits for the item measures it then. Every measurement is deterministic, so the outcome is
 the same for one worker, for many, and after any number of kills.
@@ -23,7 +23,7 @@ class Sweep:
     """One sweep's directory.
 
     Args:
-        directory: where results lie; the name should tell what was measured (a hash of model and data).
+        directory: where results are stored; the name should say what was measured (a hash of model and data).
     """
 
     def __init__(self, directory: Path) -> None:

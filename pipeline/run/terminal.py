@@ -13,7 +13,7 @@ from core.files import write_json
 from pipeline.run.directory import Run
 from report import format_operating, format_table
 
-NEXT = ("See what it detects", "Go on in this run")
+NEXT = ("See what it detects", "Continue this run")
 
 
 def print_result(run: Run, commands: Sequence[Mapping[str, str]] = ()) -> None:

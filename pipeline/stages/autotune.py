@@ -50,7 +50,7 @@ class Confirmed:
         built: the engine built with this plan, its latency estimated or measured.
         ap: measured accuracy, or the user's own metric.
         loss: what that is below the float model's.
-        differing: layers that the engine runs in another precision than planned; None where the builder does not tell.
+        differing: layers that the engine runs in another precision than planned; None if not reported.
     """
 
     name: str
@@ -177,8 +177,8 @@ def learn_costs(job: Job, plans: Plans, pricing: Pricing, folder: Path) -> CostT
 def estimate_losses(scores: Mapping[str, Mapping[str, float]], drop: float) -> Losses:
     """Estimated AP loss of every unit in each precision.
 
-    Sensitivity scores are no accuracies. Those of the first precision are taken for shares of what its calibrated model
-    lost against float, at least `SMALLEST_DROP`; the others' are on the same scale.
+    Sensitivity scores are not accuracies. Those of the first precision are taken for shares of what its
+    calibrated model lost against float, at least `SMALLEST_DROP`; the others' are on the same scale.
 
     Args:
         scores: precision -> unit -> score.
@@ -271,7 +271,7 @@ def _confirm(
 def compare_precisions(
     planned: Mapping[str, str], built: Mapping[str, str] | None
 ) -> list[dict[str, str]] | None:
-    """Layers that an engine runs in another precision than planned; None where it does not tell.
+    """Layers that an engine runs in another precision than planned; None if it does not report it.
 
     Args:
         planned: layer -> `float` or a quantized precision.
@@ -288,7 +288,7 @@ def compare_precisions(
 
 
 def _of_layers(one: Confirmed) -> str:
-    """How many layers of a built plan run as planned, where the builder tells; for messages."""
+    """How many layers of a built plan run as planned, if the builder reports it; for messages."""
     if one.differing is None:
         return ""
     first = "".join(f"; {item['layer']} in {item['built']}" for item in one.differing[:1])

@@ -55,7 +55,7 @@ def calibrate_stage(job: Job) -> None:
 
 
 def imported_ranges(job: Job) -> dict[str, Tensor]:
-    """Ranges that the float weights brought along from a quantized checkpoint, where the settings want them.
+    """Ranges that the float weights brought along from a quantized checkpoint, if the settings ask for them.
 
     Raises:
         ConfigError: equalisation would move the ranges.

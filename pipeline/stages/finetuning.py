@@ -33,7 +33,7 @@ def finetune_stage(job: Job) -> None:
     """Fine-tune the calibrated model with the detection loss and its float copy as teacher; record the row `qat`.
 
     Where calibration alone is good enough for `qat.skip_if_drop_below`, nothing is trained and later stages take the
-    calibrated model. Which epoch's weights are kept says `qat.select`. A stopped stage goes on after the step of its
+    calibrated model. Which epoch's weights are kept says `qat.select`. A stopped stage continues after the step of its
     last saved state.
     """
     if _calibration_suffices(job):
@@ -81,7 +81,7 @@ def finetune_stage(job: Job) -> None:
 
 
 def fine_tuning_options(config: QatConfig) -> FineTuningOptions:
-    """The section `qat` as quantization-aware fine-tuning wants it."""
+    """The section `qat` as quantization-aware fine-tuning expects it."""
     return FineTuningOptions(
         scale_learning_rate=config.scale_learning_rate,
         distill_weight=config.distill_output,

@@ -1,4 +1,4 @@
-"""The steps that bring in the float model: `load` keeps it in the run directory, `float` measures it."""
+"""The steps that load the float model: `load` keeps it in the run directory, `float` measures it."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def placed_by_rules(config: QuantConfig, network: nn.Module) -> Placement:
 
 
 def options_and_rules(config: QuantConfig) -> tuple[PlacementOptions, tuple[Rule, ...]]:
-    """The section `quant` as placement wants it."""
+    """The section `quant` as placement expects it."""
     rules = [Rule(match=pattern, keep_float=True) for pattern in config.float_patterns]
     rules += [
         Rule(rule.match, rule.keep_float, rule.bits, rule.scale, rule.observer, rule.share, rule.grid)

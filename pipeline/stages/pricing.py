@@ -38,7 +38,7 @@ class Built:
 
     Attributes:
         milliseconds: latency, estimated or measured.
-        layers: layer -> precision that it runs in, such as `fp8` or `fp16`; None where the builder does not tell.
+        layers: layer -> precision that it runs in, such as `fp8` or `fp16`; None if the builder does not report it.
     """
 
     milliseconds: float
@@ -204,7 +204,7 @@ def choose_pricing(job: Job) -> Pricing:
 
     Raises:
         ConfigError: `autotune.gpu` names no GPU of the file, or the file cannot be used.
-        DeployError: what it needs is not installed, or the runtime tells no times that belong to blocks.
+        DeployError: what it needs is not installed, or the runtime reports no times that belong to blocks.
     """
     config = job.config.autotune
     if config.gpu is not None:
@@ -213,7 +213,7 @@ def choose_pricing(job: Job) -> Pricing:
         return EstimatedPricing(gpu)
     runtime = job.config.deploy.runtimes[0]
     if runtime not in TIMED or not runtime_class(runtime).can_run():
-        reason = "cannot run here" if runtime in TIMED else "does not tell times by layer of the graph"
+        reason = "cannot run here" if runtime in TIMED else "does not report times by layer of the graph"
         raise DeployError(
             f"autotune has no costs for {RUNTIMES[runtime].title}, which {reason}: set autotune.gpu to estimate those "
             f"of a GPU ({', '.join(load_gpus())}), or put one of {', '.join(TIMED)} first in deploy.runtimes."

@@ -19,7 +19,7 @@ SETTING = "quant.recalibrate_scores"
 
 
 def recalibrate(job: Job, model: fx.GraphModule, key: RowKey) -> None:
-    """Fit a line per class on the calibration images and fold it into the model, where the settings want that.
+    """Fit a line per class on the calibration images and fold it into the model, if the settings ask for that.
 
     The figures are kept as `recalibration-<row>.json`.
     """
@@ -76,7 +76,7 @@ def class_layers(model: fx.GraphModule, detector: Detector) -> list[str]:
     """Names of the layers that give the class logits of the deployed head, one per level.
 
     Raises:
-        ConfigError: they are no convolution or linear layer with a bias, or give something else than the logits.
+        ConfigError: they are not convolutions or linear layers with a bias, or give something other than the logits.
     """
     (output,) = (node for node in model.graph.nodes if node.op == "output")
     maps: Any = output.args[0]

@@ -24,7 +24,7 @@ from pipeline.stages.stage import Stage
 from quant import Placement, load_placement
 from report import ReportData, write_report
 
-HASH_LENGTH = 64  # hexadecimal digits of SHA-256; facts of the machine stand among the hashes
+HASH_LENGTH = 64  # hexadecimal digits of SHA-256; facts of the machine are among the hashes
 
 
 def report_stage(job: Job) -> None:

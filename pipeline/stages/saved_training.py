@@ -36,7 +36,7 @@ class SavedTraining:
 
     Args:
         job: the job.
-        folder: where the states lie in the run directory.
+        folder: path of the states in the run directory.
         log: artifact with one JSON line per step.
         state: what is saved.
         kept: what else is saved.
@@ -149,13 +149,13 @@ class SavedTraining:
             )
 
     def _write_if_possible(self) -> None:
-        """Save the state; where the disk is full, keep the one before and go on."""
+        """Save the state; where the disk is full, keep the one before and continue."""
         try:
             self._write()
         except WriteError as error:
             if self.step_saved is None:
                 raise
-            say(f"warning: {error}. The state of step {self.step_saved} is kept, and training goes on")
+            say(f"warning: {error}. The state of step {self.step_saved} is kept, and training continues")
             self.last_saved = time.monotonic()
 
     def _write(self) -> None:

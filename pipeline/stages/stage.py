@@ -44,9 +44,9 @@ class Stage:
         reads: artifacts, or patterns of artifacts, of earlier stages; one that is absent counts as such.
         writes: artifacts, or patterns. What is there from an earlier time moves away before the stage runs again.
         editable: artifacts that the user may edit: the readers then run again, this stage does not.
-        partial: artifacts that an unfinished run of the stage leaves to go on from; they outlive a stop, and are
+        partial: artifacts that an unfinished run of the stage leaves to continue from; they outlive a stop, and are
             removed when the stage has finished, or starts with other inputs.
-        adjustable: settings that an unfinished stage may go on with when they have changed.
+        adjustable: settings that may change when an unfinished stage continues.
         is_shared: whether the processes of a team work on it together.
         is_always_run: whether it runs each time it is asked for.
     """
@@ -109,7 +109,7 @@ class Stage:
         """Take what an earlier run of the stage left out of the way, before it runs again.
 
         Results move to the folder `previous`, so that a changed setting does not cost hours of work; what an unfinished
-        run left is removed, unless the stage was stopped with the same inputs and can go on from it. A file that the
+        run left is removed, unless the stage was stopped with the same inputs and can continue from it. A file that the
         user has edited is kept under another name.
         """
         record, run = job.run.ledger.get(self.name), job.run
@@ -135,7 +135,7 @@ class Stage:
         return not Inputs({**before.settings, **adjusted}, before.reads).changes(now)
 
     def tidy(self, run: Run) -> None:
-        """Remove what the finished stage needed to go on from."""
+        """Remove what the finished stage needed to continue from."""
         for name in find_files(run.directory, self.partial):
             if name not in self.writes:
                 run.path(name).unlink(missing_ok=True)

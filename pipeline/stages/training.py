@@ -63,7 +63,7 @@ def train_stage(job: Job) -> None:
 def loop_options(
     config: TrainConfig | QatConfig, autocast: bool, channels_last: bool, task_weight: float = 1.0
 ) -> TrainingOptions:
-    """The section `train` or `qat` as the training loop wants it, with what was chosen for the machine."""
+    """The section `train` or `qat` as the training loop expects it, with what was chosen for the machine."""
     return TrainingOptions(
         epochs=config.epochs,
         learning_rate=config.learning_rate,
@@ -78,7 +78,7 @@ def loop_options(
 
 
 def augmentation(config: AugmentConfig) -> AugmentOptions:
-    """The section `augment` as the loader wants it."""
+    """The section `augment` as the loader expects it."""
     return AugmentOptions(
         mosaic=config.mosaic,
         degrees=config.degrees,

@@ -60,7 +60,7 @@ def calibrated_as(job: Job, model: fx.GraphModule, precision: str) -> fx.GraphMo
 
 
 def converted(placement: Placement, precision: str) -> Placement:
-    """A placement with all codes in one precision; fixed scales keep the range that they stand for."""
+    """A placement with all codes in one precision; fixed scales keep their range."""
     activations, weights = GRIDS[precision]
     groups = []
     for group in placement.groups:

@@ -26,7 +26,7 @@ def open_own(reference: str, split: str) -> Dataset:
 
     Raises:
         ConfigError: the factory is not there or fails.
-        DataError: what it returns is no dataset, is empty, or its first item is not as `Sample` says.
+        DataError: what it returns is not a dataset, is empty, or its first item is not as `Sample` says.
     """
     factory = load_factory(SETTING, reference)
     dataset = call_user(SETTING, reference, f"the call for split {split!r}", factory, split)

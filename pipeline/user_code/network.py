@@ -254,7 +254,7 @@ def load_state(network: nn.Module, path: Path) -> None:
 
 
 def _tensors(value: Any) -> list[Tensor | None]:
-    """Tensors of a nested structure, in order; None stands for anything that is no tensor."""
+    """Tensors of a nested structure, in order; None replaces anything that is not a tensor."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):

@@ -106,7 +106,7 @@ class OscillationTracker:
             setattr(self, name, value.to(self.codes.device, copy=True))
 
     def _integers(self) -> Tensor:
-        """Ranks of every weight's code as it stands, for integer grids the code itself; a flat int8 vector."""
+        """Ranks of every weight's current code, for integer grids the code itself; a flat int8 vector."""
         if not self.layers:
             return torch.zeros(0, dtype=torch.int8)
         scaled = torch._foreach_div([layer.weight.detach().float() for layer in self.layers], self._scales())

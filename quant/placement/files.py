@@ -1,4 +1,4 @@
-"""Saving a placement as YAML, and loading it back after a person has edited it."""
+"""Saving a placement as YAML, and loading it back after it was edited by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quant.placement.policy import Rule
 
 
 def dump_placement(placement: Placement) -> str:
-    """The placement as YAML text that a person can edit."""
+    """The placement as YAML text that can be edited by hand."""
     content = _plain(asdict(placement))
     for entry in content["groups"]:
         grid = entry.pop("grid")

@@ -181,7 +181,7 @@ class _Placer:
         """Whether the result is an answer of the network.
 
         It is where it leaves as it is (reshaped or joined at most), and where it leaves through anything without
-        weights (an activation, say) and no other layer reads it: a feature that is returned as well is no answer.
+        weights (an activation, say) and no other layer reads it: a feature that is returned as well is not an answer.
         """
         unchanged = {Kind.TRANSPARENT, Kind.CONCAT}
         if self._readers_behind(node, unchanged)[0]:

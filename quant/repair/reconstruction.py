@@ -146,7 +146,7 @@ def _with_float_weights(layer: QuantizedLayer, x: Tensor) -> Tensor:
 
     The paper takes the float network's output instead, so that weights also make up for the errors of earlier
     layers; at 8 bits these are the larger part, they differ from image to image, and flips learn those of the few
-    images at hand.
+    images.
     """
     layer.weight_quantizer.mode = Mode.OFF
     output: Tensor = layer(x)

@@ -45,7 +45,7 @@ class UnitScore:
     parts: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for a JSON file: the parts stand beside unit and score."""
+        """Plain data for a JSON file: the parts in addition to unit and score."""
         return {"unit": self.unit, "score": self.score, **self.parts}
 
 

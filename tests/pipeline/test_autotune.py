@@ -282,7 +282,7 @@ def job_of(*overrides: str) -> Any:
         (
             ["deploy=onnxruntime"],
             DeployError,
-            "no costs for ONNX Runtime, which does not tell times by layer of the graph: set autotune.gpu",
+            "no costs for ONNX Runtime, which does not report times by layer of the graph: set autotune.gpu",
         ),
         (["autotune.gpu=l4", "quant.activations.unsigned=true"], ConfigError, "TensorRT takes signed codes"),
         (["autotune.gpu=l4", "deploy.outputs=onnx_nms"], ConfigError, "expected one of decoded, raw"),

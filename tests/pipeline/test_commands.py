@@ -85,7 +85,7 @@ def test_any_text_survives(text: str) -> None:
 def test_exported_runs_have_commands_to_deploy(tmp_path: Path) -> None:
     config = compose(["+experiment=demo"])
     assert [item["title"] for item in next_commands(config, Run(tmp_path))] == [
-        "Make this run again", "Go on in this run", "This page again",
+        "Make this run again", "Continue this run", "This page again",
     ]  # fmt: skip
     (tmp_path / "export.json").write_text("{}")
     commands = [item["command"] for item in next_commands(config, Run(tmp_path))]

@@ -154,7 +154,7 @@ def test_a_signal_to_the_process_group_saves_and_ends(tmp_path: Path, number: si
     assert code == CODES[number], err
     assert "Traceback" not in err
     assert "Exception ignored" not in err
-    assert f"Stopped by {number.name}. To go on: python " in err
+    assert f"Stopped by {number.name}. To continue: python " in err
     assert err.rstrip().endswith("run_dir=run resume=true")
     assert not (tmp_path / "run/run.lock").exists()
     assert not list((tmp_path / "run").rglob(".writing-*"))

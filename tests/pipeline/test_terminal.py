@@ -82,7 +82,7 @@ def test_stages_are_counted_and_those_that_are_done_are_no_part_of_the_estimate(
 
 def test_a_run_ends_with_the_next_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands = [
-        {"title": "Go on in this run", "command": "again"},
+        {"title": "Continue this run", "command": "again"},
         {"title": "See what it detects", "command": "predict"},
     ]
     (tmp_path / "report.html").touch()
