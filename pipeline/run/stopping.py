@@ -96,8 +96,9 @@ def resume_command(directory: Path, arguments: Sequence[str] | None = None) -> s
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
     launcher = ["torchrun", "--nproc-per-node", processes] if processes != "1" else ["python"]
     words = [
-        *(launcher if program.endswith(".py") else []),
-        program,
+        *(
+            [*launcher, program] if program.endswith(".py") else program.split(" ")
+        ),  # `octet run` is two words
         *kept,
         f"run_dir={directory}",
         "resume=true",

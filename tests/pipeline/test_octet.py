@@ -19,6 +19,7 @@ from pipeline.commands import benchmark, doctor
 from pipeline.commands.octet import EXAMPLES, completion, help_text, main
 from pipeline.commands.table import SUBCOMMANDS
 from pipeline.run.files import FLOAT_ONNX
+from pipeline.run.stopping import resume_command
 
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
@@ -79,6 +80,11 @@ def test_bash_completes_the_names_of_commands() -> None:
     script = f'{completion("bash")}\ncomplete -p octet\ncompgen -W "$(complete -p octet | cut -d\\\' -f2)" be'
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "benchmark"
+
+
+def test_a_stopped_run_says_how_octet_goes_on() -> None:
+    started = ["octet run", "+experiment=demo", "run_dir=old"]
+    assert resume_command(Path("runs/x"), started) == "octet run +experiment=demo run_dir=runs/x resume=true"
 
 
 # ------------------------------------------------------------------------------------------------------- benchmark
