@@ -95,6 +95,10 @@ class ReportError(OctetError, ValueError):
     """A report cannot be made."""
 
 
+class ResourceError(OctetError, RuntimeError):
+    """The memory is used up."""
+
+
 class WriteError(OctetError, OSError):
     """A file cannot be written."""
 

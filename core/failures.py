@@ -11,12 +11,25 @@ import errno
 import os
 import re
 
-from core.errors import DataError, OctetError, WriteError
+from core.errors import DataError, OctetError, ResourceError, WriteError
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN})
 WRITERS = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream error", "I/O error: ")
 """Parts of the messages of torch, OpenVINO and safetensors when they cannot write."""
+NO_MEMORY = (
+    "out of memory",  # CUDA
+    "can't allocate memory",  # torch
+    "not enough memory",
+    "could not create a primitive",  # oneDNN
+    "could not create a memory",
+    "could not execute a primitive",
+    "bad_alloc",
+    "bad allocation",
+    "Insufficient memory",  # OpenCV
+    "Cannot allocate memory",  # the system
+)
+"""Parts of the messages of libraries that get no memory."""
 
 
 def known_failure(error: BaseException) -> OctetError | None:
@@ -26,6 +39,8 @@ def known_failure(error: BaseException) -> OctetError | None:
     """
     if isinstance(error, OctetError):
         return error
+    if (no_memory := _memory_failure(error)) is not None:
+        return no_memory
     if isinstance(error, OSError):
         return _disk_failure(error)
     if isinstance(error, RuntimeError) and (found := _loader_failure(str(error))) is not None:
@@ -52,6 +67,22 @@ def write_failure(path: object, error: BaseException) -> WriteError:
     elif code == errno.ENOTDIR:
         remedy = "a file exists where a folder is needed; choose another path"
     return WriteError(f"{'A file' if path is None else path} cannot be written ({reason}): {remedy}")
+
+
+def _memory_failure(error: BaseException) -> ResourceError | None:
+    """The meaning of what torch, oneDNN, OpenCV and the engines report when they get no memory."""
+    text = " ".join(str(error).split())
+    is_stated = isinstance(error, RuntimeError | OSError) or type(error).__module__.startswith(
+        ("cv2", "onnxruntime")
+    )
+    if not isinstance(error, MemoryError) and not (is_stated and any(part in text for part in NO_MEMORY)):
+        return None
+    device = "GPU" if "CUDA" in text else "machine or container"
+    return ResourceError(
+        f"The memory of the {device} is used up ({text[:150] or type(error).__name__}): use smaller batches "
+        "(train.batch_size, qat.batch_size, evaluate.batch_size), smaller images (data.image_size), or fewer data "
+        "workers (data.workers)"
+    )
 
 
 def _disk_failure(error: OSError) -> OctetError | None:

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from core.choices import OBSERVERS
 from core.errors import CalibrationError
+from core.names import listing
 from quant.calibration.convergence import (
     Convergence,
     Histograms,
@@ -231,6 +232,7 @@ def apply_histograms(
     """Set each group's scale from its histogram; a group with an imported range has its scale already."""
     quantizer_of = activation_quantizers(model)
     found = []
+    _check_seen(histograms)
     for group in placement_of(model).groups:
         if imported and group.name in imported:
             amax = imported[group.name]
@@ -238,11 +240,6 @@ def apply_histograms(
             found.append(GroupCalibration(group.name, IMPORTED, None, amax, scale, None, 0, 0))
             continue
         histogram, quantizer = histograms[group.name], quantizer_of[group.name]
-        if histogram.num_values == 0:
-            raise CalibrationError(
-                f"group {group.name!r} saw {histogram.num_ignored} values, none of them finite: the float network "
-                "overflows on these images; check the weights and the preprocessing"
-            )
         if histogram.num_ignored:
             log.warning("group %s: %d NaN or infinite values left out", group.name, histogram.num_ignored)
         chosen_by = group.observer or method
@@ -265,3 +262,21 @@ def apply_histograms(
             )
         )
     return CalibrationResult(tuple(found), num_images)
+
+
+def _check_seen(histograms: Mapping[str, Histogram]) -> None:
+    """List the groups that saw nothing a scale can come from: no finite value is an error, zeros only are logged."""
+    empty = [name for name, histogram in histograms.items() if histogram.num_values == 0]
+    if empty:
+        raise CalibrationError(
+            f"group {empty[0]!r} saw {histograms[empty[0]].num_ignored} values, none of them finite"
+            + (f", and so did {listing(empty[1:], 5)}" if empty[1:] else "")
+            + ": the float network overflows on these images; check the weights and the preprocessing"
+        )
+    dead = [name for name, histogram in histograms.items() if histogram.maximum == 0]
+    if dead:
+        log.warning(
+            "%d groups saw zeros only (%s): no scale fits them; check the weights and the images",
+            len(dead),
+            listing(dead, 5),
+        )

@@ -304,3 +304,12 @@ def test_result_is_plain_data():
     content = calibrate(inserted(), images()).as_dict()
     assert json.loads(json.dumps(content)) == content
     assert content["num_images"] == 6
+
+
+def test_groups_that_saw_zeros_only_are_listed(caplog):
+    model = insert(small_net(), place(small_net())).eval()
+    result = calibrate(model, [torch.zeros(2, 3, 16, 16)])  # black images
+    dead = [group.name for group in result.groups if group.maximum == 0]
+    assert dead
+    assert f"{len(dead)} groups saw zeros only ({dead[0]}" in caplog.text
+    assert all(group.scale > 0 for group in result.groups)

@@ -1,0 +1,80 @@
+"""Memory that is used up: one message with what to change, whichever library meets it first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from core.failures import known_failure
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# what libraries raised under `ulimit -v` (torch 2.13, OpenCV 5) and on a GPU
+ERRORS = [
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+    ),
+    RuntimeError("could not create a primitive"),
+    RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB"),
+    RuntimeError("std::bad_alloc"),
+    MemoryError(),
+    OSError(12, "Cannot allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: str(error)[:30])
+def test_no_memory_is_a_message_with_what_to_change(error: Exception) -> None:
+    known = known_failure(error)
+    assert known is not None
+    assert known.exit_code == 3
+    assert f"memory of the {'GPU' if 'CUDA' in str(error) else 'machine'}" in str(known)
+    assert "use smaller batches (train.batch_size" in str(known)
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    assert known_failure(RuntimeError("shape mismatch")) is None
+    assert known_failure(ValueError("out of memory in a user's words")) is None
+
+
+LIMITED = """
+import resource, sys
+import torch
+from torch import nn
+from core.command import reports_errors, run_command
+from training import TrainingOptions, TrainingState, train_epochs
+
+@reports_errors
+def main(arguments=None):
+    network = nn.Sequential(*(layer for _ in range(6) for layer in (nn.LazyConv2d(64, 3, padding=1), nn.ReLU())))
+    images = torch.rand(64, 3, 128, 128)
+    network(images[:1, :, :8, :8])
+    pages = int(open("/proc/self/statm").read().split()[0])
+    limit = pages * resource.getpagesize() + int(sys.argv[1]) * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    state = TrainingState(network, TrainingOptions(epochs=1))
+    loss = lambda raw, targets, size: {"error": raw.square().mean()}
+    for _ in train_epochs(state, lambda epoch, samples: [(images, None)], 1, loss):
+        pass
+    return 0
+
+run_command(lambda: main([]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc on this system")
+@pytest.mark.parametrize("megabytes", [50, pytest.param(400, marks=pytest.mark.exhaustive)])
+def test_a_training_under_a_memory_limit_ends_with_the_message(megabytes: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(megabytes)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: The memory of the machine or container is used up (")
+    assert "use smaller batches" in done.stderr
