@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from configs.schema import Config
 from core.choices import ONE2MANY
-from core.errors import CheckpointError, ConfigError, RunError
+from core.errors import CheckpointError, ConfigError, RunError, StateError
 from core.families import ARCHITECTURES, SEGMENTERS
 from core.files import written_atomically
 from core.names import listing
@@ -205,7 +205,8 @@ class Networks:
         """A quantized model of this run, quantizers on, in evaluation mode.
 
         Raises:
-            RunError: the stage that makes it has not run, or the file is damaged or of another version.
+            RunError: the stage that makes it has not run, or the file is of another version.
+            StateError: the file is damaged.
         """
         path = self.run.need(QUANTIZED[key], STAGE_OF[key])
         try:
@@ -213,7 +214,7 @@ class Networks:
                 metadata = stream.metadata() or {}
                 state = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise RunError(f"{path} is damaged ({error}): run the stage `{STAGE_OF[key]}` again") from error
+            raise StateError(f"{path} is damaged ({error}): run the stage `{STAGE_OF[key]}` again") from error
         if PLACEMENT_KEY not in metadata:
             raise RunError(f"{path} was written by another version of Octet: start a new run")
         model = self.insert(parse_placement(metadata[PLACEMENT_KEY], str(path)))

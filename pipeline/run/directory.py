@@ -28,7 +28,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from core.errors import RunError, WriteError
+from core.errors import RunError, StateError, WriteError
 from core.files import (
     LATEST,
     check_link,
@@ -186,17 +186,33 @@ class Run:
         return self.path(name)
 
     def read_json(self, name: str) -> Any:
-        """Read plain data back."""
-        return json.loads(self.path(name).read_text())
+        """Read plain data back.
+
+        Raises:
+            StateError: the file is damaged.
+        """
+        return self._parsed(name, self.path(name).read_bytes())
 
     def write_lines(self, name: str, records: Iterable[dict[str, Any]]) -> Path:
         """Write records as JSON lines."""
         return self.write_text(name, "".join(json.dumps(record) + "\n" for record in records))
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
-        """Read JSON lines; an artifact that is not there gives none."""
+        """Read JSON lines; an artifact that is not there gives none.
+
+        Raises:
+            StateError: the file is damaged.
+        """
         path = self.path(name)
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [self._parsed(name, line) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+    def _parsed(self, name: str, content: bytes) -> Any:
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise StateError(
+                f"{self.path(name)} is damaged ({error}): remove it and resume with the stage that makes it"
+            ) from error
 
     @property
     def ledger(self) -> Ledger:
@@ -223,14 +239,14 @@ class Run:
         """All rows, in the order of the table.
 
         Raises:
-            RunError: a row's file is damaged.
+            StateError: a row's file is damaged.
         """
         rows = []
         for path in sorted(self.path(ROWS).glob("*.json")):
             try:
                 rows.append(ResultRow.from_dict(json.loads(path.read_text(encoding="utf-8"))))
             except (ValueError, KeyError, TypeError) as error:
-                raise RunError(
+                raise StateError(
                     f"{path} is not a row of the result table ({error}): remove it and resume"
                 ) from error
         return sorted_rows(rows)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.errors import RunError
+from core.errors import RunError, StateError
 from core.files import hash_file, write_json
 
 FORMAT = 2
@@ -97,7 +97,8 @@ class Ledger:
         """All records, in the order in which the stages last finished or started.
 
         Raises:
-            RunError: the file is damaged, or of a run that another version of Octet made.
+            RunError: it is of a run that another version of Octet made.
+            StateError: the file is damaged.
         """
         if not self.path.exists():
             return {}
@@ -113,7 +114,7 @@ class Ledger:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, RunError):
                 raise
-            raise RunError(
+            raise StateError(
                 f"{self.path} is damaged ({error}): remove it to run all stages of this run again"
             ) from error
 

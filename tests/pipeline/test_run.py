@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import RunError, WriteError
+from core.errors import RunError, StateError, WriteError
 from core.rows import FLOAT, MIXED, PTQ, QAT, ResultRow, engine_key
 from pipeline.run.directory import CONFIG, Run
 from pipeline.run.ledger import Inputs
@@ -103,3 +103,21 @@ def test_planning_makes_no_directory(tmp_path: Path) -> None:
     run.make()
     assert run.directory.is_dir()
     assert (tmp_path / "runs/demo/latest").resolve() == run.directory.resolve()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\x93garbage\x00"], ids=["empty", "cut", "garbage"])
+def test_damaged_artifacts_are_named_with_the_way_out(tmp_path: Path, content: bytes) -> None:
+    run = Run(tmp_path)
+    (tmp_path / "rows").mkdir()
+    for name in ("calibration.json", "qat.jsonl", "rows/qat.json", "state.json"):
+        run.path(name).write_bytes(content + b"\n")
+    for read in (
+        lambda: run.read_json("calibration.json"),
+        lambda: run.read_lines("qat.jsonl"),
+        run.rows,
+        run.ledger.records,
+    ):
+        with pytest.raises(StateError, match="remove it") as caught:
+            read()
+        assert caught.value.exit_code == 3
+        assert str(tmp_path) in str(caught.value)
