@@ -5,8 +5,8 @@
 
 Costs are learned as the stage `autotune` does it: layer times of engines with one precision throughout and of mixtures.
 Then other plans are built: both uniform ones, plans of the front, and plans in which runs of neighbouring units have
-one precision. All engines are timed in turns, in one process, without counters. Wall time is what counts; processor
-time of the same calls stands beside it, since other processes on a shared machine do not add to it. Prints both, and
+one precision. All engines are timed alternately, in one process, without counters. Wall time is what counts; processor
+time of the same calls is printed as well, since other processes on a shared machine do not add to it. Prints both, and
 Spearman's rank correlation with the summed costs.
 """
 
@@ -36,7 +36,7 @@ from pipeline.stages.plans import FLOATING, Plans
 from pipeline.stages.pricing import MeasuredPricing
 
 INT8 = "int8"
-CALLS = 3  # of an engine in one turn, behind one that is not timed
+CALLS = 3  # of an engine in one turn, after one that is not timed
 NO_RUN = "autotune_clock: skipped, no run directory given (see the docstring)"
 
 
@@ -99,7 +99,7 @@ def neighbours(units: Sequence[str], seed: int) -> dict[str, str]:
 def clock(
     engines: Sequence[Runtime], shape: tuple[int, int, int, int], seconds: float
 ) -> list[tuple[float, float]]:
-    """Median wall and processor milliseconds of a call of each engine; they run in turns."""
+    """Median wall and processor milliseconds of a call of each engine; they run alternately."""
     images = np.random.default_rng(0).random(shape, dtype=np.float32)
     times: list[list[tuple[float, float]]] = [[] for _ in engines]
     started = time.perf_counter()

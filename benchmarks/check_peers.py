@@ -3,8 +3,8 @@ r"""What `deploy.check` says about Q/DQ graphs of five tools for one network.
     python benchmarks/check_peers.py [--weights W.pt] [--architecture yolov9t] [--size 320] [--images 8] \
         --nncf-python PYTHON --modelopt-python PYTHON [--folder FOLDER] [--json FILE]
 
-Octet, NNCF, modelopt, ONNX Runtime's quantize_static, and a naive graph (`peers/naive.py`). Findings hang on where
-quantizers stand and which scales are equal, not on accuracy, so random weights and a few random images do; --data
+Octet, NNCF, modelopt, ONNX Runtime's quantize_static, and a naive graph (`peers/naive.py`). Findings depend on where
+quantizers are and which scales are equal, not on accuracy, so random weights and a few random images suffice; --data
 FOLDER calibrates with the training images of a dataset. Peers run with their defaults, and with parts left float
 (`GRAPH_VARIANTS` in `peers/tools.py`, which also tells how to make their environments); peers that are not there are
 skipped. With --folder the graphs are kept, and reused by the next call. The verified examples in RESULTS.md were looked

@@ -4,7 +4,7 @@ r"""Speed of INT8 on CPUs: Octet's engines against float ones and against NNCF's
         [--seconds 20] [--clock wall|cpu] [--runtimes openvino onnxruntime] [--folder FOLDER] [--json FILE]
 
 Networks with attention have an engine more: with its matrix products in INT8 (`quant.attention=matmul`). `--clock cpu`
-takes the processor time of the process in the place of the time that passed, with one thread: other work on the machine
+takes the processor time of the process instead of wall time, with one thread: other work on the machine
 then slows an engine by its share of the caches only.
 
 One image per call; random weights cost the same time as trained ones, and four random images set the scales. YOLOv9's
@@ -127,7 +127,7 @@ def build_octet(
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Time all engines of one network in turns: name -> report."""
+    """Time all engines of one network alternately: name -> report."""
     threads = 1 if options.clock == "cpu" else options.threads
     wanted = {n: e for n, e in engines_of(folder, threads).items() if n.split()[0] in options.runtimes}
     engines = {name: open_engine() for name, open_engine in wanted.items()}
@@ -147,7 +147,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, An
 def processor_time(
     engines: Mapping[str, Runtime], shape: tuple[int, ...], seconds: float
 ) -> dict[str, dict[str, Any]]:
-    """Processor time of single calls in turns, until each engine has had `seconds` of it."""
+    """Processor time of single calls alternately, until each engine has had `seconds` of it."""
     images = np.random.default_rng(0).random(shape, dtype=np.float32)
     spent: dict[str, list[float]] = {name: [] for name in engines}
     for engine in engines.values():

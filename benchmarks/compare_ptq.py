@@ -10,7 +10,7 @@ convolutions too, left float, which a user has to ask for. How to make the peers
 
 Each model is evaluated as OpenVINO runs it (CPU, float part in FP32). Some processors and graphs give different
 answers under OpenVINO than the graph says (see docs/deployment.md); such a file is also executed literally, node by
-node, by ONNX Runtime without graph optimizations: that figure is what the tool's scales are worth, and it counts.
+node, by ONNX Runtime without graph optimizations: this figure is the accuracy of the tool's scales.
 A single AP on a hundred images moves by some thousandths with the roundings; --views N takes the mean over N slightly
 moved views (benchmarks/views.py), with the standard error of its difference to float.
 --engine adds a model that another tool made by itself, such as Ultralytics' own export (it chose its own images).

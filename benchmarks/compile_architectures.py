@@ -8,7 +8,7 @@ TensorRT for RTX builds the engines, without a GPU, so there are no times. Netwo
 calibrated on random images: placement and compiler do not look at values. For each architecture, with SiLU and with
 ReLU, the graphs of the target `tensorrt_rtx` are built: one plan in INT8 for SM80, SM86, SM89 and SM120, one in FP8 for
 SM89 and SM120 (a plan has one graph for all of its GPUs, and the weakest decides), with decoded outputs and FP16 scales
-and with raw outputs and FP32 scales; beside them the same network in FP16, and in INT8 without the Q/DQ pairs behind
+and with raw outputs and FP32 scales; for comparison the same network in FP16, and in INT8 without the Q/DQ pairs after
 each Resize, as graphs were before these pairs. `--full` builds each form of the outputs with each type of scales for
 each GPU alone, `--int8-for SM89` only INT8 with decoded outputs and FP16 scales for that GPU, and FP16. Every layer
 that the placement quantizes has to run in the codes of its placement; those that do not are listed, and the exit code
@@ -109,7 +109,7 @@ def variants_of(detector: Detector, wanted: Wanted) -> list[tuple[str, str]]:
 
 
 def without_pairs(graph: Graph) -> PassResult:
-    """Take out the Q/DQ pairs that repeat those in front of a Resize (or a max-pool) behind it."""
+    """Take out the Q/DQ pairs that repeat those before a Resize (or a max-pool) after it."""
     gone = [node for node in graph.nodes if node.op_type == "QuantizeLinear" and REPEATED in node.name]
     readers = [reader for node in gone for reader in graph.consumers[node.output[0]]]
     for node, reader in zip(gone, readers, strict=True):

@@ -4,7 +4,7 @@ r"""What `deploy.check --fix` makes of other tools' graphs: findings, the compil
     python benchmarks/fix_peers.py FOLDER [--capability SM89] [--views 3] [--json FILE] \
         [+experiment=bccd weights=W.pt data.root=D]
 
-FOLDER holds the graphs that `check_peers.py` wrote; the mended ones are written to FOLDER/fixed. Engines are built by
+FOLDER holds the graphs that `check_peers.py` wrote; the fixed ones are written to FOLDER/fixed. Engines are built by
 TensorRT for RTX, without a GPU. With the settings of a job AP is measured too, literally by ONNX Runtime, node by node.
 """
 

@@ -6,7 +6,7 @@
 `fisher` needs one backward pass over a few batches; `map` evaluates the detector twice per unit: with the unit alone
 quantized, and with it alone left float. Prints the seconds of both next to those of one validation pass, and
 Spearman's rank correlation of fisher with the sweep's score and with its two halves. Score and halves are
-magnitudes: how far AP moves. The signed figures stand beside them; signs that two halves do not agree on are luck. The
+magnitudes: how far AP moves. The signed figures are given, too; signs on which two halves disagree are chance. The
 sweep's results stay in the run directory, so that the script can be stopped, repeated, and run by several processes at
 once.
 """

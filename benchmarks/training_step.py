@@ -1,4 +1,4 @@
-"""Times a step of fine-tuning and an evaluation beside the float network's, and measures the memory of training.
+"""Times a step of fine-tuning and an evaluation compared with the float network, and measures the memory of training.
 
 Usage:
     python benchmarks/training_step.py [--weights W] [--size 320] [--batch 8] [--rounds 9] [--threads 1]
@@ -6,7 +6,7 @@ Usage:
 
 A step is forward and backward with the mean of the squared outputs as the loss. All works run in one process, one after
 the other in each round, and a ratio is taken within a round: it is the median over the rounds, with the smallest and
-largest beside it. Time is processor time of the process on a CPU, so that other work on the machine counts little, and
+largest as well. Time is processor time of the process on a CPU, so that other work on the machine counts little, and
 wall time on a GPU.
 
 Peers take the places of our quantizers in the same graph: pytorch-quantization's `TensorQuantizer` (fixed ranges),
@@ -60,7 +60,7 @@ Work = Callable[[], object]
 
 
 class LearnableOperator(nn.Module):
-    """torch's own learnable fake quantization, in place of one of our quantizers."""
+    """torch's own learnable fake quantization, instead of one of our quantizers."""
 
     def __init__(self, scale: Tensor, grid: Grid, axis: int | None = None) -> None:
         super().__init__()

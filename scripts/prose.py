@@ -23,8 +23,8 @@ from proselint.tools import LintFile
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKED = (
-    "*.md", "docs/**/*.md", "benchmarks/*.md", "scripts/*.py", "scripts/*.sh", "examples/*.py", "*.py",
-    "core/**/*.py", "models/**/*.py", "configs/**/*.py", "deploy/**/*.py",
+    "*.md", "docs/**/*.md", "benchmarks/*.md", "benchmarks/*.py", "scripts/*.py", "scripts/*.sh", "examples/*.py",
+    "*.py", "core/**/*.py", "models/**/*.py", "configs/**/*.py", "deploy/**/*.py",
     "data/**/*.py", "pipeline/**/*.py", "quant/**/*.py", "report/**/*.py", "training/**/*.py",
 )  # fmt: skip
 PHRASES = {  # regular expression -> what to write

@@ -2,7 +2,7 @@
 
 This is what `replace every Conv2d by QuantConv2d` gives: per-tensor activation scales and per-channel weight scales,
 each conv by itself. Convs that read one tensor have the same range and get the same scale; tensors that meet in a
-concat are quantized behind it, sums and pools not at all.
+concat are quantized after it, sums and pools not at all.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from core.machine import describe_machine
 PEERS = ("nncf", "modelopt")
 FOLDER = Path(__file__).resolve().parent
 REPOSITORY = FOLDER.parent.parent
-DECODE = "/decode/.*"  # names of the nodes behind the last convs in files of this project
+DECODE = "/decode/.*"  # names of the nodes after the last convs in files of this project
 LAST_CONVS = r"head\..*\.output(/WithoutBiases)?"  # OpenVINO adds the suffix to convolutions with a bias
 VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "nncf": {
