@@ -1,9 +1,9 @@
 """CPU seconds that a command takes to start, and which large libraries it imports.
 
-    python benchmarks/startup.py [--run RUN --image FILE] [--rounds 3]
+    python benchmarks/startup.py [--run RUN --weights FILE --image FILE] [--rounds 3]
 
 Every command runs in a process of its own, with one OpenMP thread. The figure is the least of the rounds, user and
-system time together. With a finished run and a picture, real predictions are timed, too.
+system time together. With a finished run, its float weights and a picture, real predictions are timed, too.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ COMMANDS = (
 )
 REAL = (
     "-m deploy.check {run}/model.onnx",
-    "-m pipeline.predict {run} {image} --out {out}",
-    "-m pipeline.predict {run} {image} --threads 1 --out {out}",
-    "-m pipeline.predict {run} {image} --runtime torch --out {out}",
+    "-m pipeline.predict {run}/engines/model.xml {image} --out {out}",
+    "-m pipeline.predict {run}/engines/float.onnx {image} --runtime onnxruntime --out {out}",
+    "-m pipeline.predict {weights} {image} --size 320 --out {out}",
 )
 
 
@@ -83,18 +83,18 @@ def main() -> None:
     parser.add_argument(
         "--run", type=Path, help="a finished run with an OpenVINO engine, for real predictions"
     )
+    parser.add_argument("--weights", type=Path, help="a float checkpoint")
     parser.add_argument("--image", type=Path, help="the picture of the predictions")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     print("| command | CPU seconds | imports |\n| --- | ---: | --- |")
     with TemporaryDirectory() as out:
         commands = {command: command for command in COMMANDS}
-        if options.run is not None and options.image is not None:
-            paths = {"run": options.run.resolve(), "image": options.image.resolve(), "out": out}
-            commands |= {
-                command.format(run="RUN", image="IMAGE", out="OUT"): command.format(**paths)
-                for command in REAL
-            }
+        given = {"run": options.run, "weights": options.weights, "image": options.image}
+        if None not in given.values():
+            paths = {name: path.resolve() for name, path in given.items()} | {"out": out}
+            shown = {name: name.upper() for name in paths}
+            commands |= {command.format(**shown): command.format(**paths) for command in REAL}
         for label, command in commands.items():
             seconds = min(measure(command) for _ in range(options.rounds))
             print(f"| `{label}` | {seconds:.2f} | {', '.join(imported(command))} |", flush=True)
