@@ -54,6 +54,8 @@ def load(cfg: DictConfig, schema: type[AnyConfig] = Config) -> AnyConfig:  # typ
         raise ConfigError(
             f"This is a {type(config).__name__}: expected {schema.__name__}; compose it with its schema."
         )
+    if isinstance(config, Config):
+        config.resume = config.resume.lower()  # YAML's true and false
     validate(config)
     if isinstance(config, Config):
         config.data.image_size = config.data.input_size.plain  # [640, 640] is the square that 640 is

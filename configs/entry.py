@@ -34,14 +34,23 @@ from configs.compose import CONFIG_DIR, HYDRA_VERSION_BASE, SCHEMAS, explain, lo
 from configs.help import help_text
 from configs.overrides import check_overrides
 from configs.schema import Config
+from configs.sweep import JobRecord, SweepJob, take_jobs
 from core.command import discard_output
-from core.errors import EXIT_BROKEN_PIPE, EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError, OctetError
+from core.errors import (
+    EXIT_BROKEN_PIPE,
+    EXIT_CONFIG,
+    EXIT_DEFECT,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    ConfigError,
+    OctetError,
+)
 from core.failures import known_failure
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 Function = Callable[[Any], float | None]
-AfterSweep = Callable[[Sequence[tuple[str, Path]]], None]
+AfterSweep = Callable[[Sequence[SweepJob]], None]
 
 
 def hydra_entry(
@@ -52,7 +61,7 @@ def hydra_entry(
 
     Args:
         config_name: "config" (the function takes `Config`) or "export" (`ExportConfig`).
-        after_sweep: Called once at the end of a `-m` sweep with (overrides, run directory) of every finished job.
+        after_sweep: Called once at the end of a `-m` sweep with all its jobs, those that failed included.
 
     Returns:
         A decorator. The decorated function takes no arguments, reads `sys.argv`, and ends the process with an
@@ -101,6 +110,10 @@ def _run(
 ) -> None:
     """Check argv, then let Hydra compose and call `function` once, or once per job of a sweep."""
     arguments, unknown = get_args_parser().parse_known_args()
+    if arguments.multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "-m under torchrun: a job of a sweep is one process; start the sweep without torchrun"
+        )
     if unknown:
         raise ConfigError(
             f"Unknown argument '{unknown[0]}': settings are written KEY=VALUE, flags are listed by --help."
@@ -113,46 +126,75 @@ def _run(
     if not arguments.shell_completion:  # takes install=SHELL, which is not a setting
         check_overrides(arguments.overrides, schema, config_dirs, arguments.multirun)
     register_configs()
-    failures: list[int] = []
-    finished: list[tuple[str, Path]] = []
-
-    def job(cfg: DictConfig) -> float | None:
-        sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
-        try:
-            config = load(cfg, schema)
-            if not sweeping or not isinstance(config, Config):
-                return function(config)
-            config = _in_sweep(config)
-            result = function(config)
-            finished.append((HydraConfig.get().job.override_dirname, Path(str(config.run_dir))))
-            return result
-        except Exception as error:
-            known = known_failure(error)
-            if full_error or known is None:
-                raise
-            if not sweeping:  # Hydra passes SystemExit on and prints nothing
-                _stop(str(known), known.exit_code)
-            print(f"error: {known}", file=sys.stderr)
-            failures.append(known.exit_code)  # the other jobs of the sweep still run
-            return None
-
     previous = os.environ.get(_FULL_ERROR)
     os.environ[_FULL_ERROR] = "1"  # Hydra then raises instead of printing and leaving by itself
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*hydra.searchpath.*", category=UserWarning)
             hydra.main(version_base=HYDRA_VERSION_BASE, config_path=str(CONFIG_DIR), config_name=config_name)(
-                job
+                functools.partial(_run_job, function=function, schema=schema, full_error=full_error)
             )()
+    except Exception as error:
+        jobs = _end_sweep(after_sweep)
+        if all(job.exit_code is not None for job in jobs):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        _stop(f"{sum(job.has_failed for job in jobs)} job(s) of the sweep failed ({reason}).", _highest(jobs))
     finally:
         if previous is None:
             del os.environ[_FULL_ERROR]
         else:
             os.environ[_FULL_ERROR] = previous
-    if finished and after_sweep is not None:
-        after_sweep(finished)
-    if failures:
-        _stop(f"{len(failures)} job(s) of the sweep failed.", max(failures))
+    jobs = _end_sweep(after_sweep)
+    if any(job.has_failed for job in jobs):
+        _stop(f"{sum(job.has_failed for job in jobs)} job(s) of the sweep failed.", _highest(jobs))
+
+
+def _run_job(cfg: DictConfig, function: Function, schema: type, full_error: bool) -> float | None:
+    """Run one job, with a record of its end where it is one of a sweep; the other jobs of a sweep still run."""
+    record = JobRecord() if HydraConfig.get().mode == RunMode.MULTIRUN else None
+    try:
+        config = load(cfg, schema)
+        if record is not None and isinstance(config, Config):
+            config = _in_sweep(config)
+        result = function(config)
+    except BaseException as error:
+        known = known_failure(error)
+        if record is not None:
+            record.end(*_outcome(known or error))
+        if full_error or known is None:
+            raise
+        if record is None:  # Hydra passes SystemExit on and prints nothing
+            _stop(str(known), known.exit_code)
+        print(f"error: {known}", file=sys.stderr)
+        return None
+    if record is not None:
+        record.end(EXIT_OK)
+    return result
+
+
+def _outcome(error: BaseException) -> tuple[int, str]:
+    """Exit code and message of a job that failed."""
+    if isinstance(error, OctetError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, "interrupted"
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code, f"ended with exit code {error.code}"
+    return EXIT_DEFECT, f"{type(error).__name__}: {error}"
+
+
+def _end_sweep(after_sweep: AfterSweep | None) -> list[SweepJob]:
+    """The jobs of the sweep that has ended; none where there was no sweep."""
+    jobs = take_jobs()
+    if jobs and after_sweep is not None:
+        after_sweep(jobs)
+    return jobs
+
+
+def _highest(jobs: Sequence[SweepJob]) -> int:
+    """The highest exit code; a job that was ended from outside counts as a defect."""
+    return max(EXIT_DEFECT if job.exit_code is None else job.exit_code for job in jobs)
 
 
 def _in_sweep(config: Config) -> Config:
@@ -167,4 +209,6 @@ def _in_sweep(config: Config) -> Config:
 
 def _stop(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        print(f"exit code {code}; torchrun itself ends with 1, whatever the code", file=sys.stderr)
     raise SystemExit(code)

@@ -390,7 +390,11 @@ class Config:
         None, "Checkpoint of the float detector; none starts training from random weights"
     )
     run_dir: str | None = setting(None, "Run directory; none creates runs/EXPERIMENT/TIME")
-    resume: bool = setting(False, "Continue the run in run_dir (or the latest one)")
+    resume: str = setting(
+        "false",
+        "Continue the run in run_dir (or the latest one); auto does so if there is one, and starts a run otherwise",
+        choices=("false", "true", "auto"),
+    )
     checkpoint_minutes: float = setting(
         5.0,
         "Time between saved states of training and fine-tuning; 0 saves one after every step",

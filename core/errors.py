@@ -6,9 +6,8 @@ leave with `exit_code`; any other exception is a defect and keeps its traceback.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 EXIT_OK = 0
+EXIT_DEFECT = 1  # of Python, with a traceback
 EXIT_CONFIG = 2
 EXIT_INPUT = 3
 EXIT_GATE = 4
@@ -26,7 +25,7 @@ class OctetError(Exception):
         exit_code: 2 for configuration, 3 for data, checkpoints and engines, 4 for a gate that is not met.
     """
 
-    exit_code: ClassVar[int] = EXIT_INPUT
+    exit_code: int = EXIT_INPUT
 
 
 # -- configuration: exit code 2
@@ -101,6 +100,17 @@ class ResourceError(OctetError, RuntimeError):
 
 class WriteError(OctetError, OSError):
     """A file cannot be written."""
+
+
+class TeamError(OctetError, RuntimeError):
+    """Another process of the job has failed, or is gone."""
+
+    @classmethod
+    def of(cls, message: str, exit_code: int) -> TeamError:
+        """With the exit code of the process that failed."""
+        error = cls(message)
+        error.exit_code = exit_code
+        return error
 
 
 # -- gates: exit code 4

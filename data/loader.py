@@ -43,6 +43,10 @@ class EpochSampler(Sampler[list[Key]]):
         rank: number of this process among `world_size`; it gets every `world_size`-th image. With
             `shuffle` all ranks get equally many images, some of them twice.
         world_size: number of processes.
+        whole_batches: give each process every `world_size`-th batch instead of every such image, so that the batches
+            are the same for any number of processes; one process may get none.
+        split_batches: give each process every `world_size`-th image of each batch; `batch_size` is that of all of them
+            together, and the batches are those of one process.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class EpochSampler(Sampler[list[Key]]):
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        whole_batches: bool = False,
+        split_batches: bool = False,
     ) -> None:
         self.indices = indices
         self.batch_size = batch_size
@@ -62,20 +68,34 @@ class EpochSampler(Sampler[list[Key]]):
         self.drop_last = drop_last
         self.rank = rank
         self.world_size = world_size
+        self.whole_batches = whole_batches
+        self.split_batches = split_batches
         self.epoch = 0
         self.first_batch = 0
 
     def order(self) -> list[int]:
-        """Dataset positions of this rank in the current epoch."""
+        """Dataset positions of this rank in the current epoch; with `split_batches`, those of all ranks."""
+        if self.whole_batches:
+            batches = [
+                self.indices[i : i + self.batch_size] for i in range(0, len(self.indices), self.batch_size)
+            ]
+            return [index for batch in batches[self.rank :: self.world_size] for index in batch]
         if not self.shuffle:
             return self.indices[self.rank :: self.world_size]
         random = np.random.default_rng((self.seed, self.epoch))
         shuffled = [self.indices[i] for i in random.permutation(len(self.indices)).tolist()]
+        if self.split_batches:
+            return shuffled
         missing = -len(shuffled) % self.world_size
         return (shuffled + shuffled[:missing])[self.rank :: self.world_size]
 
     def num_batches(self) -> int:
         """Batches of a whole epoch, wherever it begins."""
+        if self.whole_batches:
+            return len(range(self.rank, -(-len(self.indices) // self.batch_size), self.world_size))
+        if self.split_batches:
+            size, count = self.batch_size, len(self.indices)
+            return count // size if self.drop_last else -(-count // size)
         count = len(self.indices) + (-len(self.indices) % self.world_size if self.shuffle else 0)
         images = len(range(self.rank, count, self.world_size))
         return images // self.batch_size if self.drop_last else -(-images // self.batch_size)
@@ -87,6 +107,8 @@ class EpochSampler(Sampler[list[Key]]):
         order = self.order()
         for batch in range(self.first_batch, self.num_batches()):
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            if self.split_batches:
+                chosen = chosen[self.rank :: self.world_size]
             yield [(self.epoch, index) for index in chosen]
 
 
@@ -113,7 +135,8 @@ class DetectionLoader(DataLoader[Batch]):
     def resume_epoch(self, epoch: int, samples: int) -> None:
         """Let the next iteration yield what is left of an epoch when `samples` of it, over all ranks, are done."""
         sampler = self.batch_sampler
-        self.set_epoch(epoch, -(-samples // (sampler.batch_size * sampler.world_size)))
+        together = sampler.batch_size * (1 if sampler.split_batches else sampler.world_size)
+        self.set_epoch(epoch, -(-samples // together))
 
 
 class _Prepared(torch.utils.data.Dataset[Any]):
@@ -248,6 +271,8 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     masks: bool = False,
+    whole_batches: bool = False,
+    split_batches: bool = False,
 ) -> DetectionLoader:
     """Make batches of network inputs of one size.
 
@@ -264,6 +289,8 @@ def build_loader(
         rank: number of this process among `world_size`.
         world_size: number of processes that share the dataset.
         masks: draw the objects' masks, too (`Batch.masks`); the dataset's samples then need `segments`.
+        whole_batches: share batches instead of images, see `EpochSampler`; not with `shuffle` or `drop_last`.
+        split_batches: share the images of each batch instead, see `EpochSampler`; only with `shuffle`.
 
     Returns:
         A loader whose length is its number of batches.
@@ -284,8 +311,16 @@ def build_loader(
     if len(dataset) == 0:
         raise DataError("The dataset has no images; a loader needs at least one.")
     indices = choose_subset(len(dataset), limit)
-    sampler = EpochSampler(indices, batch_size, shuffle, seed, drop_last, rank, world_size)
-    if sampler.num_batches() == 0:
+    sampler = EpochSampler(
+        indices, batch_size, shuffle, seed, drop_last, rank, world_size, whole_batches, split_batches
+    )
+    smallest = batch_size if drop_last else len(indices) % batch_size or batch_size
+    if split_batches and smallest < world_size:
+        raise DataError(
+            f"A batch of {smallest} images cannot be shared by {world_size} processes: use larger batches, another "
+            f"number of images than {len(indices)}, or at most {smallest} processes."
+        )
+    if sampler.num_batches() == 0 and not whole_batches:
         remedy = "smaller batches" if drop_last else f"at most {len(indices)} processes"
         raise DataError(
             f"{len(indices)} images over {world_size} processes make no full batch of {batch_size} for process {rank}: "

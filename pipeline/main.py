@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,8 @@ def run_job(config: Config) -> float:
     """Run the configured stages and return the AP of the shipped model (the value that sweeps optimise).
 
     In a resumed run directory a stage is skipped as long as everything that it read and wrote is the same; otherwise it
-    runs again. Under torchrun calibration is shared among the processes, and the first does everything else.
+    runs again. Under torchrun the processes share the stages that can be divided; the first does the others, and the
+    processes that are needed no more leave.
 
     Raises:
         GateError: a gate that the user set is missed (the report is written before).
@@ -39,12 +41,18 @@ def run_job(config: Config) -> float:
     show_package_logs()
     team = join_team()
     mute(not team.first)
+    with team.reporting():
+        return _run_stages(config, team)
+
+
+def _run_stages(config: Config, team: Team) -> float:
     job = open_job(config, team)
     run = job.run
     stages = stages_of(config, run)
     say(f"run: {run.directory}")
     if team.size > 1:
-        say(f"{team.size} processes: they share the calibration images; the first does all other stages")
+        shared = ", ".join(stage.name for stage in stages if stage.is_shared) or "no stage"
+        say(f"{team.size} processes: they share {shared}; the first does the rest")
     try:
         run_stages(job, stages)
     except Stopped as stopped:
@@ -58,17 +66,26 @@ def run_job(config: Config) -> float:
         STOPPING.is_deferred = False
         if team.first:
             run.unlock()
-    if team.first:
-        print_result(run, next_commands(config, run))
-        check_gates(config, run.rows(), job.splits.task)
+    if not team.first:
+        return math.nan
+    print_result(run, next_commands(config, run))
+    check_gates(config, run.rows(), job.splits.task)
     return shipped_value(run.rows())
 
 
 def run_stages(job: Job, stages: Sequence[Stage]) -> None:
-    """Run the stages in order, each with its number and, if an earlier run allows it, an estimate of the time left."""
+    """Run the stages in order, each with its number and, if an earlier run allows it, an estimate of the time left.
+
+    Other processes than the first leave after the last stage that they share.
+    """
     run, config = job.run, job.config
+    num_common = max((number for number, stage in enumerate(stages, 1) if stage.is_shared), default=0)
     estimate = Estimate(run, {stage.name: stage.chosen_settings(config) for stage in stages})
     for number, stage in enumerate(stages, 1):
+        if number > num_common:
+            if not job.team.first:
+                return
+            job.team = ALONE
         STOPPING.check()
         pending = [s.name for s in stages[number - 1 :] if s.is_always_run or not run.is_done(s.name)]
         seconds = run_stage(job, stage, f"[{number}/{len(stages)}] ", estimate.describe(pending))
@@ -105,7 +122,9 @@ def run_stage(job: Job, stage: Stage, count: str = "", remark: str = "") -> floa
         run.ledger.start(stage.name, inputs)
     team.wait()
     if team.first or stage.is_shared:
+        job.stage_team = team if stage.is_shared else ALONE
         stage.function(job)
+        job.stage_team = ALONE
     seconds = time.perf_counter() - started
     if inputs is not None:
         run.ledger.finish(stage.name, inputs, stage.outputs(job), seconds)
@@ -148,9 +167,10 @@ def plan_job(config: Config) -> Job:
 def _choose_run(config: Config) -> Run:
     """A new run directory, which is not made yet, or the locked one to resume."""
     given = Path(config.run_dir) if config.run_dir else None
-    if not config.resume:
+    earlier = given or Path("runs") / config.experiment / LATEST
+    if config.resume == "false" or (config.resume == "auto" and not Run.exists(earlier)):
         return Run.plan(given, config.experiment)
-    run = Run.open(given or Path("runs") / config.experiment / LATEST)
+    run = Run.open(earlier)
     check_writable(run.directory)
     run.lock()
     return run

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from configs.schema import Config
 from core.choices import ONE2MANY
@@ -16,6 +17,7 @@ from core.errors import CheckpointError, ConfigError, RunError, StateError
 from core.families import ARCHITECTURES, SEGMENTERS
 from core.files import written_atomically
 from core.names import listing
+from core.processes import num_processes
 from core.rows import MIXED, PTQ, QAT, RowKey
 from core.types import TaskLoss
 from models import (
@@ -240,5 +242,17 @@ class Networks:
         """The task loss for a detector, the run's float one when None."""
         detector = self.detector if detector is None else detector
         if isinstance(detector, OwnDetector):
-            return detector.loss
+            return mean_over_processes(detector.loss)
         return detector_loss(detector)
+
+
+def mean_over_processes(loss: TaskLoss) -> TaskLoss:
+    """A user's loss as processes take it that share a batch: their parts add up to the mean of their losses."""
+
+    def part(raw: Any, targets: Any, size: tuple[int, int]) -> dict[str, Tensor]:
+        terms = loss(raw, targets, size)
+        return (
+            terms if num_processes() == 1 else {name: term / num_processes() for name, term in terms.items()}
+        )
+
+    return part

@@ -157,10 +157,12 @@ class Splits:
         limit: int | None = None,
         team: Team = ALONE,
         masks: bool = False,
+        whole_batches: bool = False,
     ) -> DetectionLoader:
-        """Batches prepared as for inference, in a fixed order; of a team, each process gets its share.
+        """Batches prepared as for inference, in a fixed order; of a team, each process gets its share of the images.
 
-        With `masks` the objects' masks come along, where a loss needs them.
+        With `masks` the objects' masks come along, where a loss needs them; with `whole_batches` the batches of one
+        process are shared, in turn.
         """
         return build_loader(
             dataset,
@@ -171,14 +173,21 @@ class Splits:
             rank=team.rank,
             world_size=team.size,
             masks=masks,
+            whole_batches=whole_batches,
         )
 
-    def val_batches(self, batch_size: int, limit: int | None = None) -> DetectionLoader:
-        """Validation batches, at most `limit` images of them, or `data.limit_val`."""
-        return self.letterboxed(self.val, batch_size, limit or self.config.limit_val)
+    def val_batches(self, batch_size: int, limit: int | None = None, team: Team = ALONE) -> DetectionLoader:
+        """Validation batches, at most `limit` images of them, or `data.limit_val`; of a team, this process's share."""
+        return self.letterboxed(
+            self.val, batch_size, limit or self.config.limit_val, team, whole_batches=True
+        )
 
-    def train_batches(self, batch_size: int, augment: AugmentOptions | None) -> DetectionLoader:
+    def train_batches(
+        self, batch_size: int, augment: AugmentOptions | None, team: Team = ALONE
+    ) -> DetectionLoader:
         """Shuffled training batches; `set_epoch` gives each epoch its own order and augmentation.
+
+        The processes of a team share the images of each batch.
 
         An incomplete last batch is left out where there are two full ones; fewer images make smaller batches.
         """
@@ -194,6 +203,9 @@ class Splits:
             seed=self.seed,
             limit=limit,
             drop_last=num_images >= 2 * batch_size,
+            rank=team.rank,
+            world_size=team.size,
+            split_batches=team.size > 1,
             masks=self.task == "segment",
         )
 

@@ -9,7 +9,7 @@ from core.errors import (
     RangeError,
     TraceError,
 )
-from quant.calibration.calibrate import CalibrationResult, calibrate
+from quant.calibration.calibrate import CalibrationResult, Share, calibrate
 from quant.calibration.imported import ImportedRanges, import_ranges
 from quant.codes import activation_codes
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
@@ -62,6 +62,7 @@ __all__ = [
     "RangeError",
     "Rule",
     "ScoreLine",
+    "Share",
     "SharingResult",
     "TensorSite",
     "TraceError",

@@ -31,7 +31,8 @@ FLAGS_WITH_VALUE = {"--cfg"}
 def commands(text: str) -> list[str]:
     """Return the lines of all ```bash blocks, without comments."""
     blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    joined = [re.sub(r"\\\n\s*", "", block) for block in blocks]
+    lines = [line.split("  #")[0].strip() for block in joined for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -85,6 +86,8 @@ def test_command_exists(command: str) -> None:
             check_overrides(overrides, Config, [REPOSITORY / "configs"], sweeping=True)
         else:
             compose(overrides)
+    elif words[0] == "torchrun":
+        compose(words[words.index("train_qat.py") + 1 :])
     elif words[:2] == ["python", "export.py"]:
         assert (REPOSITORY / "export.py").is_file()
         compose_export(overrides_of(words[2:])[0])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,6 +24,8 @@ from training.divergence import Faults, bad_layer, bad_parameter
 from training.extension import Extension, FloatTraining
 from training.random_states import random_states, restore_random_states
 from training.schedule import rate_factor
+from training.shared_step import SharedStep
+from training.team import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ class TrainingState:
         model: network that is trained in place; its forward returns raw maps.
         options: how to train.
         extension: what is added to float training; None adds nothing.
+        team: the processes that take every step together, each on its share of the batch; they start with the model of
+            the first.
 
     Attributes:
         step: steps done.
@@ -99,14 +104,21 @@ class TrainingState:
     """
 
     def __init__(
-        self, model: nn.Module, options: TrainingOptions, extension: Extension | None = None
+        self,
+        model: nn.Module,
+        options: TrainingOptions,
+        extension: Extension | None = None,
+        team: Team = ALONE,
     ) -> None:
         self.model = model
+        if team.size > 1:
+            model.load_state_dict(
+                team.share({name: value.cpu() for name, value in model.state_dict().items()})
+            )
         self.options = options
         self.extension = FloatTraining(model) if extension is None else extension
-        # To train in several processes, wrap this module (DistributedDataParallel): it is the only one that a step
-        # runs, and the wrapper averages the gradients of the model's own parameters during `backward`.
-        self.network = self.extension.network
+        self.shared = SharedStep(team, self.extension.network, model) if team.size > 1 else None
+        self.network = self.extension.network if self.shared is None else self.shared.network
         groups = parameter_groups(model, options, self.extension.parameter_groups())
         self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.999), fused=True)
         self.average = (
@@ -118,6 +130,11 @@ class TrainingState:
         self.records: list[StepRecord] = []
         self.rate_scale = 1.0
         self.faults = Faults(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
 
     @property
     def averaged(self) -> nn.Module:
@@ -188,10 +205,11 @@ def train_epochs(
         state.model.train()
         for images, targets in epoch_batches(state.epoch, state.samples):
             _train_step(state, images, targets, task_loss, total)
-            state.samples += len(images)
             after_step(state)
         state.epoch, state.samples = state.epoch + 1, 0
         figures = state.extension.after_epoch(None if state.average is None else state.average.model)
+        if state.shared is not None:
+            figures = {**figures, **state.shared.figures()}
         if state.records:
             state.records[-1].figures.update(figures)
         state.model.eval()
@@ -215,24 +233,29 @@ def parameter_groups(
 
 
 def _train_step(state: TrainingState, images: Tensor, targets: Any, task_loss: TaskLoss, total: int) -> None:
+    """One step of the optimizer."""
+    options, shared = state.options, state.shared
+    if options.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    if shared is not None:
+        shared.time_alone(lambda: _loss(_loss_terms(state, images, targets, task_loss, 0.0)))
     started = time.perf_counter()
-    options = state.options
     factor = rate_factor(state.step, total, options.warmup_fraction, options.final_fraction)
     for group in state.optimizer.param_groups:
         group["lr"] = group["peak"] * factor * state.rate_scale
     state.faults.remember_buffers()
     progress = min(state.step / total, 1.0)
-    if options.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=options.autocast):
+    with nullcontext() if shared is None else shared.together():
         terms = _loss_terms(state, images, targets, task_loss, progress)
-    loss = torch.stack(list(terms.values())).sum()
-    values = {name: float(term.detach()) for name, term in terms.items()}
-    if not math.isfinite(float(loss.detach())):
-        cause = bad_layer(state.model, state.extension.network, images)
-        return _skip(state, "loss", values, cause)
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+        loss = _loss(terms)
+        values, num_images = _summed(state, terms, len(images))
+        state.samples += num_images
+        is_finite = math.isfinite(values["total"])
+        state.optimizer.zero_grad(set_to_none=True)
+        if is_finite:  # gradients are averaged over the processes, and have to add up
+            (loss if shared is None else loss * shared.team.size).backward()
+    if not is_finite:
+        return _skip(state, "loss", values, bad_layer(state.model, state.extension.network, images))
     norms = _clip(state.optimizer, options.clip_norm)
     if not all(math.isfinite(norm) for norm in norms.values()):
         # a clipped activation hides an infinite weight, so a broken step need not show in the next loss
@@ -247,23 +270,42 @@ def _train_step(state: TrainingState, images: Tensor, targets: Any, task_loss: T
             step=state.step,
             epoch=state.epoch,
             learning_rate=options.learning_rate * factor * state.rate_scale,
-            losses={**values, "total": float(loss.detach())},
+            losses=values,
             gradient_norm=norms.get("weights", 0.0),
             seconds=time.perf_counter() - started,
         )
     )
+    if shared is not None:
+        shared.count(len(images), state.records[-1].seconds)
     state.step += 1
+
+
+def _loss(terms: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(terms.values())).sum()
+
+
+def _summed(state: TrainingState, terms: dict[str, Tensor], num_images: int) -> tuple[dict[str, float], int]:
+    """The terms' values and `total`, and the number of images; those of the whole batch where processes share it."""
+    values = {name: float(term.detach()) for name, term in terms.items()}
+    if state.shared is None:
+        return {**values, "total": float(_loss(terms).detach())}, num_images
+    found = state.shared.sum(
+        torch.tensor([*values.values(), num_images], dtype=torch.float64, device=state.device)
+    )
+    *numbers, count = found.tolist()
+    return {**dict(zip(values, numbers, strict=True)), "total": sum(numbers)}, int(count)
 
 
 def _loss_terms(
     state: TrainingState, images: Tensor, targets: Any, task_loss: TaskLoss, progress: float
 ) -> dict[str, Tensor]:
     terms: dict[str, Tensor] = {}
-    raw, added = state.extension.losses(state.network(images), images, progress)
-    if state.options.task_weight > 0:
-        height, width = int(images.shape[-2]), int(images.shape[-1])
-        for name, term in task_loss(raw, targets, (height, width)).items():
-            terms[name] = state.options.task_weight * term
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=state.options.autocast):
+        raw, added = state.extension.losses(state.network(images), images, progress)
+        if state.options.task_weight > 0:
+            height, width = int(images.shape[-2]), int(images.shape[-1])
+            for name, term in task_loss(raw, targets, (height, width)).items():
+                terms[name] = state.options.task_weight * term
     terms |= added
     if not terms:
         raise ValueError("the weights of all loss terms are 0: give the task loss or distillation a weight")

@@ -6,6 +6,7 @@ that function runs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -158,11 +159,38 @@ class Detections:
         return Boxes(rows[:, :4], images, rows[:, 5].astype(np.int64), rows[:, 4])
 
 
+def join_shares(shares: Sequence[Detections], batch_size: int) -> Detections:
+    """Detections of several processes that took the batches of a split in turn, in the order of one process.
+
+    Args:
+        shares: of each process, in the order of ranks; some may be empty.
+        batch_size: images per batch; only the last batch of all may have fewer.
+    """
+    masks = [_per_image(share) for share in shares]
+    order = sorted(
+        (index // batch_size, rank, index)
+        for rank, share in enumerate(shares)
+        for index in range(len(share.image_ids))
+    )
+    joined = [mask for _, rank, index in order for mask in masks[rank][index]]
+    return Detections(
+        [shares[rank].rows[index] for _, rank, index in order],
+        [shares[rank].image_ids[index] for _, rank, index in order],
+        joined if any(share.masks is not None for share in shares) else None,
+    )
+
+
+def _per_image(found: Detections) -> list[list[Rle]]:
+    """The masks of each image; none for a detector without."""
+    ends = itertools.accumulate(map(len, found.rows), initial=0)
+    return [list((found.masks or [])[start:end]) for start, end in itertools.pairwise(ends)]
+
+
 def collect(predict: Predict, batches: Iterable[Batch], device: torch.device | str = "cpu") -> Detections:
-    """Detections in all images of `batches`; arguments as for `evaluate`.
+    """Detections in all images of `batches`, which may be none; arguments as for `evaluate`.
 
     Raises:
-        DataError: no batch, or not as many results as images.
+        DataError: not as many results as images.
     """
     parts: list[NDArray[np.float64]] = []
     seen: list[int] = []
@@ -183,8 +211,6 @@ def collect(predict: Predict, batches: Iterable[Batch], device: torch.device | s
                 masks += codes
             parts.append(moved)
             seen.append(image_id)
-    if not seen:
-        raise DataError("There was no batch to evaluate; the loader needs at least one image.")
     return Detections(parts, seen, masks if segmented else None)
 
 
@@ -241,8 +267,10 @@ def compute_metrics(
         masks: one per detection, image by image, in pixels of the original image; None for boxes only.
 
     Raises:
-        DataError: see `evaluate`; or masks are to be measured and the dataset was opened without them.
+        DataError: no image; see `evaluate`; or masks are to be measured and the dataset was opened without them.
     """
+    if not image_ids:
+        raise DataError("There was no batch to evaluate; the loader needs at least one image.")
     engine = choose_engine(engine)
     coco = _as_coco(detections, image_ids, dataset, masks)
     annotations, names = (

@@ -1,7 +1,8 @@
 """The detection loss of an anchor-point head: classification, box overlap and box distances, each normalised.
 
 Every term is divided by the sum of the soft class targets (at least 1) and multiplied by its gain, so its size does
-not depend on the batch, the image size or the number of objects, and terms can be compared in a log.
+not depend on the batch, the image size or the number of objects, and terms can be compared in a log. Where several
+processes share a batch, that is the sum over all of them, and their terms add up to those of the batch.
 
 Shapes: B batch, A anchor points, K classes, R bins, T objects, P positive points.
 """
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.processes import sum_over_processes
 from models.boxes import (
     boxes_to_distances,
     complete_iou,
@@ -109,7 +111,7 @@ class DetectionLoss(nn.Module):
             alpha=self.alpha,
             beta=self.beta,
         )
-        total = assignment.scores_BAK.sum().clamp(min=1.0)
+        total = sum_over_processes(assignment.scores_BAK.sum()).clamp(min=1.0)
         cls = F.binary_cross_entropy_with_logits(logits_BAK, assignment.scores_BAK, reduction="sum") / total
         positive = assignment.positive_BA
         weight_P = assignment.scores_BAK.sum(dim=-1)[positive]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.processes import sum_over_processes
 from models.heads import REG_MAX
 from models.losses.detection import DetectionLoss
 from models.segmentation import RawSegmentation, detection_maps
@@ -100,7 +101,7 @@ class SegmentationLoss(DetectionLoss):
                 image_size,
             )
             weight_N = assignment.scores_BAK.sum(dim=-1)[image_N, anchor_N]
-            total = assignment.scores_BAK.sum().clamp(min=1.0)
+            total = sum_over_processes(assignment.scores_BAK.sum()).clamp(min=1.0)
             terms["mask"] = (per_point_N * weight_N).sum() / total * self.gains["mask"]
         return terms
 

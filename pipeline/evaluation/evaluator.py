@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,14 @@ from configs.evaluate_schema import EvaluateConfig
 from core.operating_point import OperatingPoint
 from data import (
     Batch,
+    DetectionMetrics,
     Detections,
     Found,
     Predict,
     collect,
     compute_metrics,
     evaluate,
+    join_shares,
     measure_operating_point,
     resample_score,
 )
@@ -26,6 +28,7 @@ from pipeline.evaluation.measuring import Metrics, describe, measure_custom
 from pipeline.evaluation.suppression import is_nms_free, suppress_overlaps
 from pipeline.run.progress import track
 from pipeline.splits import Splits
+from training.team import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,23 @@ class Evaluator:
         metric: `package.module:function` of the user's own metric, or None for COCO figures.
         splits: the data.
         device: where images go.
+        team: gives the processes that share the images at present; every one of them must then ask for the same
+            figures, and gets them.
     """
 
     def __init__(
-        self, config: EvaluateConfig, metric: str | None, splits: Splits, device: torch.device
+        self,
+        config: EvaluateConfig,
+        metric: str | None,
+        splits: Splits,
+        device: torch.device,
+        team: Callable[[], Team] = lambda: ALONE,
     ) -> None:
         self.config = config
         self.metric = metric
         self.splits = splits
         self.device = device
+        self.team = team
 
     def detections(
         self, decoded: Any, confidence: float | None = None, nms_free: bool = False
@@ -93,11 +104,17 @@ class Evaluator:
     def measure(
         self, predict: Predict, label: str | None, batch_size: int | None = None, limit: int | None = None
     ) -> Metrics:
-        """COCO figures, or the user's metric, on the validation split; progress is shown under `label`."""
+        """COCO figures, or the user's metric, on the validation split; progress is shown under `label`.
+
+        A metric of the user's own looks at all images in the first process of a team.
+        """
+        team = self.team()
+        if self.metric is None:
+            found = self.collect(predict, label, batch_size, limit)
+            return team.from_first(lambda: self._coco(found))
         loader = self.splits.val_batches(batch_size or self.config.batch_size, limit)
-        return self.measure_batches(
-            predict, loader if label is None else track(loader, f"evaluate {label}", len(loader))
-        )
+        batches = loader if label is None else track(loader, f"evaluate {label}", len(loader))
+        return team.from_first(lambda: self.measure_batches(predict, batches))
 
     def measure_row(
         self,
@@ -110,19 +127,32 @@ class Evaluator:
         """As `measure`, with the operating point, compared with the float model's detections if there are any."""
         if self.metric is not None:
             return Measured(self.measure(predict, label, batch_size, limit))
-        confidence, truth = self.config.operating_confidence, self.splits.truth
+        confidence = self.config.operating_confidence
         found = self.collect(predict, label, batch_size, limit)
-        metrics = compute_metrics(found.rows, found.image_ids, truth, self.config.engine, found.masks)
-        point = measure_operating_point(found, truth, confidence, reference)
-        draws = resample_score(found, truth, self.config.engine)
-        return Measured(metrics, point, found.above(confidence), draws)
+
+        def measured() -> Measured:
+            truth = self.splits.truth
+            point = measure_operating_point(found, truth, confidence, reference)
+            return Measured(self._coco(found), point, draws=resample_score(found, truth, self.config.engine))
+
+        return replace(self.team().from_first(measured), detections=found.above(confidence))
 
     def collect(
-        self, predict: Predict, label: str, batch_size: int | None = None, limit: int | None = None
+        self, predict: Predict, label: str | None, batch_size: int | None = None, limit: int | None = None
     ) -> Detections:
-        """Detections on the validation split; progress is shown under `label`."""
-        loader = self.splits.val_batches(batch_size or self.config.batch_size, limit)
-        return collect(predict, track(loader, f"evaluate {label}", len(loader)), self.device)
+        """Detections on the validation split, in other processes than the first of a team those of their share.
+
+        Progress is shown under `label`.
+        """
+        team, batch_size = self.team(), batch_size or self.config.batch_size
+        loader = self.splits.val_batches(batch_size, limit, team)
+        batches = loader if label is None else track(loader, f"evaluate {label}", len(loader))
+        return join_shares(team.collect(collect(predict, batches, self.device)), batch_size)
+
+    def _coco(self, found: Detections) -> DetectionMetrics:
+        return compute_metrics(
+            found.rows, found.image_ids, self.splits.truth, self.config.engine, found.masks
+        )
 
     def measure_batches(self, predict: Predict, batches: Iterable[Batch]) -> Metrics:
         """COCO figures, or the user's metric, over validation batches."""

@@ -119,6 +119,11 @@ class Run:
         self.latest = None
 
     @classmethod
+    def exists(cls, directory: Path) -> bool:
+        """Whether there is a run directory, or a link to one."""
+        return (followed(directory) / CONFIG).is_file()
+
+    @classmethod
     def open(cls, directory: Path) -> Run:
         """Open a run directory that exists.
 
@@ -126,7 +131,7 @@ class Run:
             RunError: it is not a run directory.
         """
         found = followed(directory)
-        if not (found / CONFIG).is_file():
+        if not cls.exists(directory):
             missing = "" if found.exists() else ", it does not exist"
             raise RunError(
                 f"{directory} is not a run directory{missing}: expected config.yaml in it, as train_qat.py writes it; "

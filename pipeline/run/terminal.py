@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from configs.sweep import SweepJob
 from core.files import write_json
 from pipeline.run.directory import Run
 from report import format_operating, format_table
@@ -36,23 +37,28 @@ def print_result(run: Run, commands: Sequence[Mapping[str, str]] = ()) -> None:
         break
 
 
-def report_sweep(jobs: Sequence[tuple[str, Path]]) -> None:
+def report_sweep(jobs: Sequence[SweepJob]) -> None:
     """Print one line per job of a sweep: what differed, and the AP of every row; keep it as sweep.json in their folder.
 
-    Args:
-        jobs: (overrides, run directory) of each job.
+    A job that failed has its exit code and its message, too.
     """
-    parts = [set(overrides.split(",")) for overrides, _ in jobs]
+    parts = [set(job.overrides.split(",")) for job in jobs]
     common = set.intersection(*parts)
-    found = [{row.name: row.ap for row in Run(directory).rows()} for _, directory in jobs]
+    found = [{row.name: row.ap for row in Run(Path(job.directory)).rows()} for job in jobs]
     columns = list(dict.fromkeys(name for row in found for name in row))
-    table = Table("job", *columns, box=SIMPLE_HEAD)
+    table = Table("job", *columns, "exit code", box=SIMPLE_HEAD)
     records = []
-    for (overrides, directory), row in zip(jobs, found, strict=True):
-        differing = ",".join(part for part in overrides.split(",") if part not in common)
+    for job, row in zip(jobs, found, strict=True):
+        differing = ",".join(part for part in job.overrides.split(",") if part not in common)
         figures = [row.get(name) for name in columns]
         shown = ["-" if figure is None else f"{figure:.4f}" for figure in figures]
-        table.add_row(differing, *shown)
-        records.append({"job": differing, "directory": directory.name, "ap": row})
+        table.add_row(differing, *shown, "-" if job.exit_code is None else str(job.exit_code))
+        name = Path(job.directory).name
+        records.append(
+            {"job": differing, "directory": name, "ap": row, "exit_code": job.exit_code, "error": job.error}
+        )
     Console(width=140).print(table)
-    write_json(jobs[0][1].parent / "sweep.json", records)
+    for job in jobs:
+        if job.has_failed:
+            print(f"job {job.number} failed: {job.error or 'it was ended from outside'}")
+    write_json(Path(jobs[0].directory).parent / "sweep.json", records)

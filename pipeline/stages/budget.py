@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable
 
 from torch import fx
 
@@ -47,6 +48,8 @@ def switch_units(model: fx.GraphModule, quantized: set[str]) -> None:
 def keep_budget(job: Job, model: fx.GraphModule, ranking: list[str], max_drop: float, sweep: Sweep) -> None:
     """Search the units to leave in float, and keep the model that has them in float, with its row `mixed`.
 
+    The processes of a team share the images of every measurement, and so measure the same units.
+
     Args:
         job: the job.
         model: the calibrated model.
@@ -70,12 +73,13 @@ def keep_budget(job: Job, model: fx.GraphModule, ranking: list[str], max_drop: f
             return value_of(job.evaluator.measure(job.predictor(model), None))
 
         item = hashlib.sha256(json.dumps(sorted(kept)).encode()).hexdigest()[:16]
-        ((_, value),) = sweep.run([f"float:{item}"], trial)
+        value = _kept_value(job, sweep, f"float:{item}", trial)
         say(f"budget: {len(kept)} units float, {figure} {value:.4f} (target {target:.4f})")
         return value
 
     result = search_budget(ranking, measure, target)
-    _write(job, model, result, target)
+    if job.stage_team.first:
+        _write(job, model, result, target)
     if not result.met:
         raise GateError(
             f"quant.accuracy_budget={max_drop} not met: {figure} {result.accuracy:.4f} with {len(result.units)} "
@@ -83,6 +87,19 @@ def keep_budget(job: Job, model: fx.GraphModule, ranking: list[str], max_drop: f
         )
     if result.units:
         _keep_mixed(job, model, without_units(placement_of(model), result.units, REASON))
+
+
+def _kept_value(job: Job, sweep: Sweep, item: str, measure: Callable[[str], float]) -> float:
+    """The value of a sweep's item; the processes of a team measure it together."""
+    team = job.stage_team
+    if team.size == 1:
+        ((_, value),) = sweep.run([item], measure)
+        return value
+    known = team.share(sweep.known(item))
+    value = measure(item) if known is None else known
+    if team.first:
+        sweep.keep(item, value)
+    return value
 
 
 def _write(job: Job, model: fx.GraphModule, result: BudgetResult, target: float) -> None:
@@ -114,7 +131,8 @@ def _write(job: Job, model: fx.GraphModule, result: BudgetResult, target: float)
 def _keep_mixed(job: Job, model: fx.GraphModule, placement: Placement) -> None:
     """Keep the model of the smaller placement, with the scales that are there."""
     smaller = assemble(job.networks, placement, {group.name: model for group in placement.groups}, model)
-    recalibrate(job, smaller, MIXED)
-    job.networks.save(smaller, placement, MIXED)
+    if job.stage_team.first:
+        recalibrate(job, smaller, MIXED)
+    smaller = job.keep(smaller, placement, MIXED)
     measured = job.measure(MIXED, job.predictor(smaller))
     job.record(MIXED, measured, observer=job.config.quant.observer, float_units=len(placement.kept_float))

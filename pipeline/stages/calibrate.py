@@ -18,14 +18,17 @@ from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
 from pipeline.stages.place import PLACEMENT, calibration_images, prepared_network, weight_method
 from pipeline.stages.recalibration import recalibrate, recalibration_file
 from pipeline.stages.stage import Stage
-from quant import calibrate, insert, load_placement, reconstruct
+from quant import CalibrationResult, Share, calibrate, insert, load_placement, reconstruct
 
 CALIBRATION, REPAIRS = "calibration.json", "repairs.json"
 REPAIR_IMAGES = 32  # for rounding and bias correction
 
 
 def calibrate_stage(job: Job) -> None:
-    """Insert the quantizers, choose every scale, measure the row `ptq`; all processes of a team work on the scales."""
+    """Insert the quantizers, choose every scale, measure the row `ptq`.
+
+    The processes of a team share the images of calibration and of the measurement; the first makes repairs.
+    """
     config = job.config.quant
     placement = load_placement(job.run.need(PLACEMENT, "place"))
     say(
@@ -35,11 +38,20 @@ def calibrate_stage(job: Job) -> None:
     network = prepared_network(job)
     model = insert(network, placement, job.config.qat.learn_scales).to(job.device).eval()
     images, ranges = calibration_images(job), imported_ranges(job)
-    result = calibrate(
-        model, images, config.observer, weight_method(job), config.percentile, job.team.gather, ranges
-    )
-    if not job.team.first:
-        return
+    team = job.stage_team
+    share = Share(team.gather, team.rank, team.size, config.calibration_batch_size)
+    result = calibrate(model, images, config.observer, weight_method(job), config.percentile, share, ranges)
+    if job.stage_team.first:
+        _finish(job, model, result)
+    model = job.keep(model, placement, PTQ)
+    imported = {"imported_groups": len(result.imported.groups)} if result.imported is not None else {}
+    measured = job.measure(PTQ, job.predictor(model))
+    job.record(PTQ, measured, observer=config.observer, **imported)
+
+
+def _finish(job: Job, model: fx.GraphModule, result: CalibrationResult) -> None:
+    """Say and keep what calibration found, and repair what its settings want."""
+    config = job.config.quant
     for line in result.imported.describe() if result.imported is not None else ():
         say(line)
     if result.convergence is not None:
@@ -48,10 +60,6 @@ def calibrate_stage(job: Job) -> None:
         _repair(job, model)
     recalibrate(job, model, PTQ)
     job.run.write_json(CALIBRATION, result.as_dict())
-    job.networks.save(model, placement, PTQ)
-    imported = {"imported_groups": len(result.imported.groups)} if result.imported is not None else {}
-    measured = job.measure(PTQ, job.predictor(model))
-    job.record(PTQ, measured, observer=config.observer, **imported)
 
 
 def imported_ranges(job: Job) -> dict[str, Tensor]:

@@ -45,11 +45,12 @@ def finetune_stage(job: Job) -> None:
     if config.both_heads:
         model, teacher, loss = with_other_head(job.networks, calibrated)
     augments = {"none": None, "light": LIGHT, "heavy": augmentation(job.config.augment)}
-    loader = job.splits.train_batches(config.batch_size, augments[config.augment])
+    loader = job.splits.train_batches(config.batch_size, augments[config.augment], job.stage_team)
     extension = QuantizationAware(model, fine_tuning_options(config), teacher)
-    channels_last = in_channels_last(job, config, model, "finetune")
+    team = job.stage_team
+    channels_last = team.from_first(lambda: in_channels_last(job, config, model, "finetune"))
     options = loop_options(config, uses_autocast(config, job.device), channels_last, config.task_weight)
-    state = TrainingState(model, options, extension)
+    state = TrainingState(model, options, extension, team)
     seed_everything(job.config.seed)  # whatever stages ran before in this process
     kept = Kept(job)
     saved = SavedTraining(job, STATES, LOG, state, kept)
@@ -71,11 +72,12 @@ def finetune_stage(job: Job) -> None:
     model.load_state_dict(kept.weights)
     if config.both_heads:
         model = without_other_head(model, calibrated)
-    recalibrate(job, model, QAT)
-    job.networks.save(model, placement_of(model), QAT)
-    job.run.write_json(
-        OUTCOME, {"skipped": False, "epochs": state.epoch, "select": config.select, "kept": kept.label}
-    )
+    if job.stage_team.first:
+        recalibrate(job, model, QAT)
+        job.run.write_json(
+            OUTCOME, {"skipped": False, "epochs": state.epoch, "select": config.select, "kept": kept.label}
+        )
+    model = job.keep(model, placement_of(model), QAT)
     measured = job.measure(QAT, job.predictor(model.eval()))
     job.record(QAT, measured, kept=kept.label)
 
@@ -168,7 +170,8 @@ def _calibration_suffices(job: Job) -> bool:
         say(f"{key.name} loses {drop:.4f} {measure}, {limit:g} or more (qat.skip_if_drop_below): fine-tuning")
         return False
     say(f"{key.name} loses {drop:.4f} {measure}, less than qat.skip_if_drop_below={limit:g}: not fine-tuned")
-    job.run.write_json(OUTCOME, {"skipped": True, "drop": drop, "limit": limit})
+    if job.stage_team.first:
+        job.run.write_json(OUTCOME, {"skipped": True, "drop": drop, "limit": limit})
     return True
 
 
@@ -195,5 +198,6 @@ FINETUNE = Stage(
     ),
     writes=(QUANTIZED[QAT], OUTCOME, LOG, layout_file("finetune"), recalibration_file(QAT), QAT.path),
     partial=(f"{STATES}/*.pt", LOG, layout_file("finetune")),
+    is_shared=True,
     adjustable=("qat.learning_rate", "qat.scale_learning_rate", "qat.clip_norm"),
 )

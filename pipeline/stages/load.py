@@ -39,4 +39,5 @@ MEASURE_FLOAT = Stage(
     splits=(VAL,),
     reads=FLOAT_FILES,
     writes=(FLOAT.path,),
+    is_shared=True,
 )

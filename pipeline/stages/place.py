@@ -158,7 +158,7 @@ def weight_method(job: Job) -> str:
 
 
 def calibration_images(job: Job, limit: int | None = None) -> Iterator[Tensor]:
-    """Letterboxed training images, spread evenly over the split, on the device; of a team, this process's share.
+    """Letterboxed training images, spread evenly over the split, on the device; in a shared stage this process's share.
 
     At most `quant.calibration_images` and `data.limit_train` of them. With a limit at most as many, the same in every
     process and without a progress bar.
@@ -166,8 +166,10 @@ def calibration_images(job: Job, limit: int | None = None) -> Iterator[Tensor]:
     config = job.config.quant
     limits = (config.calibration_images, job.config.data.limit_train, limit)
     count = min(number for number in limits if number is not None)
-    team = job.team if limit is None else ALONE
-    loader = job.splits.letterboxed(job.splits.train, config.calibration_batch_size, count, team)
+    team = job.stage_team if limit is None else ALONE
+    loader = job.splits.letterboxed(
+        job.splits.train, config.calibration_batch_size, count, team, whole_batches=True
+    )
     return job.splits.images(loader, "calibrate" if limit is None else None)
 
 

@@ -110,8 +110,11 @@ class SavedTraining:
             Stopped: it was.
         """
         STOPPING.is_deferred = True
-        age = time.monotonic() - self.last_saved
-        if STOPPING.requested is not None or age >= 60.0 * self.job.config.checkpoint_minutes:
+        is_due = time.monotonic() - self.last_saved >= 60.0 * self.job.config.checkpoint_minutes
+        if state.shared is not None:  # a signal may have reached one process only, or the others a step later
+            number = state.shared.largest(2 * (STOPPING.requested or 0) + is_due)
+            STOPPING.requested, is_due = number // 2 or None, number % 2 == 1
+        if STOPPING.requested is not None or is_due:
             self._write_if_possible()
         STOPPING.check()
 
@@ -132,6 +135,7 @@ class SavedTraining:
             raise error
         say(f"warning: {error}")
         self.restore()
+        self.job.stage_team.wait()  # all have read it
         self.state.rate_scale, self.state.faults.skipped = scale, 0
         say(f"all learning rates are multiplied by {scale:g} from here on")
         self._write()
@@ -167,6 +171,9 @@ class SavedTraining:
         """
         training = self.state.state_dict()
         check_finite(training, self.never_finite)
+        self.last_saved = time.monotonic()
+        if not self.job.stage_team.first:  # its state is that of all
+            return
         self.job.run.write_lines(self.log, (record.as_dict() for record in self.state.records))
         kept = None if self.kept is None else self.kept.as_dict()
         self.checkpoints.save({"training": training, "kept": kept})

@@ -6,6 +6,7 @@ A unit is a placement group: the tensors of one scale and the weights of the lay
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -36,11 +37,12 @@ def sensitivity_stage(job: Job) -> None:
         return
     model = job.networks.load(PTQ)
     scores = sorted(rank_units(job, model), key=lambda score: (-score.score, score.unit))
-    job.run.write_json(
-        SENSITIVITY_FILE,
-        {"method": config.method, "images": config.images, "units": [score.as_dict() for score in scores]},
-    )
-    job.run.write_text(POLICY, _policy(model, scores))
+    if job.stage_team.first:
+        units = [score.as_dict() for score in scores]
+        job.run.write_json(
+            SENSITIVITY_FILE, {"method": config.method, "images": config.images, "units": units}
+        )
+        job.run.write_text(POLICY, _policy(model, scores))
     worst = ", ".join(f"{score.unit} {score.score:.3g}" for score in scores[:3])
     say(f"most sensitive units: {worst}")
     if job.config.quant.accuracy_budget is not None:
@@ -55,28 +57,35 @@ def rank_units(job: Job, model: fx.GraphModule) -> Iterable[UnitScore]:
 
 
 def rank_by_fisher(job: Job, model: fx.GraphModule) -> list[UnitScore]:
-    """Score of every unit from the gradients of each of `sensitivity.images` training images."""
-    splits = job.splits
+    """Score of every unit from the gradients of each of `sensitivity.images` training images.
+
+    The processes of a team share the images.
+    """
+    splits, team = job.splits, job.stage_team
     masks = splits.task == "segment"
-    loader = splits.letterboxed(splits.train, 1, job.config.sensitivity.images, masks=masks)
+    images = job.config.sensitivity.images
+    loader = splits.letterboxed(splits.train, 1, images, team, masks, whole_batches=True)
     batches = ((image, [targets]) for image, targets in splits.labelled(loader, "sensitivity (fisher)"))
-    return measure_fisher(model, batches, job.networks.loss())
+    return measure_fisher(model, batches, job.networks.loss(), team.gather)
 
 
 def _sqnr(job: Job, model: fx.GraphModule) -> Iterable[UnitScore]:
+    """Score of every unit by the output error with it alone quantized; the processes of a team share the units."""
     loader = job.splits.letterboxed(job.splits.train, BATCH, job.config.sensitivity.images)
-    units = [group.name for group in placement_of(model).groups]
+    units, team = [group.name for group in placement_of(model).groups], job.stage_team
     sweep = kept_results(job, model)
-    found = {unit: value for unit in units if (value := sweep.known(f"sqnr:{unit}")) is not None}
+    found = team.share({unit: value for unit in units if (value := sweep.known(f"sqnr:{unit}")) is not None})
+    share = [unit for unit in units if unit not in found][team.rank :: team.size]
 
     def measure() -> Iterator[UnitScore]:
-        if len(found) < len(units):
-            for score in measure_sqnr(model, list(job.splits.images(loader)), found):
+        if share:
+            images = list(job.splits.images(loader))
+            for score in measure_sqnr(model, images, {*units} - {*share}):
                 sweep.keep(f"sqnr:{score.unit}", score.score)
                 yield score
-        yield from (UnitScore(unit, value) for unit, value in found.items())
 
-    return track(measure(), "sensitivity (sqnr)", len(units))
+    measured = team.gather(list(track(measure(), "sensitivity (sqnr)", len(share))))
+    return [*itertools.chain(*measured), *(UnitScore(unit, value) for unit, value in found.items())]
 
 
 def _map(job: Job, model: fx.GraphModule) -> list[UnitScore]:
@@ -98,7 +107,10 @@ def score_map(ap: Mapping[str, float], units: Iterable[str]) -> list[UnitScore]:
 
 
 def measure_units(job: Job, model: fx.GraphModule) -> dict[str, float]:
-    """AP with `all` units quantized, with `none`, and for each unit with it alone `off:UNIT` and alone `on:UNIT`."""
+    """AP with `all` units quantized, with `none`, and for each unit with it alone `off:UNIT` and alone `on:UNIT`.
+
+    The processes of a team share these items, each on all images; their results meet in the run directory.
+    """
     units = [group.name for group in placement_of(model).groups]
     items = ["all", "none", *(f"{kind}:{unit}" for unit in units for kind in ("off", "on"))]
     sweep = kept_results(job, model)
@@ -111,7 +123,13 @@ def measure_units(job: Job, model: fx.GraphModule) -> dict[str, float]:
         images = job.config.sensitivity.images
         return value_of(job.evaluator.measure(job.predictor(model), None, limit=images))
 
-    return dict(track(sweep.run(items, measure), "sensitivity (map)", len(items)))
+    team = job.stage_team
+    share = items[team.rank :: team.size]
+    with job.alone():
+        for _ in track(sweep.run(share, measure), "sensitivity (map)", len(share)):
+            pass
+        team.wait()
+        return dict(sweep.run(items, measure))
 
 
 def kept_results(job: Job, model: fx.GraphModule) -> Sweep:
@@ -162,4 +180,5 @@ SENSITIVITY = Stage(
     splits=(TRAIN, VAL),
     reads=(*FLOAT_FILES, QUANTIZED[PTQ], FLOAT.path),
     writes=(SENSITIVITY_FILE, POLICY, BUDGET, QUANTIZED[MIXED], recalibration_file(MIXED), MIXED.path),
+    is_shared=True,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from configs.schema import AugmentConfig, QatConfig, TrainConfig
@@ -38,8 +39,9 @@ def train_stage(job: Job) -> None:
     if detector.amax:
         say(f"imported ranges: {len(detector.amax)} dropped, because training changes the weights")
         detector.amax = {}
-    loader = job.splits.train_batches(config.batch_size, augmentation(job.config.augment))
-    plain = job.splits.train_batches(config.batch_size, LIGHT)
+    team = job.stage_team
+    loader = job.splits.train_batches(config.batch_size, augmentation(job.config.augment), team)
+    plain = job.splits.train_batches(config.batch_size, LIGHT, team)
     heavy_batches = job.splits.epochs(loader, "train", config.epochs)
     light_batches = job.splits.epochs(plain, "train", config.epochs)
     last_heavy = config.epochs - config.close_mosaic
@@ -47,9 +49,9 @@ def train_stage(job: Job) -> None:
     def batches(epoch: int, samples: int) -> Any:
         return (heavy_batches if epoch < last_heavy else light_batches)(epoch, samples)
 
-    channels_last = in_channels_last(job, config, detector.network, "train")
+    channels_last = team.from_first(lambda: in_channels_last(job, config, detector.network, "train"))
     options = loop_options(config, uses_autocast(config, job.device), channels_last)
-    state = TrainingState(detector.network, options)
+    state = TrainingState(detector.network, options, team=team)
     saved = SavedTraining(job, STATES, LOG, state)
     saved.restore()
     num_steps = loader.batch_sampler.num_batches()
@@ -57,7 +59,8 @@ def train_stage(job: Job) -> None:
         say(losses_of(state))
         saved.save()
     detector.network.load_state_dict(state.averaged.state_dict())
-    job.networks.keep(detector.eval())
+    if team.first:
+        job.networks.keep(detector.eval())
 
 
 def loop_options(
@@ -99,7 +102,17 @@ def losses_of(state: TrainingState) -> str:
         return f"epoch {state.epoch}: every step was skipped"
     names = records[-1].losses
     means = {name: sum(record.losses[name] for record in records) / len(records) for name in names}
-    return f"epoch {state.epoch}: " + "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+    text = f"epoch {state.epoch}: " + "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+    return (
+        f"{text}; {speeds_of(records[-1].figures)}" if "scaling_efficiency" in records[-1].figures else text
+    )
+
+
+def speeds_of(figures: Mapping[str, float]) -> str:
+    """Images per second of each process and of all, and the scaling efficiency, in words."""
+    speeds = [value for name, value in figures.items() if name.startswith("images_per_second_")]
+    shown = " + ".join(f"{speed:.1f}" for speed in speeds)
+    return f"{shown} = {sum(speeds):.1f} images/s, scaling efficiency {figures['scaling_efficiency']:.2f}"
 
 
 TRAIN_FLOAT = Stage(
@@ -116,6 +129,7 @@ TRAIN_FLOAT = Stage(
     ),
     splits=(TRAIN, VAL),
     files=("weights",),
+    is_shared=True,
     writes=(*FLOAT_FILES, LOG, layout_file("train")),
     partial=(f"{STATES}/*.pt", LOG, layout_file("train")),
     adjustable=("train.learning_rate", "train.clip_norm"),

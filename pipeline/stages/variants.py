@@ -52,10 +52,8 @@ def calibrated_as(job: Job, model: fx.GraphModule, precision: str) -> fx.GraphMo
     other = insert(prepared_network(job), placement, job.config.qat.learn_scales).to(job.device).eval()
     observer = "mse" if config.observer == "entropy" else config.observer  # which FP8 does not have
     say(f"autotune: calibrating {precision} beside {config.grid} codes")
-    calibrate(
-        other, calibration_images(job), observer, weight_method(job), config.percentile, job.team.gather,
-        imported_ranges(job),
-    )  # fmt: skip
+    images, ranges = calibration_images(job), imported_ranges(job)
+    calibrate(other, images, observer, weight_method(job), config.percentile, ranges=ranges)
     return other
 
 

@@ -43,6 +43,23 @@ Gather = Callable[
 
 
 @dataclass(frozen=True)
+class Share:
+    """What one of several processes calibrates: they take the batches in turn.
+
+    Attributes:
+        gather: collects an item from all processes.
+        rank: number of this process among `size`; it has batch `rank`, `rank + size`, ...; there may be none.
+        size: number of processes.
+        batch_size: images per batch, but for the last of all.
+    """
+
+    gather: Gather
+    rank: int
+    size: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
 class GroupCalibration:
     """What calibration found for one group: all in the tensor's own units; `clipped` is a share of the values.
 
@@ -87,7 +104,7 @@ def calibrate(
     method: str = "mse",
     weight_method: str = "mse",
     percentile: float = 99.99,
-    gather: Gather | None = None,
+    share: Share | None = None,
     ranges: Mapping[str, Tensor] | None = None,
 ) -> CalibrationResult:
     """Set every scale of an inserted model and leave all quantizers switched on.
@@ -102,8 +119,8 @@ def calibrate(
         method: default method for activations: `minmax`, `percentile`, `mse` or `entropy`.
         weight_method: `minmax` or `mse`.
         percentile: for the percentile method, in percent.
-        gather: where several processes calibrate one model, each on its own share of the images: collects an item from
-            all of them. Counts add up exactly, so the scales do not depend on the number of processes.
+        share: where several processes calibrate one model: what `batches` of this process are. Counts add up exactly,
+            so the scales do not depend on the number of processes.
         ranges: of a quantized checkpoint, as `import_ranges` takes them; None or empty calibrates everything.
 
     Raises:
@@ -121,10 +138,12 @@ def calibrate(
             raise CalibrationError(f"group {group.name!r} is FP8: {NO_ENTROPY}")
     imported = import_ranges(model, ranges) if ranges else ImportedRanges()
     calibrate_weights(model, weight_method, imported.weights)
-    milestones = Milestones(1 if gather is None else len(gather(None)))
-    histograms, num_images = collect_histograms(model, batches, milestones.see, imported.groups)
-    if gather is not None:
-        parts = gather((histograms, num_images, milestones))
+    milestones = Milestones() if share is None else Milestones(share.batch_size, share.rank, share.size)
+    histograms, num_images = collect_histograms(
+        model, batches, milestones.see, imported.groups, may_be_empty=share is not None and share.rank > 0
+    )
+    if share is not None:
+        parts = share.gather((histograms, num_images, milestones))
         histograms = merge_histograms([part[0] for part in parts])
         num_images = sum(part[1] for part in parts)
         milestones = merge_milestones([part[2] for part in parts])
@@ -183,6 +202,7 @@ def collect_histograms(
     batches: Iterable[Tensor],
     after_batch: Callable[[Histograms, int], None] | None = None,
     skip: Collection[str] = (),
+    may_be_empty: bool = False,
 ) -> tuple[Histograms, int]:
     """Run float inference and count the magnitudes in every group, those to skip aside.
 
@@ -191,6 +211,9 @@ def collect_histograms(
 
     Returns:
         The histograms, and the number of images; none is looked at where all groups are skipped.
+
+    Raises:
+        CalibrationError: no image, unless `may_be_empty`.
     """
     groups = {name: found for name, found in activation_quantizers(model).items() if name not in skip}
     if skip and not groups:
@@ -216,7 +239,7 @@ def collect_histograms(
         for quantizer, mode in modes:
             quantizer.mode = mode
         model.train(training)
-    if num_images == 0:
+    if num_images == 0 and not may_be_empty:
         raise CalibrationError("calibration got no image: raise the number of calibration images above 0")
     return histograms, num_images
 

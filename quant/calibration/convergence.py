@@ -25,22 +25,49 @@ Histograms = dict[str, Histogram]
 class Milestones:
     """Copies of growing histograms at doubling image counts.
 
+    Where several processes take the batches in turn, each copies its share at the counts of them all, so that the
+    copies of all processes add up to those of one.
+
     Args:
-        num_processes: among which the images are divided; counts are of this process.
+        batch_size: images per batch, for more than one process.
+        rank: number of this process among `num_processes`.
+        num_processes: that take the batches in turn.
+
+    Attributes:
+        counts: images of this process in every copy.
+        copies: what it had counted.
     """
 
-    def __init__(self, num_processes: int = 1) -> None:
+    def __init__(self, batch_size: int = 1, rank: int = 0, num_processes: int = 1) -> None:
         self.counts: list[int] = []
         self.copies: list[Histograms] = []
-        self._next = -(-FIRST // num_processes)
+        self._batch_size, self._rank, self._num_processes = batch_size, rank, num_processes
+        self._next = FIRST
+        self._num_batches = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether this process had no batch."""
+        return self._num_batches == 0
 
     def see(self, histograms: Histograms, num_images: int) -> None:
-        """Take a copy if the count has doubled since the last one."""
-        if num_images >= self._next:
-            self.counts.append(num_images)
-            self.copies.append(copy.deepcopy(histograms))
-            while self._next <= num_images:
-                self._next *= 2
+        """Take a copy if the count has doubled since the last one; called after each batch of this process."""
+        self._num_batches += 1
+        if self._num_processes == 1:
+            if num_images >= self._next:
+                self._copy(histograms, num_images, num_images)
+            return
+        while (batches := -(-self._next // self._batch_size)) <= self._rank + (
+            self._num_batches * self._num_processes
+        ):  # those of all processes, up to the next one of this process
+            before = batches <= self._rank  # the first batch of this one
+            self._copy({} if before else histograms, 0 if before else num_images, batches * self._batch_size)
+
+    def _copy(self, histograms: Histograms, num_images: int, reached: int) -> None:
+        self.counts.append(num_images)
+        self.copies.append(copy.deepcopy(histograms))
+        while self._next <= reached:
+            self._next *= 2
 
 
 @dataclass(frozen=True)
@@ -103,9 +130,10 @@ class Convergence:
 
 
 def merge_milestones(parts: Sequence[Milestones]) -> Milestones:
-    """The copies of all processes added up, as far as every one of them came."""
+    """The copies of all processes added up, as far as every one of them came that had a batch."""
     merged = Milestones()
-    for index in range(min(len(part.counts) for part in parts)):
+    parts = [part for part in parts if not part.is_empty]
+    for index in range(min((len(part.counts) for part in parts), default=0)):
         merged.counts.append(sum(part.counts[index] for part in parts))
         merged.copies.append(merge_histograms([part.copies[index] for part in parts]))
     return merged
@@ -113,7 +141,7 @@ def merge_milestones(parts: Sequence[Milestones]) -> Milestones:
 
 def merge_histograms(parts: Sequence[Histograms]) -> Histograms:
     """Histograms of several processes added up, per group; exact, whatever the order."""
-    merged = {name: Histogram() for name in parts[0]}
+    merged = {name: Histogram() for part in parts for name in part}
     for part in parts:
         for name, histogram in part.items():
             merged[name].merge(histogram)

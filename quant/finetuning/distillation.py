@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from core.errors import DistillationError
 from core.names import closest_hint
 from core.operators import Kind
+from core.processes import num_processes, sum_over_processes
 from quant.graph import inputs_of, kind_of, paths_of, trace
 
 _EPSILON = 1e-8
@@ -47,17 +48,41 @@ def distillation_loss(student: Any, teacher: Any, floor: float = VARIANCE_FLOOR)
         student: maps in any nesting, [B, C, ...] each.
         teacher: as many maps of the same shapes.
         floor: least var(t), as a share of the mean variance of the teacher's maps with as many channels.
+
+    Where several processes share the batch, variances are of the whole batch, and the results add up to its loss.
     """
     wanted = [target.detach().float() for target in flatten_maps(teacher)]
-    variances = [target.var() for target in wanted]
+    variances, shares = _variances(wanted)
     terms = []
-    for s, t, own in zip(flatten_maps(student), wanted, variances, strict=True):
+    for s, t, own, share in zip(flatten_maps(student), wanted, variances, shares, strict=True):
         alike = [
             var for other, var in zip(wanted, variances, strict=True) if other.shape[1:2] == t.shape[1:2]
         ]
         variance = torch.maximum(own, floor * torch.stack(alike).mean()).clamp(min=_EPSILON)
-        terms.append((s.float() - t).square().mean() / variance)
+        terms.append((s.float() - t).square().mean() * share / variance)
     return torch.stack(terms).mean()
+
+
+def _variances(maps: list[Tensor]) -> tuple[list[Tensor], list[float]]:
+    """Variance of each map's values, and the share of the values that is here: 1, or less among processes."""
+    if num_processes() == 1:
+        return [values.var() for values in maps], [1.0] * len(maps)
+    moments = [
+        torch.stack(
+            [
+                values.new_tensor(values.numel()).double(),
+                values.double().sum(),
+                values.double().square().sum(),
+            ]
+        )
+        for values in maps
+    ]
+    totals = sum_over_processes(torch.stack(moments))
+    counts, sums, squares = totals.unbind(dim=1)
+    variances = ((squares - sums.square() / counts) / (counts - 1)).float()
+    return list(variances), [
+        values.numel() / float(count) for values, count in zip(maps, counts, strict=True)
+    ]
 
 
 def feature_nodes(network: nn.Module, patterns: Sequence[str] = ()) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core.processes import num_processes
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
 from quant.finetuning.distillation import distillation_loss, feature_nodes, with_features
 from quant.finetuning.oscillation import OscillationTracker, dampening_loss
@@ -97,7 +98,10 @@ class QuantizationAware:
             if self.with_features:
                 terms["features"] = options.feature_weight * distillation_loss(features, wanted)
         if options.dampen_weight > 0:
-            terms["dampening"] = options.dampen_weight * _rise(progress) * dampening_loss(self.model)
+            weight = (
+                options.dampen_weight * _rise(progress) / num_processes()
+            )  # the weights are the same in all
+            terms["dampening"] = weight * dampening_loss(self.model)
         return raw, terms
 
     def after_step(self, progress: float) -> None:

@@ -20,6 +20,7 @@ Both are ratios to be ranked within one network, not accuracies.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from torch import Tensor, fx
 
 from core.errors import ConfigError
 from core.types import TaskLoss
+from quant.calibration.calibrate import Gather
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
 from quant.finetuning.distillation import distillation_loss, flatten_maps
 from quant.insertion import activation_quantizers, placement_of, quantized_layers, quantizers, set_mode
@@ -50,7 +52,10 @@ class UnitScore:
 
 
 def measure_fisher(
-    model: fx.GraphModule, batches: Iterable[tuple[Tensor, Sequence[Any]]], task_loss: TaskLoss
+    model: fx.GraphModule,
+    batches: Iterable[tuple[Tensor, Sequence[Any]]],
+    task_loss: TaskLoss,
+    gather: Gather | None = None,
 ) -> list[UnitScore]:
     """Score every unit with one backward pass per image; the most sensitive unit comes first.
 
@@ -60,6 +65,8 @@ def measure_fisher(
         model: inserted and calibrated; its weights, modes and gradients are left as they were.
         batches: images [B, C, H, W], and for each image its targets as the task loss takes them for a batch of one.
         task_loss: the loss whose rise counts.
+        gather: where several processes take the images in turn, one after the other: collects an item from all of them.
+            The images' figures are added up in their order, so that the scores are those of one process.
 
     Raises:
         ConfigError: no image.
@@ -69,23 +76,25 @@ def measure_fisher(
     layers = quantized_layers(model)
     errors = [_rounding_error(layer) for layer in layers.values()]
     weights = [layer.weight for layer in layers.values()]
-    activation_sums = dict.fromkeys(groups, 0.0)
-    weight_sums = dict.fromkeys(layers, 0.0)
-    num_images = 0
+    found: list[tuple[list[float], list[float]]] = []  # of each image: by activation, by layer
     with _probing(model, groups) as probes, torch.enable_grad():
         for image, target in _single_images(batches):
             size = (int(image.shape[-2]), int(image.shape[-1]))
             image.requires_grad_()  # or its quantizer would get no gradient
             loss = torch.stack(list(task_loss(model(image), target, size).values())).sum()
             _, *gradients = torch.autograd.grad(loss, [image, *weights], allow_unused=True)
-            num_images += 1
-            for name, gradient, error in zip(layers, gradients, errors, strict=True):
-                if gradient is not None:
-                    weight_sums[name] += float(torch.dot(gradient.square().flatten(), error.flatten()))
-            for name, probe in probes.items():
-                activation_sums[name] += probe.take()
+            of_weights = [
+                0.0 if gradient is None else float(torch.dot(gradient.square().flatten(), error.flatten()))
+                for gradient, error in zip(gradients, errors, strict=True)
+            ]
+            found.append(([probe.take() for probe in probes.values()], of_weights))
+    shares = [found] if gather is None else gather(found)
+    ordered = [image for turn in itertools.zip_longest(*shares) for image in turn if image is not None]
+    num_images = len(ordered)
     if num_images == 0:
         raise ConfigError("sensitivity got no image: raise sensitivity.images above 0")
+    activation_sums = {name: sum(image[0][index] for image in ordered) for index, name in enumerate(groups)}
+    weight_sums = {name: sum(image[1][index] for image in ordered) for index, name in enumerate(layers)}
     scores = []
     for group in placement_of(model).groups:
         parts = {

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from core.errors import DataError
 from core.image_size import ImageSize
 from data import AugmentOptions, Dataset, Sample, build_loader, open_dataset
 from data.augment import Objects, augment, fit, jitter_color, warp_objects
@@ -114,6 +115,49 @@ def test_a_stopped_epoch_continues_with_the_same_batches():
     loader.set_epoch(3, first_batch=1)
     assert len(loader) == 2
     assert same(collect(loader), whole[1:])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_ranks_take_whole_batches_in_turn(world_size):
+    """11 images in batches of 4 are the same three batches for any number of processes; a fifth gets none."""
+    ranks = [
+        collect(build_loader(Squares(11), 64, 4, rank=rank, world_size=world_size, whole_batches=True))
+        for rank in range(world_size)
+    ]
+    shares = [[batch[2] for batch in batches] for batches in ranks]
+    assert [shares[number % world_size][number // world_size] for number in range(3)] == [
+        [100, 101, 102, 103],
+        [104, 105, 106, 107],
+        [108, 109, 110],
+    ]
+    assert sum(map(len, shares)) == 3
+
+
+@pytest.mark.parametrize(("count", "num_batches"), [(11, 2), (7, 2)])  # 11: the last batch is left out
+def test_ranks_share_each_batch(count, num_batches):
+    """The images of a step are those of one process, for any number of processes, also after a stop."""
+    options = {"batch_size": 4, "shuffle": True, "seed": 3, "drop_last": count >= 8}
+    alone = build_loader(Squares(count), 64, **options)
+    ranks = [
+        build_loader(Squares(count), 64, **options, rank=rank, world_size=3, split_batches=True)
+        for rank in range(3)
+    ]
+    for epoch, samples, skipped in ((0, 0, 0), (1, 0, 0), (1, 4, 1)):
+        for loader in (alone, *ranks):
+            loader.resume_epoch(epoch, samples)
+        wanted = [batch.image_ids for batch in alone]
+        shares = [[batch.image_ids for batch in loader] for loader in ranks]
+        assert len(wanted) == num_batches - skipped
+        for number, images in enumerate(wanted):
+            assert [share[number] for share in shares] == [images[rank::3] for rank in range(3)]
+
+
+def test_a_batch_that_is_too_small_to_share_is_refused():
+    with pytest.raises(
+        DataError,
+        match=r"A batch of 1 images cannot be shared by 2 processes.*another number of images than 9",
+    ):
+        build_loader(Squares(9), 64, 4, shuffle=True, rank=0, world_size=2, split_batches=True)
 
 
 def test_ranks_share_the_images():

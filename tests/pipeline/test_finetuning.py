@@ -22,6 +22,7 @@ from pipeline.run.directory import Run
 from pipeline.stages.finetuning import finetune_stage
 from pipeline.stages.saved_training import SavedTraining
 from quant import calibrate, insert, place
+from training.team import ALONE, Team
 
 STEPS = 3
 
@@ -51,6 +52,7 @@ class SmallJob:
 
     task = "detect"
     calibrated_key = PTQ
+    stage_team = ALONE
 
     def __init__(
         self, directory: Path, values: list[float], checkpoint_minutes: float = 60.0, **qat: Any
@@ -77,7 +79,7 @@ class SmallJob:
         calibrate(model, [torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))])
         return model
 
-    def train_batches(self, batch_size: int, augment: Any) -> Loader:
+    def train_batches(self, batch_size: int, augment: Any, team: Team) -> Loader:
         return Loader(range(STEPS))
 
     def epochs(self, loader: Loader, label: str, count: int) -> Any:
@@ -101,8 +103,9 @@ class SmallJob:
         self.measured.append((label, limit))
         return CustomMetrics(self.values[len(self.measured) - 1])
 
-    def save(self, model: nn.Module, placement: Any, key: RowKey) -> None:
+    def keep(self, model: nn.Module, placement: Any, key: RowKey) -> nn.Module:
         save_file(model.state_dict(), self.run.path(QUANTIZED[key]))
+        return model
 
     def record(self, key: RowKey, metrics: CustomMetrics, **figures: Any) -> None:
         self.rows[key.name] = {"value": metrics.value, **figures}

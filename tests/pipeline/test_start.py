@@ -105,6 +105,21 @@ def test_the_corrected_command_takes_the_directory_and_latest(
     assert (tmp_path / "runs/detector/latest/config.yaml").is_file()
 
 
+@pytest.mark.parametrize("changes", [{}, {"run_dir": "mine"}])
+def test_resume_auto_goes_on_where_there_is_a_run(start: Callable[..., Run], changes: dict[str, str]) -> None:
+    first = start(resume="auto", **changes)
+    assert start(resume="auto", **changes).directory.resolve() == first.directory.resolve()
+    if not changes:
+        assert start().directory.resolve() != first.directory.resolve()
+
+
+def test_resume_auto_takes_no_folder_of_something_else(start: Callable[..., Run], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="it is not a run directory; choose another"):
+        start(resume="auto", run_dir="mine")
+
+
 def test_a_failed_start_leaves_latest_where_it_was(start: Callable[..., Run], tmp_path: Path) -> None:
     run = start()
     with pytest.raises(RunError):

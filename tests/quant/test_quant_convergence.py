@@ -4,7 +4,7 @@ import pytest
 import torch
 from quant_networks import small_images, small_net
 
-from quant import Mode, activation_quantizers, calibrate, insert, place, set_mode
+from quant import Mode, Share, activation_quantizers, calibrate, insert, place, set_mode
 from quant.calibration.calibrate import collect_histograms
 from quant.calibration.convergence import Convergence, Milestones
 
@@ -92,18 +92,22 @@ def test_fixed_scales_do_not_count():
     assert content["largest"][0] >= content["median"][0] > 0
 
 
+@pytest.mark.parametrize("size", [2, 3, 5, 11])  # eight batches: in the last case three processes get none
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])
-def test_two_processes_find_the_scales_of_one(method):
-    """Each sees every second batch; the other's share reaches it through `gather`."""
+def test_processes_find_the_scales_of_one(method, size):
+    """They take the batches in turn; the others' shares reach the first through `gather`."""
     alone, expected = calibrated(images(), method)
-    network = small_net()
-    other, milestones = insert(network, place(network)), Milestones(2)
-    theirs = (*collect_histograms(other, images()[1::2], milestones.see), milestones)
+    network, others = small_net(), []
+    for rank in range(1, size):
+        other, milestones = insert(network, place(network)), Milestones(4, rank, size)
+        others.append(
+            (*collect_histograms(other, images()[rank::size], milestones.see, may_be_empty=True), milestones)
+        )
 
     def gather(mine):
-        return [mine, None if mine is None else theirs]
+        return [mine, *others]
 
-    shared, found = calibrated(images()[::2], method, gather=gather)
+    shared, found = calibrated(images()[::size], method, share=Share(gather, 0, size, 4))
     assert scales_of(found) == scales_of(expected)
     assert found.num_images == 32
     assert found.convergence == expected.convergence

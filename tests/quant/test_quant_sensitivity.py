@@ -112,6 +112,33 @@ def test_fisher_wants_one_target_per_image() -> None:
         measure_fisher(small_quantized(), [], task_loss)
 
 
+@pytest.mark.parametrize("num_processes", [2, 3, 9])  # 9: one of them gets no image
+def test_processes_that_share_the_images_find_the_scores_of_one(num_processes: int) -> None:
+    alone = measure_fisher(small_quantized(), batched(1), task_loss)
+    parts: list[Any] = []
+
+    def keep(item: Any) -> list[Any]:
+        parts.append(item)
+        return [item] if item else [[([0.0] * 99, [0.0] * 99)]]
+
+    for rank in range(num_processes):
+        measure_fisher(small_quantized(), batched(1)[rank::num_processes], task_loss, keep)
+    shared = measure_fisher(small_quantized(), batched(1)[:1], task_loss, lambda _: parts)
+    assert [score.as_dict() for score in shared] == [score.as_dict() for score in alone]  # to the last digit
+
+
+def test_chosen_units_are_scored_alike() -> None:
+    images = [images for images, _ in batched(4)]
+    alone = {score.unit: score.score for score in measure_sqnr(small_quantized(), images)}
+    parts = [list(alone)[rank::2] for rank in range(2)]
+    shares = [
+        {s.unit: s.score for s in measure_sqnr(small_quantized(), images, {*alone} - {*part})}
+        for part in parts
+    ]
+    assert [list(share) for share in shares] == parts
+    assert shares[0] | shares[1] == alone
+
+
 def sqnr_by_hand(model: fx.GraphModule) -> dict[str, float]:
     """Unit -> mean over images of |y_unit - y|^2 / var(y), y being the one output map of the float network."""
     network = small_net()

@@ -1,0 +1,85 @@
+"""One of several processes that train together: python shared_training.py KIND FOLDER STOP.
+
+KIND is `float` (with BatchNorm) or `quantized` (learned scales, a teacher, dampening). The state is saved in FOLDER as
+RANK.pt; STOP is a number of epochs after which the process ends, `all`, or `resume` to go on from FOLDER/0.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quant"))
+from quant_networks import small_images, small_net, small_quantized
+
+from core.processes import sum_over_processes
+from quant import FineTuningOptions, QuantizationAware
+from training import TrainingOptions, TrainingState, train_epochs
+from training.team import ALONE, Team, join_team
+
+BATCH, STEPS, EPOCHS = 8, 3, 3
+
+
+def with_norm() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    )
+
+
+def loss(raw: Any, targets: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+    """Normalised by a sum over the batch, as the detection loss is."""
+    total = sum_over_processes(targets.abs().sum()).clamp(min=1.0)
+    output = raw if raw.shape[-1] == targets.shape[-1] else nn.functional.interpolate(raw, targets.shape[-2:])
+    return {"error": (output - targets).square().sum() / total}
+
+
+def state_of(kind: str, team: Team) -> TrainingState:
+    options = TrainingOptions(epochs=EPOCHS, learning_rate=1e-3, warmup_fraction=0.0, clip_norm=1.0)
+    if kind == "float":
+        model = with_norm()
+        if team.rank:  # the first process's model is that of all
+            with torch.no_grad():
+                model[0].weight.zero_()
+        return TrainingState(model, options, team=team)
+    student = small_quantized()
+    added = FineTuningOptions(scale_learning_rate=1e-3, distill_weight=1.0, dampen_weight=0.1)
+    return TrainingState(student, options, QuantizationAware(student, added, small_net()), team)
+
+
+def train(
+    kind: str, team: Team = ALONE, last: int = EPOCHS, earlier: dict[str, Any] | None = None
+) -> TrainingState:
+    """Train on images that are the same for any number of processes, up to a whole epoch."""
+
+    def batches(epoch: int, samples: int) -> Any:
+        for step in range(samples // BATCH, STEPS):
+            images = small_images(BATCH, seed=10 * epoch + step)[team.rank :: team.size]
+            yield images, images.mean(1, keepdim=True).repeat(1, 4, 1, 1)
+
+    state = state_of(kind, team)
+    if earlier is not None:
+        state.load_state_dict(earlier)
+    for _ in train_epochs(state, batches, STEPS, loss):
+        if state.epoch == last:
+            break
+    return state
+
+
+def main() -> None:
+    kind, folder, stop = sys.argv[1:]
+    torch.set_num_threads(1)
+    team = join_team()
+    with team.reporting():
+        earlier = torch.load(Path(folder) / "0.pt", weights_only=True) if stop == "resume" else None
+        team.wait()
+        state = train(kind, team, EPOCHS if earlier or stop == "all" else int(stop), earlier)
+        torch.save(state.state_dict(), Path(folder) / f"{team.rank}.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Training steps that processes take together are those of one process with the whole batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from shared_training import train
+from test_team_members import run_team
+
+TOLERANCE = 1e-5  # of the largest magnitude of each tensor: sums are taken in another order
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Bit for bit, in any nesting; seconds and speeds aside."""
+    if isinstance(a, dict):
+        return set(a) == set(b) and all(
+            equal(a[key], b[key]) for key in a if key not in ("seconds", "figures")
+        )
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def train_pair(folder: Path, kind: str, stop: str = "all", size: int = 2) -> list[dict[str, Any]]:
+    """The states of all processes of a team."""
+    folder.mkdir(exist_ok=True)
+    codes, errors, _ = run_team("shared_training.py", kind, str(folder), stop, size=size)
+    assert codes == [0] * size, errors
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def assert_close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for part in ("model", "average"):
+        one = wanted[part] if part == "model" else wanted[part]["model"]
+        shared = found[part] if part == "model" else found[part]["model"]
+        for name, value in one.items():
+            if value.is_floating_point():
+                scale = max(float(value.abs().max()), 1e-3)
+                assert float((shared[name] - value).abs().max()) < TOLERANCE * scale, name
+    for ours, theirs in zip(found["records"], wanted["records"], strict=True):
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=TOLERANCE)
+        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=10 * TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["float", "quantized"])
+def test_two_processes_train_as_one(tmp_path: Path, kind: str) -> None:
+    """Weights, learned scales, BatchNorm statistics, average, losses and gradient norms."""
+    states = train_pair(tmp_path, kind)
+    assert equal(*[{**state, "random": None} for state in states])  # the processes agree to the last bit
+    alone = train(kind).state_dict()
+    assert_close(states[0], alone)
+    figures = states[0]["records"][-1]["figures"]
+    assert {"images_per_second_0", "images_per_second_1", "scaling_efficiency"} <= set(figures)
+    assert figures["scaling_efficiency"] > 0
+    changed = [name for name, value in alone["model"].items() if "log_scale" in name]
+    assert (kind == "float") == (not changed)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", ["float", "quantized"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_stopped_team_goes_on_exactly(tmp_path: Path, kind: str, size: int) -> None:
+    """With as many processes bit for bit; with another number within the tolerance."""
+    whole = train_pair(tmp_path / "whole", kind, size=size)
+    part = train_pair(tmp_path / "part", kind, "2", size=size)
+    assert part[0]["epoch"] == 2
+    resumed = train_pair(tmp_path / "part", kind, "resume", size=size)
+    assert equal(*[{**states[0], "random": None} for states in (whole, resumed)])
+    assert_close(train(kind, earlier=part[0]).state_dict(), whole[0])
