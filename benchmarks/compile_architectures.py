@@ -44,7 +44,7 @@ from deploy.compile.report import BuildSummary, inspect_build
 from deploy.graph.model import Graph
 from deploy.graph.passes import PassResult, run_pass
 from deploy.targets.resize import REPEATED
-from models import Detector, build_detector, fold_detector
+from models import Detector, build_detector, fold_detector, select_head
 from pipeline.stages.export import Deployed
 from quant import PlacementOptions, calibrate, insert, place, placement_of, with_named_nodes
 
@@ -60,7 +60,8 @@ def build_network(
 ) -> tuple[Detector, fx.GraphModule]:
     """A detector with random weights, and its network quantized by the default placement."""
     torch.manual_seed(0)
-    detector = fold_detector(build_detector(architecture, 80, activation)).eval()
+    built = build_detector(architecture, 80, activation)
+    detector = fold_detector(select_head(built, built.deployed_head)).eval()
     model = insert(detector.network, place(detector.network, PlacementOptions(grid=grid))).eval()
     calibrate(model, [torch.rand(1, 3, size, size)])
     return detector, model
