@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from report import write_report
+from report import build_report, write_report
 from tests.browser.chromium import ReportPage, report_page
 from tests.report.sample import sample_data
 
@@ -148,3 +148,14 @@ def test_charts_follow_light_and_dark(page: ReportPage, report: Path) -> None:
     page.until(f"return {background} !== '#ffffff'")
     assert page.run(f"return {background}") == "#1c2024"
     assert page.problems() == []
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_runs_side_by_side(page: ReportPage, tmp_path: Path, width: int) -> None:
+    for name in ("first", "second"):
+        write_report(tmp_path / name, sample_data())
+    html = build_report([tmp_path / "first", tmp_path / "second"], tmp_path / "comparison.html")
+    counts = page.open(html, width)
+    assert counts == {"places": ["chart-accuracy"], "drawn": ["chart-accuracy"], "notes": []}
+    assert page.problems() == []
+    assert page.run("return document.documentElement.scrollWidth") <= width
