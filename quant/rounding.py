@@ -30,7 +30,7 @@ from torch import Tensor
 
 from core.grid import Grid
 
-PIECE = 1 << 17  # values for each thread: half a MiB of float32
+PIECE = 1 << 18  # values for each thread: 1 MiB of float32
 
 _zero_outside = torch.ops.aten.hardtanh_backward  # first argument where low < second < high, 0 elsewhere
 
@@ -97,7 +97,9 @@ def gradients(g: Tensor, x: Tensor, scale: Tensor, grid: Grid, learned: bool) ->
             _zero_outside.grad_input(exact, u, low, high, grad_input=inside)
             u.round_().clamp_(grid.low, grid.high).mul_(scale).sub_(inside)
             sums.append(torch.dot(along, u) if u.ndim == 1 else u.mul_(along).sum())
-    return grad_x, torch.stack(sums).double().sum().float() if learned else None
+    if len(sums) > 1:
+        return grad_x, torch.stack(sums).double().sum().float()
+    return grad_x, sums[0] if learned else None
 
 
 def channel_gradients(

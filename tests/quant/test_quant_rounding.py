@@ -39,7 +39,7 @@ def loop(x: Tensor, g: Tensor, scale: float, low: int, high: int) -> tuple[list[
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("piece", [700, 1 << 17])
+@pytest.mark.parametrize("piece", [700, 1 << 18])
 def test_gradients_are_those_of_a_float64_loop(
     layout: str, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,7 +93,7 @@ def test_the_gradient_passes_where_the_code_is_on_the_grid(grid: Grid, scale: fl
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("piece", [700, 1 << 17])
+@pytest.mark.parametrize("piece", [700, 1 << 18])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_values_are_those_of_torch_in_the_layout_of_the_input(
     layout: str, piece: int, grid: Grid, monkeypatch: pytest.MonkeyPatch
