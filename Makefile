@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-fast check docs format bench clean distclean
+.PHONY: help setup demo test test-all test-fast check docs format bench audit licences clean distclean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -55,9 +55,21 @@ format: $(STAMP) ## Sort imports and format
 bench: $(STAMP) ## Run every script in benchmarks/
 	@shopt -s nullglob; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
+AUDIT := .venv-audit
+
+$(AUDIT)/bin/pip-audit:
+	"$(PYTHON)" -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+
+audit: $(AUDIT)/bin/pip-audit ## Ask for known vulnerabilities of the pinned packages (needs the network)
+	$(AUDIT)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
+
+licences: $(STAMP) ## List the licence of every installed package
+	@$(BIN)/python scripts/licences.py
+
 clean: ## Remove caches and build leftovers (runs/ and .venv stay)
 	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv as well
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(AUDIT)

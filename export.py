@@ -1,8 +1,8 @@
 """Writes the ONNX of a run for a target, and builds the engine on request: see README.md."""
 
 import pipeline
+from configs.deploy_schema import ExportConfig
 from configs.entry import hydra_entry
-from configs.schema import ExportConfig
 
 
 @hydra_entry("export")

@@ -4,8 +4,9 @@ Inside the program settings travel as the dataclasses of `configs.schema`; Hydra
 """
 
 from configs.compose import compose, compose_export, dump, explain, load, read, register_configs
+from configs.deploy_schema import ExportConfig
 from configs.entry import hydra_entry
-from configs.schema import Config, ExportConfig
+from configs.schema import Config
 from configs.validation import validate
 from core.errors import ConfigError
 

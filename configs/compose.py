@@ -20,8 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
+from configs.deploy_schema import ExportConfig
 from configs.overrides import check_overrides, experiments, known_keys
-from configs.schema import Config, ExportConfig
+from configs.schema import Config
+from configs.trust import check_config_dirs, read_settings, refuse_factories, texts
 from configs.validation import validate
 from core.errors import ConfigError
 from core.names import closest
@@ -97,6 +99,7 @@ def _composed(
     name: str, schema: type[AnyConfig], overrides: Sequence[str], config_dirs: Sequence[Path]
 ) -> DictConfig:
     register_configs()
+    check_config_dirs(config_dirs, "trust=true" in overrides)
     check_overrides(overrides, schema, [CONFIG_DIR, *config_dirs])
     places = ",".join(f"file://{Path(path).resolve()}" for path in config_dirs)
     extra: list[str] = [f"hydra.searchpath=[{places}]"] if places else []
@@ -117,18 +120,28 @@ def dump(config: Config | ExportConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def read(path: Path, schema: type[AnyConfig] = Config) -> AnyConfig:  # type: ignore[assignment]
+def read(path: Path, schema: type[AnyConfig] = Config, trust: bool = False) -> AnyConfig:  # type: ignore[assignment]
     """Read a configuration that `dump` wrote, checked like one from the command line.
 
+    Args:
+        path: a run's config.yaml, which may come from a stranger.
+        schema: what it must fit.
+        trust: whether the user said that the code which the file names may run; what the file says of this is ignored.
+
     Raises:
-        ConfigError: the file is absent, is no YAML, or does not fit the schema.
+        ConfigError: the file is absent, is no YAML, does not fit the schema, or names code without `trust`.
     """
     try:
-        loaded = OmegaConf.load(path)
-        if not isinstance(loaded, DictConfig):
+        content = read_settings(path)
+        if not isinstance(content, dict):
             raise ConfigError(
-                f"{path} holds a {type(loaded).__name__}: expected settings by name; use a run's config.yaml."
+                f"{path} holds a {type(content).__name__}: expected settings by name; use a run's config.yaml."
             )
+        if any("${" in text for text in texts(content)):
+            raise ConfigError(
+                f"{path} has an interpolation (${{...}}): expected values as a run writes them."
+            )
+        loaded = OmegaConf.load(path)  # reads numbers as Hydra does
         merged = OmegaConf.merge(OmegaConf.structured(schema), loaded)
     except OSError as error:
         raise ConfigError(
@@ -137,7 +150,11 @@ def read(path: Path, schema: type[AnyConfig] = Config) -> AnyConfig:  # type: ig
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{path}: {explain(error, schema)}") from error
     assert isinstance(merged, DictConfig)
-    return load(merged, schema)
+    config = load(merged, schema)
+    config.trust = trust
+    if not trust:
+        refuse_factories(config, path)
+    return config
 
 
 def explain(error: BaseException, schema: type) -> str:

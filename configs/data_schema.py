@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from configs.setting import setting
+from configs.setting import MAX_SEED, setting
 from core.choices import CLASS_MAPS, DANGLING_LINKS
 from core.image_size import ImageSize
 
@@ -14,10 +14,12 @@ from core.image_size import ImageSize
 class SyntheticConfig:
     """The built-in detection set, drawn rather than downloaded."""
 
-    train: int = setting(256, "Training images to draw", unit="images", minimum=1)
-    val: int = setting(64, "Validation images to draw", unit="images", minimum=1)
-    size: int = setting(192, "Side of the square images", unit="pixels", minimum=32)
-    seed: int = setting(0, "Seed of the drawing; the same seed gives the same files", minimum=0)
+    train: int = setting(256, "Training images to draw", unit="images", minimum=1, maximum=1_000_000)
+    val: int = setting(64, "Validation images to draw", unit="images", minimum=1, maximum=1_000_000)
+    size: int = setting(192, "Side of the square images", unit="pixels", minimum=32, maximum=8192)
+    seed: int = setting(
+        0, "Seed of the drawing; the same seed gives the same files", minimum=0, maximum=MAX_SEED
+    )
 
 
 @dataclass
@@ -44,10 +46,13 @@ class DataConfig:
         "Network input after letterboxing: one number for a square, or a list of height and width",
         unit="pixels",
         minimum=32,
+        maximum=8192,
         multiple=32,
         is_size=True,
     )
-    workers: int = setting(2, "Loader processes; 0 loads in the main process", unit="processes", minimum=0)
+    workers: int = setting(
+        2, "Loader processes; 0 loads in the main process", unit="processes", minimum=0, maximum=256
+    )
     train_split: str = setting("train", "Split used for training and calibration")
     val_split: str = setting("val", "Split used for every reported figure")
     merge_classes: dict[str, list[Any]] = setting(

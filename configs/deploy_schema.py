@@ -1,8 +1,10 @@
-"""Settings of the deploy section: ONNX export, engines and timing; a part of `configs.schema`."""
+"""Settings of the deploy section (ONNX export, engines, timing), and those of export.py; a part of `configs.schema`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+from omegaconf import MISSING
 
 from configs.setting import setting
 from core.choices import CAPABILITIES, DEFAULT_CAPABILITIES
@@ -33,6 +35,7 @@ class GraphConfig:
         "Batch of the timed engine; with dynamic_batch=false also the only batch of the graph",
         unit="images",
         minimum=1,
+        maximum=4096,
     )
     dynamic_batch: bool = setting(
         True, "Leave the batch dimension open in the ONNX graph; false fixes it to batch"
@@ -88,7 +91,9 @@ class DeployConfig(GraphConfig):
         "Precision of the float part of OpenVINO's INT8 engine; auto leaves it to OpenVINO",
         choices=HINTS,
     )
-    threads: int = setting(0, "CPU threads of an engine; 0 uses all cores", unit="threads", minimum=0)
+    threads: int = setting(
+        0, "CPU threads of an engine; 0 uses all cores", unit="threads", minimum=0, maximum=4096
+    )
     fixed_point_images: int = setting(
         2,
         "Validation images whose INT8 codes are compared between torch and the exported graph; 0 skips this",
@@ -96,3 +101,16 @@ class DeployConfig(GraphConfig):
         minimum=0,
     )
     benchmark_seconds: float = setting(5.0, "Timed duration per engine", unit="seconds", above=0)
+
+
+@dataclass
+class ExportConfig(GraphConfig):
+    """One run of export.py."""
+
+    run: str = setting(MISSING, "Run directory of train_qat.py, e.g. runs/demo/latest")
+    output: str | None = setting(None, "Path of the ONNX file; none writes into the run directory")
+    build: bool = setting(False, "Also build the engine, if its runtime is installed")
+    trust: bool = setting(
+        False, "Run the Python code that a run directory or a --config-dir file names; for files of your own"
+    )
+    device: str = setting("cpu", "Device that exports; the file is the same")

@@ -12,8 +12,9 @@ from typing import Any, get_type_hints
 
 from omegaconf import MISSING
 
+from configs.deploy_schema import ExportConfig
 from configs.overrides import groups
-from configs.schema import Config, ExportConfig, PolicyRule
+from configs.schema import Config, PolicyRule
 
 INTRODUCTION = """\
 # Configuration

@@ -13,6 +13,7 @@ the function receives a dataclass instead of a DictConfig.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import sys
@@ -35,6 +36,7 @@ from configs.help import help_text
 from configs.overrides import check_overrides
 from configs.schema import Config
 from configs.sweep import JobRecord, SweepJob, take_jobs
+from configs.trust import check_config_dirs
 from core.command import discard_output
 from core.errors import (
     EXIT_BROKEN_PIPE,
@@ -119,7 +121,9 @@ def _run(
             f"Unknown argument '{unknown[0]}': settings are written KEY=VALUE, flags are listed by --help."
         )
     schema = SCHEMAS[config_name]
-    config_dirs = [CONFIG_DIR, *([Path(arguments.config_dir)] if arguments.config_dir else [])]
+    extra_dirs = _extra_dirs(arguments)
+    check_config_dirs(extra_dirs, "trust=true" in arguments.overrides)
+    config_dirs = [CONFIG_DIR, *extra_dirs]
     if arguments.help:
         print(help_text(config_name, Path(sys.argv[0]).name, config_dirs))
         return
@@ -195,6 +199,28 @@ def _end_sweep(after_sweep: AfterSweep | None) -> list[SweepJob]:
 def _highest(jobs: Sequence[SweepJob]) -> int:
     """The highest exit code; a job that was ended from outside counts as a defect."""
     return max(EXIT_DEFECT if job.exit_code is None else job.exit_code for job in jobs)
+
+
+def _extra_dirs(arguments: argparse.Namespace) -> list[Path]:
+    """Folders of settings that are not Octet's, as the command line names them.
+
+    Raises:
+        ConfigError: an argument that would replace Octet's own tree, or run what a pickle file says.
+    """
+    for flag in ("experimental_rerun", "config_path", "config_name"):
+        if getattr(arguments, flag) is not None:
+            raise ConfigError(
+                f"--{flag.replace('_', '-')} is not supported: use --config-dir with +experiment=NAME."
+            )
+    found = [Path(arguments.config_dir)] if arguments.config_dir else []
+    for text in arguments.overrides:
+        key, _, value = text.partition("=")
+        if key.lstrip("+") == "hydra.searchpath":
+            places = [place.strip(" '\"") for place in value.strip(" []").split(",")]
+            found += [
+                Path(place.removeprefix("file://")) for place in places if not place.startswith("pkg://")
+            ]
+    return found
 
 
 def _in_sweep(config: Config) -> Config:

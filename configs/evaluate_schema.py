@@ -21,8 +21,8 @@ class EvaluateConfig:
         maximum=1,
     )
     iou: float = setting(0.7, "Class-wise NMS threshold", unit="IoU, 0..1", above=0, maximum=1)
-    max_detections: int = setting(300, "Boxes kept per image", unit="boxes", minimum=1)
-    batch_size: int = setting(8, "Images per evaluation step", unit="images", minimum=1)
+    max_detections: int = setting(300, "Boxes kept per image", unit="boxes", minimum=1, maximum=100_000)
+    batch_size: int = setting(8, "Images per evaluation step", unit="images", minimum=1, maximum=65536)
     engine: str = setting(
         "hotcoco", "Metric implementation: fast, or the reference", choices=("hotcoco", "pycocotools")
     )

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from configs.data_schema import DataConfig
-from configs.deploy_schema import DeployConfig, GraphConfig
+from configs.deploy_schema import DeployConfig
 from configs.evaluate_schema import EvaluateConfig, MetricConfig
-from configs.setting import setting
+from configs.setting import MAX_SEED, setting
 from core.choices import (
     ACTIVATIONS,
     ATTENTION,
@@ -94,8 +94,8 @@ class AugmentConfig:
 class TrainConfig:
     """Float training (stage train), from scratch or from weights."""
 
-    epochs: int = setting(100, "Passes over the training split", unit="epochs", minimum=1)
-    batch_size: int = setting(16, "Images per step", unit="images", minimum=1)
+    epochs: int = setting(100, "Passes over the training split", unit="epochs", minimum=1, maximum=1_000_000)
+    batch_size: int = setting(16, "Images per step", unit="images", minimum=1, maximum=65536)
     learning_rate: float = setting(1e-3, "Peak learning rate (AdamW, cosine)", above=0)
     weight_decay: float = setting(0.05, "AdamW weight decay on conv weights", minimum=0)
     warmup_fraction: float = setting(
@@ -174,7 +174,9 @@ class QuantConfig:
     observer: str = setting("mse", "How a scale is chosen from observed values", choices=OBSERVERS)
     percentile: float = setting(99.99, "For observer=percentile", unit="percent", above=50, maximum=100)
     calibration_images: int = setting(256, "Training images observed, letterboxed", unit="images", minimum=1)
-    calibration_batch_size: int = setting(8, "Images per calibration step", unit="images", minimum=1)
+    calibration_batch_size: int = setting(
+        8, "Images per calibration step", unit="images", minimum=1, maximum=65536
+    )
     imported_ranges: str = setting(
         "use",
         "Ranges in a quantized checkpoint: use makes them the scales, ignore calibrates everything",
@@ -243,8 +245,8 @@ class QuantConfig:
 class QatConfig:
     """Quantization-aware fine-tuning (stage finetune)."""
 
-    epochs: int = setting(10, "Passes over the training split", unit="epochs", minimum=1)
-    batch_size: int = setting(16, "Images per step", unit="images", minimum=1)
+    epochs: int = setting(10, "Passes over the training split", unit="epochs", minimum=1, maximum=1_000_000)
+    batch_size: int = setting(16, "Images per step", unit="images", minimum=1, maximum=65536)
     learning_rate: float = setting(1e-4, "Peak learning rate of the weights (AdamW, cosine)", above=0)
     scale_learning_rate: float = setting(1e-4, "Peak learning rate of the quantizer scales", above=0)
     weight_decay: float = setting(1e-4, "AdamW weight decay on conv weights", minimum=0)
@@ -401,9 +403,14 @@ class Config:
         unit="minutes",
         minimum=0,
     )
-    seed: int = setting(0, "Seed of every random choice", minimum=0)
+    trust: bool = setting(
+        False, "Run the Python code that a run directory or a --config-dir file names; for files of your own"
+    )
+    seed: int = setting(0, "Seed of every random choice", minimum=0, maximum=MAX_SEED)
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto (a GPU if there is one)")
-    threads: int = setting(0, "CPU threads of torch; 0 uses all cores", unit="threads", minimum=0)
+    threads: int = setting(
+        0, "CPU threads of torch; 0 uses all cores", unit="threads", minimum=0, maximum=4096
+    )
     stages: list[str] = setting(
         ["float", "calibrate", "finetune", "export", "engine", "report"],
         "Stages to run, in this order",
@@ -430,13 +437,3 @@ class Config:
     deploy: DeployConfig = field(default_factory=DeployConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     metric: MetricConfig = field(default_factory=MetricConfig)
-
-
-@dataclass
-class ExportConfig(GraphConfig):
-    """One run of export.py."""
-
-    run: str = setting(MISSING, "Run directory of train_qat.py, e.g. runs/demo/latest")
-    output: str | None = setting(None, "Path of the ONNX file; none writes into the run directory")
-    build: bool = setting(False, "Also build the engine, if its runtime is installed")
-    device: str = setting("cpu", "Device that exports; the file is the same")

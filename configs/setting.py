@@ -6,6 +6,8 @@ from collections.abc import Collection
 from dataclasses import field
 from typing import Any
 
+MAX_SEED = 2**32 - 1  # NumPy's largest
+
 
 def setting(
     default: Any,

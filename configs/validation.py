@@ -13,10 +13,13 @@ from typing import Any
 from configs.deploy_schema import DeployConfig
 from configs.schema import STAGES, Config
 from core.choices import FP8, FP8_CAPABILITIES
+from core.documents import shown
 from core.errors import ConfigError
 from core.names import address_remedy, closest, is_address
 from core.runtimes import RUNTIMES, RuntimeEntry
 from core.targets import TARGETS
+
+MAX_PROBLEMS = 20  # in one message
 
 
 def validate(config: Any) -> None:
@@ -30,7 +33,7 @@ def validate(config: Any) -> None:
             + _deploy_problems(config)
         )
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError("\n".join(list(dict.fromkeys(problems))[:MAX_PROBLEMS]))
 
 
 def device_problems(device: str) -> list[str]:
@@ -109,19 +112,21 @@ def _size_problems(value: Any, name: str, limits: Any) -> list[str]:
         ]
     if len(sides) == 1 or sides[0] == sides[1]:
         return _value_problems(sides[0], name, limits)
-    least, multiple = limits["minimum"], limits["multiple"]
-    nearest = [max(least, (side + multiple // 2) // multiple * multiple) for side in sides]
+    least, most, multiple = limits["minimum"], limits["maximum"], limits["multiple"]
+    nearest = [min(most, max(least, (side + multiple // 2) // multiple * multiple)) for side in sides]
     if nearest == sides:
         return []
     return [
-        f"{name}={value}: expected a height and a width of at least {least} {limits['unit']}, each a multiple of "
-        f"{multiple} (the coarsest stride); use {name}=[{nearest[0]},{nearest[1]}]."
+        f"{name}={value}: expected a height and a width of at least {least} and at most {most} {limits['unit']}, each "
+        f"a multiple of {multiple} (the coarsest stride); use {name}=[{nearest[0]},{nearest[1]}]."
     ]
 
 
 def _combination_problems(config: Config) -> list[str]:
     """Check what only several settings together can get wrong."""
     problems: list[str] = []
+    if not all(isinstance(stage, str) for stage in config.stages):
+        return [f"stages={shown(config.stages)}: expected names of stages."]
     if not config.stages:
         problems.append(f"stages=[]: expected at least one stage; choose from {', '.join(STAGES)}.")
     repeated = sorted({stage for stage in config.stages if config.stages.count(stage) > 1})

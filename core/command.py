@@ -14,7 +14,7 @@ from core.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, OctetError
 from core.failures import known_failure
 from core.files import followed
 from core.image_size import ImageSize
-from core.names import address_remedy, is_address
+from core.names import address_remedy, is_address, printable
 
 Main = Callable[..., int]
 
@@ -27,13 +27,13 @@ def reports_errors(main: Main) -> Main:
         try:
             return main(arguments, **options)
         except OctetError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             return error.exit_code
         except Exception as error:
             known = known_failure(error)  # a full disk, a loader process that was killed
             if known is None:
                 raise
-            print(f"error: {known}", file=sys.stderr)
+            print(f"error: {printable(str(known))}", file=sys.stderr)
             return known.exit_code
 
     return command

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 LIKELY = 0.6  # similarity below which a suggestion would only confuse
 MAX_SHOWN = 200  # characters of one name
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 def closest(word: str, candidates: Iterable[str]) -> str | None:
     """Return the candidate that `word` most likely means, or None where nothing comes near.
@@ -38,6 +40,17 @@ def closest_hint(word: str, candidates: Sequence[str], label: str = "closest") -
     """
     found = difflib.get_close_matches(word, candidates, n=1, cutoff=0.0)
     return f"; {label}: {found[0]!r}" if found else ""
+
+
+def printable(text: str) -> str:
+    r"""Text for a terminal: control characters, and marks that turn its direction, are written as escapes.
+
+    Names of classes, tensors and files come from files of strangers; raw, they could recolour or rewrite what the
+    terminal shows. Line ends and tabs stay.
+
+    Example: the escape character becomes the four characters `\x1b`.
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def listing(values: Iterable[str], limit: int = 10) -> str:

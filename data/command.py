@@ -20,6 +20,7 @@ from core.choices import DANGLING_LINKS
 from core.command import command_parser, path_argument, reports_errors
 from core.errors import EXIT_INPUT, EXIT_OK, DataError
 from core.files import write_json
+from core.names import printable
 from data.classes import class_positions
 from data.dataset import FORMATS, DetectionDataset, find_splits, open_dataset
 from data.duplicates import find_copies
@@ -81,9 +82,9 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m data"
     looks = [_look(options, split) for split in splits]
     between = list(_between(looks))
     for look in looks:
-        print("\n".join(_lines(look, options.places)), end="\n\n")
+        print(printable("\n".join(_lines(look, options.places))), end="\n\n")
     for line in between:
-        print(line)
+        print(printable(line))
     if options.json is not None:
         facts = {look.split: look.facts() for look in looks}
         write_json(

@@ -5,6 +5,7 @@ seconds and not in the middle of an epoch.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from core.errors import DataError
 from core.names import closest_hint, listing
 from data.formats.coco import find_annotations, read_coco
 from data.formats.yolo import names_split, read_yolo
-from data.images import read_image
+from data.images import file_version, read_header, read_image
 from data.inventory import Inventory
 from data.masks import coco_segmentation
 from data.samples import Dataset, ImageRecord, Sample
@@ -46,6 +47,7 @@ class DetectionDataset:
         self.records = list(records)
         self.root = root
         self.notes = tuple(notes)
+        self._versions: dict[int, tuple[int, int]] = {}  # of files that changed and are sound
         self.ids: Sequence[int] = [record.image_id for record in self.records]
 
     def __len__(self) -> int:
@@ -55,9 +57,11 @@ class DetectionDataset:
         """Decode one image.
 
         Raises:
-            DataError: the file vanished or changed its size since the dataset was opened.
+            DataError: the file vanished, or changed and is damaged or of another size since the dataset was opened.
         """
         record = self.records[index]
+        if record.version is not None:
+            self._verify_again(index, record)
         image = read_image(record.path, record.apply_orientation)
         size = (image.shape[0], image.shape[1])
         if size != record.size:
@@ -70,6 +74,22 @@ class DetectionDataset:
         return Sample(
             image, boxes, record.labels, record.image_id, size, record.crowd, record.areas, record.segments
         )
+
+    def _verify_again(self, index: int, record: ImageRecord) -> None:
+        """Verify a file that changed since it was verified: OpenCV decodes the half of a JPEG silently."""
+        try:
+            version = file_version(record.path)
+            if version != self._versions.get(index, record.version):
+                read_header(record.path)
+                self._versions[index] = version
+        except FileNotFoundError as error:
+            raise DataError(
+                f"Image {record.path} does not exist: restore the file, or remove it and its annotation."
+            ) from error
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(
+                f"Image {record.path} changed since the run began and is damaged ({error}): restore the file."
+            ) from error
 
 
 def open_dataset(
@@ -129,7 +149,7 @@ def open_dataset(
     else:
         assert annotation_file is not None
         names, records = read_coco(annotation_file, root, verify, cache_dir, segments, inventory)
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
         raise DataError(
             f"{yaml_file or annotation_file}: class names {listing(repeated)} occur more than once."

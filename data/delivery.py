@@ -93,18 +93,21 @@ class Packed:
     image_ids: list[int]
     infos: list[LetterboxInfo]
     masks: NDArray[np.uint8] | None
+    skipped: dict[str, str]
 
     @classmethod
     def of(cls, batch: Batch) -> Packed:
         """Pack a batch."""
         masks = None if batch.masks is None else batch.masks.numpy()
-        return cls(batch.images.numpy(), batch.targets.numpy(), batch.image_ids, batch.infos, masks)
+        return cls(
+            batch.images.numpy(), batch.targets.numpy(), batch.image_ids, batch.infos, masks, batch.skipped
+        )
 
     def unpack(self) -> Batch:
         """The batch again."""
         masks = None if self.masks is None else torch.from_numpy(self.masks)
         images, targets = torch.from_numpy(self.images), torch.from_numpy(self.targets)
-        return Batch(images, targets, self.image_ids, self.infos, masks)
+        return Batch(images, targets, self.image_ids, self.infos, masks, self.skipped)
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; called by the DataLoader where CUDA is present."""

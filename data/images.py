@@ -10,10 +10,12 @@ import hashlib
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -21,26 +23,32 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from core.documents import check_regular, shown
 from core.errors import DataError
 from core.names import listing
+from core.pictures import LARGE_PIXELS, check_picture, size_problem
 from data.inventory import Inventory
-from data.text import read_text
-from data.walk import SUFFIXES, is_image, walk_files
+from data.text import MAX_LIST_BYTES, is_path, read_text
+from data.walk import SUFFIXES, is_image, only_with_images, walk_files
 
 CHECKS = f"2, OpenCV {cv2.__version__}"  # what a remembered verification has made sure of
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap height and width
 
 _log = logging.getLogger(__name__)
+_large = threading.Lock()  # held while a large image is verified, so that few of them are in memory
+
+Version = tuple[int, int]  # of a file: bytes, time of its last change in nanoseconds
 
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """Size of an image file as stored, and whether its EXIF orientation turns it by 90 degrees."""
+    """Size of an image file as stored, whether its EXIF orientation turns it by 90 degrees, and its file's version."""
 
     height: int
     width: int
     transposed: bool
+    version: Version | None = None
 
     def size(self, apply_orientation: bool = True) -> tuple[int, int]:
         """(height, width) as decoded with or without the EXIF orientation."""
@@ -64,7 +72,8 @@ def list_images(path: Path) -> list[Path]:
     """
     if path.is_dir():
         inventory = Inventory()
-        found = sorted(file for file in walk_files(path, inventory, "skip") if is_image(file))
+        files = only_with_images(walk_files(path, inventory, "skip"), path)
+        found = sorted(file for file in files if is_image(file))
         inventory.log()
         if not found:
             raise DataError(f"No image in folder {path}: expected files with a suffix of {sorted(SUFFIXES)}.")
@@ -74,7 +83,10 @@ def list_images(path: Path) -> list[Path]:
             f"No file or folder at {path}: expected an image, a folder of images, or a .txt list."
         )
     if path.suffix.lower() == ".txt":
-        lines = [line.strip() for line in read_text(path).splitlines()]
+        lines = [line.strip() for line in read_text(path, MAX_LIST_BYTES).splitlines()]
+        odd = next((line for line in lines if line and not is_path(line)), None)
+        if odd is not None:
+            raise DataError(f"{path} holds {shown(odd)}, which is no path of a file.")
         found = [path.parent / line for line in lines if line]
         missing = [str(file) for file in found if not file.is_file()]
         if missing or not found:
@@ -96,8 +108,9 @@ def read_image(path: Path, apply_orientation: bool = True) -> NDArray[np.uint8]:
     Grey images get three equal channels, an alpha channel is dropped, 16 bits become 8.
 
     Raises:
-        DataError: the file is missing or cannot be decoded.
+        DataError: the file is missing, larger than `core.pictures` says, or cannot be decoded.
     """
+    check_picture(path)
     flags = cv2.IMREAD_COLOR if apply_orientation else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     image = cv2.imread(str(path), flags)
     if image is None:
@@ -110,11 +123,15 @@ def read_header(path: Path, verify: bool = True) -> ImageHeader:
     """Read an image's size and orientation, and with `verify` its whole content.
 
     Raises:
-        OSError: the file is missing, truncated, no image (also as Pillow's `UnidentifiedImageError`, a subclass), or of
-            a kind that `read_image` cannot decode.
+        OSError: the file is missing, truncated, no image (also as Pillow's `UnidentifiedImageError`, a subclass), too
+            large, or of a kind that `read_image` cannot decode.
     """
+    check_regular(path)
     with Image.open(path) as image:
         width, height = image.size
+        problem = size_problem(height, width)
+        if problem:
+            raise OSError(problem)
         transposed = image.getexif().get(_ORIENTATION_TAG, 1) in _TRANSPOSED
         kind = f"{image.format}, mode {image.mode}"
         if verify:
@@ -130,6 +147,18 @@ def read_header(path: Path, verify: bool = True) -> ImageHeader:
     if is_jpeg and _decodes_to(path, header):
         return header
     return _decoded_header(path, transposed, kind)
+
+
+def file_version(path: Path) -> Version:
+    """What tells one version of a file from another; raises OSError where there is none."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _is_large(path: Path) -> bool:
+    check_regular(path)
+    with Image.open(path) as image:
+        return image.width * image.height > LARGE_PIXELS
 
 
 def _decodes_to(path: Path, header: ImageHeader) -> bool:
@@ -185,9 +214,13 @@ def scan_images(
 
     def scan(path: Path) -> tuple[str, ImageHeader | str]:
         try:
-            stat = path.stat()
-            key = f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
-            return key, known.get(key) or read_header(path, verify)
+            version = file_version(path)
+            key = f"{path}|{version[0]}|{version[1]}"
+            header = known.get(key)
+            if header is None:
+                with _large if verify and _is_large(path) else nullcontext():
+                    header = read_header(path, verify)
+            return key, replace(header, version=version)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             reason = "is not an image" if isinstance(error, UnidentifiedImageError) else str(error)
             return "", reason

@@ -5,7 +5,9 @@ augmentation is seeded by it, and a run that stopped inside an epoch continues a
 would have had.
 """
 
+import logging
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import cv2
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from core.errors import DataError, OctetError
 from core.image_size import ImageSize, SizeLike
+from core.names import listing
 from data.augment import AugmentOptions, Fitted, augment, fit, move_outlines, objects_of
 from data.delivery import PREFETCH, TICK, Packed, Pulse, choose_transport, delivered, hand_over
 from data.letterbox import LetterboxInfo, letterbox, letterbox_boxes
@@ -24,11 +27,18 @@ from data.masks import MASK_STRIDE, draw_masks
 from data.samples import Batch, Dataset
 from data.worker_signals import leave_signals_to_parent
 
+SKIPPED_SHARE = 0.01  # of the training images that may become unreadable in a run; one may in any case
+MOST_TRIED = 10  # images instead of one
 KEPT_BYTES = 256 * 2**20  # memory of each worker for decoded training images
 
+_log = logging.getLogger(__name__)
+
 Key = tuple[int, int]  # epoch, position in the dataset
-# Image [3, H, W]; class and box [N, 5]; image id; placement; masks [N, H / 4, W / 4] where they are wanted.
-Item = tuple[NDArray[np.uint8], NDArray[np.float32], int, LetterboxInfo, NDArray[np.uint8] | None]
+# Image [3, H, W]; class and box [N, 5]; image id; placement; masks [N, H / 4, W / 4] where they are wanted; images that
+# could not be read, with the reason.
+Item = tuple[
+    NDArray[np.uint8], NDArray[np.float32], int, LetterboxInfo, NDArray[np.uint8] | None, dict[str, str]
+]
 
 
 class EpochSampler(Sampler[list[Key]]):
@@ -119,8 +129,14 @@ class DetectionLoader(DataLoader[Batch]):
     dataset: "_Prepared"
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        """The batches of the chosen epoch, see `data.delivery.delivered` for what raises."""
-        return delivered(super().__iter__(), self.dataset.pulse)
+        """The batches of the chosen epoch.
+
+        Raises:
+            DataError: see `data.delivery.delivered`; or more training images than `SKIPPED_SHARE` cannot be read.
+        """
+        for batch in delivered(super().__iter__(), self.dataset.pulse):
+            self.dataset.account(batch.skipped)
+            yield batch
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose what the next iteration yields.
@@ -159,11 +175,41 @@ class _Prepared(torch.utils.data.Dataset[Any]):
         self.seed = seed
         self.masks = masks
         self.pulse = pulse
+        self.skipped: dict[str, str] = {}  # training images that cannot be read, with the reason
+        self._unread: dict[str, str] = {}  # of the item that is being made
         self._kept: dict[int, Fitted] = {}
         self._room = KEPT_BYTES
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def account(self, skipped: dict[str, str]) -> None:
+        """Name each image that was skipped once; stop above the limit."""
+        for name in (name for name in skipped if name not in self.skipped):
+            self.skipped[name] = skipped[name]
+            _log.warning("Skipped a training image, another one takes its place. %s", skipped[name])
+        limit = max(1, int(SKIPPED_SHARE * len(self.indices)))
+        if len(self.skipped) > limit:
+            raise DataError(
+                f"{len(self.skipped)} of {len(self.indices)} training images cannot be read any more, more than "
+                f"{limit}: {listing(self.skipped.values(), 3)} Restore them and resume."
+            )
+
+    def _read_or_skip(self, index: int) -> Fitted:
+        """The image, or the next one that can be read instead of one that cannot."""
+        start = self._positions[index]
+        for offset in range(min(MOST_TRIED, len(self.indices))):
+            chosen = self.indices[(start + offset) % len(self.indices)]
+            try:
+                return self._read_fitted(chosen)
+            except DataError as error:
+                failure = error
+                self._unread[str(chosen)] = str(error)
+        raise failure
+
+    @cached_property
+    def _positions(self) -> dict[int, int]:
+        return {index: position for position, index in enumerate(self.indices)}
 
     def _read_fitted(self, index: int) -> Fitted:
         """The image at input size, kept for later mosaics as long as the cache is not full."""
@@ -188,6 +234,7 @@ class _Prepared(torch.utils.data.Dataset[Any]):
             self.pulse.beat()
 
     def _item(self, epoch: int, index: int) -> Item:
+        self._unread = {}
         if self.options is None:
             sample = self.dataset[index]
             boxes, labels, outlines = objects_of(sample, self.masks)
@@ -200,7 +247,7 @@ class _Prepared(torch.utils.data.Dataset[Any]):
             random = np.random.default_rng((self.seed, epoch, index))
             image, boxes, labels, outlines = augment(
                 index,
-                self._read_fitted,
+                self._read_or_skip,
                 self.indices,
                 self.size,
                 self.options,
@@ -210,7 +257,7 @@ class _Prepared(torch.utils.data.Dataset[Any]):
             info = LetterboxInfo(1.0, 0, 0, self.size.height, self.size.width)
         objects = np.concatenate([labels[:, None].astype(np.float32), boxes], axis=1)
         masks = None if outlines is None else draw_masks(outlines, boxes, self.size)
-        return channels_first(image), objects, image_id, info, masks
+        return channels_first(image), objects, image_id, info, masks, self._unread
 
 
 def channels_first(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -230,7 +277,8 @@ def collate(items: list[Item]) -> Batch:
     targets: Tensor = torch.from_numpy(np.concatenate(rows).astype(np.float32, copy=False))
     drawn = [item[4] for item in items if item[4] is not None]
     masks = torch.from_numpy(np.concatenate(drawn)) if drawn else None
-    return Batch(images, targets, [item[2] for item in items], [item[3] for item in items], masks)
+    skipped = {name: reason for item in items for name, reason in item[5].items()}
+    return Batch(images, targets, [item[2] for item in items], [item[3] for item in items], masks, skipped)
 
 
 class _Collate:

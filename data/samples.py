@@ -87,6 +87,7 @@ class ImageRecord:
         areas: float64 [N], square pixels.
         apply_orientation: decode with the EXIF orientation applied (False where annotations refer to raw pixels).
         segments: N masks, or None where they were not asked for.
+        version: of the image file that was verified (`data.images.file_version`); None where none was.
     """
 
     path: Path
@@ -98,6 +99,7 @@ class ImageRecord:
     areas: NDArray[np.float64]
     apply_orientation: bool = True
     segments: Sequence[Segmentation] | None = None
+    version: tuple[int, int] | None = None
 
 
 @dataclass
@@ -112,6 +114,7 @@ class Batch:
         infos: how each image was letterboxed; the identity for augmented images.
         masks: uint8 [T, H / 4, W / 4], the share of each cell that the object covers, 0 to 255; None where the loader
             was not asked for masks.
+        skipped: training images that could not be read any more, with the reason; others took their places.
     """
 
     images: Tensor
@@ -119,6 +122,7 @@ class Batch:
     image_ids: list[int] = field(default_factory=list)
     infos: list[LetterboxInfo] = field(default_factory=list)
     masks: Tensor | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return int(self.images.shape[0])
@@ -126,7 +130,14 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Copy to page-locked memory; called by the DataLoader where CUDA is present."""
         masks = None if self.masks is None else self.masks.pin_memory()
-        return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.image_ids, self.infos, masks)
+        return Batch(
+            self.images.pin_memory(),
+            self.targets.pin_memory(),
+            self.image_ids,
+            self.infos,
+            masks,
+            self.skipped,
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -136,6 +147,7 @@ class Batch:
             self.image_ids,
             self.infos,
             None if self.masks is None else self.masks.to(device, non_blocking=True),
+            self.skipped,
         )
 
 

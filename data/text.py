@@ -3,7 +3,12 @@
 import codecs
 from pathlib import Path
 
+from core.documents import MAX_BYTES, DocumentError, read_limited
 from core.errors import DataError
+
+MAX_LIST_BYTES = 256 * 2**20  # of a list of images
+MAX_PATH = 4096  # characters of a path, as systems have it
+MAX_FILE_NAME = 255  # bytes
 
 # UTF-32 first: its mark begins with that of UTF-16.
 MARKS = (
@@ -15,16 +20,25 @@ MARKS = (
 )
 
 
-def read_text(path: Path) -> str:
+def is_path(text: str) -> bool:
+    """Whether a text can be the path of a file; asking the system for any other one raises."""
+    parts = text.encode("utf-8", "replace").split(b"/")
+    return bool(text) and "\0" not in text and len(text) <= MAX_PATH and max(map(len, parts)) <= MAX_FILE_NAME
+
+
+def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
     """Read a text file: UTF-8, or UTF-8, UTF-16 or UTF-32 with a byte-order mark, or UTF-16 without one.
 
     Raises:
-        DataError: it cannot be read, or is in another encoding; the message names the first line that is.
+        DataError: it cannot be read, is no regular file, has more than `max_bytes`, or is in another encoding; the
+            message names the first line that is.
     """
     try:
-        content = path.read_bytes()
+        content = read_limited(path, max_bytes)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): restore it, or grant access.") from error
+    except DocumentError as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
     encoding = next((name for mark, name in MARKS if content.startswith(mark)), None) or _guess(content)
     try:
         return content.decode(encoding).replace("\ufeff", "")  # also within, where files were joined

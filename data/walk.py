@@ -32,6 +32,9 @@ LEFT_BY_SYSTEMS = frozenset(
     }
 )
 
+MAX_OTHER_FILES = 10_000
+OTHERS_PER_IMAGE = 10
+
 FILE, FOLDER, NOTHING, OTHER = "file", "folder", "nothing", "other"
 
 HIDDEN = "Left out {number} hidden files and folders (leading dot, or created by operating systems)"
@@ -96,6 +99,24 @@ def walk_files(folder: Path, inventory: Inventory, links: str = "error") -> Iter
         waiting += reversed(below)
 
 
+def only_with_images(files: Iterator[Path], folder: Path) -> Iterator[Path]:
+    """Pass files on, as long as there are images among them.
+
+    Raises:
+        DataError: thousands of other files and hardly an image: a folder such as /usr, which would take minutes.
+    """
+    images = others = 0
+    for path in files:
+        images += is_image(path)
+        others += not is_image(path)
+        if others > MAX_OTHER_FILES and others > OTHERS_PER_IMAGE * images:
+            raise DataError(
+                f"{folder} has {others} files that are no images, and {images} that are: it is no folder of images. "
+                "Name the folder that holds the images."
+            )
+        yield path
+
+
 def _kind(entry: os.DirEntry[str]) -> str:
     """What an entry is, or what its link leads to; no system call if the folder's listing shows it."""
     try:
@@ -120,5 +141,11 @@ def account_for_link(path: Path, inventory: Inventory, links: str) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(
+            f"The folder {path} cannot be read ({error.strerror}): its files would be missing; grant access, or move "
+            "it out of the dataset."
+        ) from error
     return status.st_dev, status.st_ino

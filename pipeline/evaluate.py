@@ -16,6 +16,7 @@ from pathlib import Path
 
 from core.choices import CLASS_MAPS, DANGLING_LINKS, TORCH
 from core.command import command_parser, path_argument, reports_errors, run_command, size_argument
+from core.confinement import TRUST_HELP, run_confined
 from core.errors import DeployError
 from core.files import write_json
 from core.runtimes import RUNTIMES
@@ -68,10 +69,11 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--split", help="default: the run's data.val_split, or val")
     parser.add_argument("--limit", type=int, help="images to use; default: all")
     parser.add_argument("--runtime", choices=(TORCH, *RUNTIMES), help="default: the run's, or the file's own")
+    parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     return parser
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: run_confined(main))

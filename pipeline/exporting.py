@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from configs.compose import read
-from configs.schema import ExportConfig
+from configs.deploy_schema import ExportConfig
 from core.errors import ConfigError
 from core.runtimes import runtime_for
 from core.targets import TARGETS
@@ -38,7 +38,7 @@ def run_export(request: ExportConfig) -> Path:
         DeployError: the exporter or the runtime refuses.
     """
     run = Run.open(Path(request.run))
-    config = read(run.path(CONFIG))
+    config = read(run.path(CONFIG), trust=request.trust)
     config.device = request.device
     target = request.target
     for name in SHARED:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from core.choices import TORCH
 from core.command import command_parser, path_argument, reports_errors, run_command, size_argument
+from core.confinement import TRUST_HELP, run_confined
 from core.errors import DataError, DeployError
 from core.image_size import ImageSize
 from core.runtimes import RUNTIMES
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m pipel
             confidence=options.confidence,
             iou=options.iou,
             runtime=options.runtime,
+            trust=options.trust,
             size=options.size,
             threads=options.threads,
             device=options.device,
@@ -93,6 +95,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--size", type=_size, help="of the input, if the model leaves it open: PIXELS or HEIGHTxWIDTH"
     )
+    parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
     parser.add_argument("--threads", type=_positive, help="CPU threads")
     parser.add_argument("--device", default="auto", help="device of torch: auto, cpu, cuda")
     return parser
@@ -122,4 +125,4 @@ def _size(text: str) -> ImageSize:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: run_confined(main))

@@ -5,7 +5,6 @@ regions and segmentation areas are kept, since the COCO metric uses both. Images
 ids as the file has them, of whatever size or kind; from there on they are positions.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from core.documents import DocumentError, parse_json, shown
 from core.errors import DataError
 from core.names import listing
 from data.formats import coco_fields as fields
@@ -22,9 +22,12 @@ from data.images import ImageHeader, scan_images
 from data.inventory import DUPLICATES, Inventory
 from data.masks import Segmentation, parse_segmentation
 from data.samples import ImageRecord
-from data.text import read_text
+from data.text import is_path, read_text
 from data.walk import UNREAD_SUFFIXES, is_image, walk_files
 
+MAX_ANNOTATION_BYTES = 2**31
+MAX_CATEGORIES = 20_000
+MAX_DIGITS = 40
 TABLES = ("images", "annotations", "categories")
 ROBOFLOW = "_annotations.coco.json"
 FOLDER_NAMES = {"val": ("val", "valid")}  # what Roboflow calls a split's folder
@@ -130,10 +133,8 @@ def read_coco(
 
 def _load_tables(annotation_file: Path) -> dict[str, list[Any]]:
     try:
-        content = json.loads(read_text(annotation_file))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
+        content = parse_json(read_text(annotation_file, MAX_ANNOTATION_BYTES))
+    except DocumentError as error:
         raise DataError(f"{annotation_file} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise DataError(
@@ -157,12 +158,14 @@ class _Reader:
 
     def categories(self, table: list[Any]) -> tuple[str, ...]:
         """Class names, by sorted id, or in the file's order where an id is a text."""
+        if len(table) > MAX_CATEGORIES:
+            raise DataError(f"{self.file} has {len(table)} categories; at most {MAX_CATEGORIES} are read.")
         found = [
             (fields.read_id(entry.get("id"), f"{place}: id", self.inventory), entry.get("name"), place)
             for _, place, entry in self._entries("categories", table)
         ]
         for twice in fields.repeated([key for key, *_ in found]):
-            names = [repr(name) for key, name, _ in found if repr(key) == twice]
+            names = [shown(name) for key, name, _ in found if shown(key) == twice]
             self.inventory.fault(
                 f"{self.file}: categories {', '.join(names)} share the id {twice}; every category needs its own."
             )
@@ -181,14 +184,19 @@ class _Reader:
                 fields.read_side(entry.get(side), f"{place}: {side}", self.inventory)
                 for side in ("height", "width")
             )
+            if name and not is_path(name):
+                self.inventory.fault(f"{place}: file_name is {shown(name)}, which is no path of a file.")
+                continue
             if key is None or not name:
                 continue
             if key in self.image_of:
-                self.inventory.fault(f"{place}: some images share an id, {key!r}; every image needs its own.")
+                self.inventory.fault(
+                    f"{place}: some images share an id, {shown(key)}; every image needs its own."
+                )
             if name in place_of:
                 self.inventory.fault(
-                    f"{place}: file_name {name!r} is that of {place_of[name]}, too: the image would count twice, each "
-                    "time with a part of its objects; give both one entry."
+                    f"{place}: file_name {shown(name)} is that of {place_of[name]}, too: the image would count twice, "
+                    "each time with a part of its objects; give both one entry."
                 )
             place_of.setdefault(name, place.removeprefix(f"{self.file}: "))
             self.image_of[key] = _Image(name, height, width, index)
@@ -230,11 +238,11 @@ class _Reader:
         if value is None:
             return None
         if value not in known:
-            other = (
-                str(value) if isinstance(value, int) else next((k for k in known if str(k) == value), None)
-            )
+            other: fields.Id = shown(value) if isinstance(value, int) else value
+            if isinstance(value, str) and len(value) < MAX_DIGITS and value.lstrip("-").isdecimal():
+                other = int(value)
             hint = f"; there it is {other!r}" if other in known else ""
-            self.inventory.fault(f"{place} has {key} {value!r}, which is not among the {table}{hint}.")
+            self.inventory.fault(f"{place} has {key} {shown(value)}, which is not among the {table}{hint}.")
             return None
         return known[value]
 
@@ -245,7 +253,7 @@ class _Reader:
             if isinstance(entry, dict):
                 yield index, place, entry
             else:
-                self.inventory.fault(f"{self.file} is not COCO JSON: {name}[{index}] is {entry!r}.")
+                self.inventory.fault(f"{self.file} is not COCO JSON: {name}[{index}] is {shown(entry)}.")
 
 
 def _same(entry: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -262,7 +270,7 @@ def _image_folder(root: Path, annotation_file: Path, name: str) -> Path:
         if (folder / name).is_file():
             return folder
     raise DataError(
-        f"{annotation_file} names {name!r}, which is in none of "
+        f"{annotation_file} names {shown(name)}, which is in none of "
         f"{listing([str(folder) for folder in candidates])}. Put the images into the first of these folders."
     )
 
@@ -308,7 +316,9 @@ def _record(
     masks = (
         [_segmentation(entry, size, path.name, file, inventory) for entry in entries] if segments else None
     )
-    return ImageRecord(path, number, size, boxes, labels, crowd, areas, apply_orientation, masks)
+    return ImageRecord(
+        path, number, size, boxes, labels, crowd, areas, apply_orientation, masks, header.version
+    )
 
 
 def _segmentation(

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
+from core.documents import shown
 from core.names import listing
 from data.inventory import Inventory
 
@@ -29,7 +30,7 @@ def read_id(value: Any, place: str, inventory: Inventory) -> Id | None:
         return int(value)
     if isinstance(value, int | str) and not isinstance(value, bool):
         return value
-    inventory.fault(f"{place} is {value!r}, expected an integer or a string.")
+    inventory.fault(f"{place} is {shown(value)}, expected an integer or a string.")
     return None
 
 
@@ -45,7 +46,7 @@ def number_images(keys: Sequence[Id], inventory: Inventory) -> tuple[list[int], 
     inventory.note(
         "{number} image ids are not integers from 0 to 2^63 - 1: images are numbered 1 to "
         f"{len(keys)} in the file's order",
-        listing(map(repr, odd), 3),
+        listing(map(shown, odd), 3),
         len(odd),
         is_warning=False,
     )
@@ -54,7 +55,7 @@ def number_images(keys: Sequence[Id], inventory: Inventory) -> tuple[list[int], 
 
 def repeated(ids: Sequence[Id | None]) -> list[str]:
     """Ids that occur more than once, as texts."""
-    return [repr(value) for value, count in Counter(ids).items() if count > 1 and value is not None]
+    return [shown(value) for value, count in Counter(ids).items() if count > 1 and value is not None]
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
@@ -62,17 +63,25 @@ def is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def as_float(value: int | float) -> float:
+    """A number as float64; infinity for whole numbers that are too large for it."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
 def read_number(value: Any, place: str, inventory: Inventory) -> float | None:
     """A number, or a text that is one; None without a fault for anything else."""
     if is_number(value):
-        return float(value)
+        return as_float(value)
     if isinstance(value, str):
         try:
             number = float(value)
         except ValueError:
             return None
         if math.isfinite(number):
-            inventory.note(AS_TEXT, f"{place} is {value!r}")
+            inventory.note(AS_TEXT, f"{place} is {shown(value)}")
             return number
     return None
 
@@ -83,7 +92,7 @@ def read_side(value: Any, place: str, inventory: Inventory) -> int | None:
         return None
     number = read_number(value, place, inventory)
     if number is None or not number.is_integer() or number < 1:
-        inventory.fault(f"{place} is {value!r}, expected a whole number of pixels.")
+        inventory.fault(f"{place} is {shown(value)}, expected a whole number of pixels.")
         return None
     return int(number)
 
@@ -94,7 +103,7 @@ def read_crowd(value: Any, place: str, inventory: Inventory) -> bool:
         return bool(value)
     number = read_number(value, place, inventory)
     if number not in (0, 1):
-        inventory.fault(f"{place} is {value!r}, expected 0 or 1.")
+        inventory.fault(f"{place} is {shown(value)}, expected 0 or 1.")
     return number == 1
 
 
@@ -104,20 +113,20 @@ def read_box(value: Any, place: str, inventory: Inventory) -> list[float] | None
         box = [read_number(side, place, inventory) for side in value]
         if None not in box:
             return [float(side) for side in box if side is not None]
-    found = "missing" if value is None else repr(value)
+    found = "missing" if value is None else shown(value)
     inventory.fault(f"{place} is {found}, expected four numbers: x, y, width, height in pixels.")
     return None
 
 
 def read_area(value: Any, box: Sequence[float], place: str, inventory: Inventory) -> float:
     """`area` in square pixels; that of the box, counted, where the file has none that is positive and finite."""
-    number = value if is_number(value) else read_number(value, place, inventory)
+    number = read_number(value, place, inventory)
     if number is not None and math.isfinite(number) and number > 0:
-        return float(number)
+        return number
     if value is not None and value != 0:
         inventory.note(
             "{number} areas are not positive numbers; the areas of the boxes are used",
-            f"{place} is {value!r}",
+            f"{place} is {shown(value)}",
         )
     return box[2] * box[3]
 
@@ -127,6 +136,6 @@ def read_text(value: Any, place: str, inventory: Inventory) -> str:
     if isinstance(value, str) and value.strip():
         return value
     if is_number(value):
-        return str(value)
-    inventory.fault(f"{place} is {'missing' if value is None else repr(value)}, expected a string.")
+        return shown(value)
+    inventory.fault(f"{place} is {'missing' if value is None else shown(value)}, expected a string.")
     return ""

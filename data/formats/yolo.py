@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from core.documents import DocumentError, parse_yaml, shown
 from core.errors import DataError
 from core.names import listing
 from data.formats.yolo_files import LabelFiles, find_pictures
 from data.formats.yolo_labels import LabelReader, Labels
-from data.images import scan_images
+from data.images import ImageHeader, scan_images
 from data.inventory import Inventory
 from data.masks import polygon_area
 from data.samples import ImageRecord
-from data.text import read_text
+from data.text import MAX_LIST_BYTES, is_path, read_text
 from data.walk import account_for_link
 
 OTHER_KEYS = {"val": ("valid", "validation")}  # what some exports call a split
@@ -69,20 +69,23 @@ def read_yolo(
     inventory.refuse()
     headers = scan_images(paths, verify, cache_dir, inventory)
     return names, [
-        _record(path, number, objects or Labels(), header.size(), segments)
+        _record(path, number, objects or Labels(), header, segments)
         for number, (path, objects, header) in enumerate(zip(paths, labels, headers, strict=True), start=1)
         if header is not None
     ]
 
 
-def _record(path: Path, number: int, labels: Labels, size: tuple[int, int], segments: bool) -> ImageRecord:
+def _record(path: Path, number: int, labels: Labels, header: ImageHeader, segments: bool) -> ImageRecord:
+    size = header.size()
     classes, boxes = labels.in_pixels(size)
     outlines = labels.outlines(size) if segments else None
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     if outlines is not None:
         areas = np.array([polygon_area(outline) for outline in outlines], np.float64)
     crowd = np.zeros(len(classes), bool)
-    return ImageRecord(path, number, size, boxes, classes, crowd, areas, segments=outlines)
+    return ImageRecord(
+        path, number, size, boxes, classes, crowd, areas, segments=outlines, version=header.version
+    )
 
 
 def names_split(yaml_file: Path, split: str) -> bool:
@@ -97,8 +100,8 @@ def names_split(yaml_file: Path, split: str) -> bool:
 
 def _load_yaml(yaml_file: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(read_text(yaml_file))
-    except yaml.YAMLError as error:
+        config = parse_yaml(read_text(yaml_file))
+    except DocumentError as error:
         raise DataError(f"{yaml_file} cannot be read as YAML: {error}") from error
     if not isinstance(config, dict):
         raise DataError(f"{yaml_file} holds {type(config).__name__}, expected keys: path, train, val, names.")
@@ -110,22 +113,22 @@ def _class_names(config: dict[str, Any], yaml_file: Path) -> tuple[str, ...]:
     if isinstance(names, dict):
         if set(names) != set(range(len(names))):
             raise DataError(
-                f"{yaml_file}: names has the keys {sorted(map(str, names))}, expected 0 to {len(names) - 1}."
+                f"{yaml_file}: names has the keys {listing(sorted(map(shown, names)))}, expected 0 to {len(names) - 1}."
             )
         names = [names[index] for index in range(len(names))]
     if not isinstance(names, list) or not names:
         raise DataError(
-            f"{yaml_file}: names is {names!r}, expected a list of class names or a map from index to name."
+            f"{yaml_file}: names is {shown(names)}, expected a list of class names or a map from index to name."
         )
     if count is not None and count != len(names):
         raise DataError(
-            f"{yaml_file}: nc is {count!r} but names has {len(names)} entries; remove nc or correct names."
+            f"{yaml_file}: nc is {shown(count)} but names has {len(names)} entries; remove nc or correct names."
         )
     odd = [name for name in names if isinstance(name, bool) or not isinstance(name, str | int | float)]
     if odd:
         raise DataError(
-            f"{yaml_file}: names has {odd[0]!r}, which YAML makes of yes, no, on, off, null or a nested list; write "
-            "class names in quotes."
+            f"{yaml_file}: names has {shown(odd[0])}, which YAML makes of yes, no, on, off, null or a nested list; "
+            "write class names in quotes."
         )
     return tuple(str(name) for name in names)
 
@@ -142,7 +145,7 @@ def _keypoint_shape(config: dict[str, Any], yaml_file: Path) -> tuple[int, int] 
         or (all(shape) and shape[1] not in (2, 3))
     ):
         raise DataError(
-            f"{yaml_file}: kpt_shape is {shape!r}, expected the number of keypoints and 2 or 3 values of each, "
+            f"{yaml_file}: kpt_shape is {shown(shape)}, expected the number of keypoints and 2 or 3 values of each, "
             "such as [17, 3], or [0, 0] for labels without keypoints."
         )
     return shape[0], shape[1]
@@ -157,12 +160,15 @@ def _image_paths(
         key = next((other for other in OTHER_KEYS.get(split, ()) if other in config), split)
     value = config.get(key)
     sources = value if isinstance(value, list) else [value]
-    if not sources or not all(isinstance(source, str) and source for source in sources):
+    if not sources or not all(isinstance(source, str) and is_path(source) for source in sources):
         raise DataError(
-            f"{yaml_file}: {split} is {value!r}, expected a folder of images, a .txt list, or a list of them. Set it "
-            "there, or choose another split with data.train_split or data.val_split."
+            f"{yaml_file}: {split} is {shown(value)}, expected a folder of images, a .txt list, or a list of them. Set "
+            "it there, or choose another split with data.train_split or data.val_split."
         )
-    root = yaml_file.parent / str(config.get("path") or ".")
+    prefix = config.get("path") or "."
+    if not isinstance(prefix, str) or not is_path(prefix):
+        raise DataError(f"{yaml_file}: path is {shown(prefix)}, expected a folder.")
+    root = yaml_file.parent / prefix
     if not root.is_dir():
         raise DataError(
             f"{yaml_file}: path leads to {root}, which does not exist. It is relative to the YAML file; "
@@ -183,7 +189,7 @@ def _image_paths(
             )
     inventory.refuse()
     if not paths:
-        raise DataError(f"{yaml_file}: split {split!r} is empty: no image in {value!r} under {root}.")
+        raise DataError(f"{yaml_file}: split {split!r} is empty: no image in {shown(value)} under {root}.")
     once = sorted(set(paths))
     if len(once) < len(paths):
         inventory.note(
@@ -210,8 +216,10 @@ def _resolve(root: Path, source: str, place: str, inventory: Inventory) -> Path:
 
 def _read_list(list_file: Path, yaml_folder: Path, inventory: Inventory, links: str) -> list[Path]:
     paths, missing = [], []
-    for line in read_text(list_file).splitlines():
+    for line in read_text(list_file, MAX_LIST_BYTES).splitlines():
         name = line.strip()
+        if not is_path(name):
+            raise DataError(f"{list_file} holds {shown(name)}, which is no path of a file.")
         if not name:
             continue
         names = (name, name.replace("\\", "/"))  # a list made on Windows

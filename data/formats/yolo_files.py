@@ -7,7 +7,7 @@ from pathlib import Path
 from core.errors import DataError
 from core.names import listing
 from data.inventory import Inventory
-from data.walk import SUFFIXES, UNREAD_SUFFIXES, account_for_link, is_image, walk_files
+from data.walk import SUFFIXES, UNREAD_SUFFIXES, account_for_link, is_image, only_with_images, walk_files
 
 # Files among labels that are none: lists of class names by LabelImg and others, notes.
 NO_LABELS = frozenset({"classes.txt", "labels.txt", "names.txt", "notes.txt", "readme.txt", "license.txt"})
@@ -43,7 +43,7 @@ def find_pictures(folder: Path, inventory: Inventory, links: str) -> list[Path]:
         DataError: a folder that cannot be read.
     """
     found, unread = [], []
-    for path in walk_files(folder, inventory, links):
+    for path in only_with_images(walk_files(folder, inventory, links), folder):
         if is_image(path):
             found.append(path)
         elif path.suffix.lower() in UNREAD_SUFFIXES or _has_labels(path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from core.documents import shown
 from core.errors import DataError
 from data.formats.corners import Corners
 from data.inventory import DUPLICATES, Inventory
@@ -22,6 +23,10 @@ from data.text import read_text
 TOLERANCE = 0.01  # how far a fraction may leave [0, 1] by rounding before it is taken for a pixel value
 BOX = 5  # columns: class, centre x, centre y, width, height
 TRACKER = 7  # a box, confidence, identity
+MAX_LABEL_BYTES = 16 * 2**20  # of one file
+MAX_OBJECTS = 100_000  # of one image
+MAX_LINE = 2**20  # characters
+FAULTS_PER_FILE = 100  # more lines than these are counted, not listed
 KEYPOINT_SHARE = 0.8  # of the long lines that must read as keypoints before they are taken for such
 LEAST_AMONG_BOXES = 3  # one outline in six reads as keypoints by chance
 LENGTHS_SHOWN = 6
@@ -84,10 +89,17 @@ class LabelReader:
         labels = Labels()
         seen: set[tuple[float, ...]] = set()
         try:
-            lines = read_text(file).splitlines()
+            lines = read_text(file, MAX_LABEL_BYTES).splitlines()
         except DataError as error:
             self.inventory.fault(str(error))
             return labels
+        if len(lines) > MAX_OBJECTS or max(map(len, lines), default=0) > MAX_LINE:
+            self.inventory.fault(
+                f"{file} has {len(lines)} lines, the longest of {max(map(len, lines))} characters; at most "
+                f"{MAX_OBJECTS} of {MAX_LINE} are read: is it the label file of one image?"
+            )
+            return labels
+        faults = 0
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -95,7 +107,9 @@ class LabelReader:
             try:
                 parsed = self._parse(line, place)
             except DataError as error:
-                self.inventory.fault(str(error))
+                faults += 1
+                if faults <= FAULTS_PER_FILE:
+                    self.inventory.fault(str(error))
                 continue
             if parsed is None:
                 continue
@@ -108,6 +122,8 @@ class LabelReader:
             labels.classes.append(label)
             labels.boxes.append(box)
             labels.points.append(points)
+        if faults > FAULTS_PER_FILE:
+            self.inventory.fault(f"{file}: {faults - FAULTS_PER_FILE} more lines that cannot be used.")
         return labels
 
     def _parse(self, line: str, place: str) -> Parsed | None:
@@ -115,7 +131,9 @@ class LabelReader:
         try:
             first, *values = (float(word) for word in line.split())
         except ValueError as error:
-            raise DataError(f"{place}: {line.strip()!r} holds something that is not a number.") from error
+            raise DataError(
+                f"{place}: {shown(line.strip())} holds something that is not a number."
+            ) from error
         count = len(values) + 1
         self.columns[count] += 1
         places = self.first.setdefault(count, [])
@@ -133,7 +151,8 @@ class LabelReader:
         used = values[:4] if self.is_pose else values
         if any(value < -TOLERANCE or value > 1 + TOLERANCE for value in used):
             raise DataError(
-                f"{place}: {line.strip()!r} leaves the range 0 to 1. Boxes are fractions of the image size, not pixels."
+                f"{place}: {shown(line.strip())} leaves the range 0 to 1. Boxes are fractions of the image "
+                "size, not pixels."
             )
         if len(used) == 4:
             if self.segments:

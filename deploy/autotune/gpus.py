@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from core.choices import CAPABILITIES, FP8_CAPABILITIES
+from core.documents import DocumentError, read_yaml, shown
 from core.errors import ConfigError
 from core.registry import Registry
 
@@ -50,8 +49,8 @@ def load_gpus(path: Path | None = None) -> Registry[GPU]:
     """
     path = path or SHIPPED
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(path)
+    except (OSError, DocumentError) as error:
         raise ConfigError(
             f"{path} cannot be read ({error}): expected a YAML file like {SHIPPED.name}"
         ) from error
@@ -63,17 +62,17 @@ def load_gpus(path: Path | None = None) -> Registry[GPU]:
 def _gpu(name: str, entry: Any, path: Path) -> GPU:
     where = f"{path}, GPU {name}"
     if not isinstance(entry, dict) or set(entry) != set(FIELDS):
-        found = ", ".join(map(str, entry)) if isinstance(entry, dict) else repr(entry)
+        found = ", ".join(map(shown, entry)) if isinstance(entry, dict) else shown(entry)
         raise ConfigError(f"{where} has {found}: expected {', '.join(FIELDS)}")
-    if entry["capability"] not in CAPABILITIES:
+    if not isinstance(entry["capability"], str) or entry["capability"] not in CAPABILITIES:
         raise ConfigError(
-            f"{where}: capability {entry['capability']}: expected one of {', '.join(CAPABILITIES)}"
+            f"{where}: capability {shown(entry['capability'])}: expected one of {', '.join(CAPABILITIES)}"
         )
     teraops = entry["teraops"]
     known = isinstance(teraops, dict) and set(REQUIRED) <= set(teraops) <= set(PRECISIONS)
     if not known:
         raise ConfigError(
-            f"{where}: teraops is {teraops!r}: expected figures for {', '.join(REQUIRED)}, and fp8 where it has it"
+            f"{where}: teraops is {shown(teraops)}: expected figures for {', '.join(REQUIRED)}, and fp8 where it has it"
         )
     if "fp8" in teraops and entry["capability"] not in FP8_CAPABILITIES:
         raise ConfigError(
@@ -84,7 +83,7 @@ def _gpu(name: str, entry: Any, path: Path) -> GPU:
     figures |= {key: entry[key] for key in ("gigabytes_per_second", "kernel_microseconds")}
     for key, value in figures.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise ConfigError(f"{where}: {key} is {value!r}: expected a positive number")
+            raise ConfigError(f"{where}: {key} is {shown(value)}: expected a positive number")
     texts = {key: str(entry[key]) for key in ("title", "capability", "source")}
     return GPU(
         name,

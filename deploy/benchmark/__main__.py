@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from core.command import command_parser, path_argument, reports_errors, run_command, size_argument
+from core.confinement import confine, run_confined
 from core.errors import DeployError
 from core.files import write_json, write_text
 from core.image_size import ImageSize
@@ -31,7 +32,16 @@ from deploy.benchmark.pinning import PINNINGS, pin_process
 from deploy.benchmark.scenarios import SCENARIOS, run_scenario
 from deploy.benchmark.timing import LatencyReport, benchmark_alternately
 from deploy.runtimes.base import EngineRequest, Runtime
-from deploy.runtimes.engines import find_batch, find_image_size, open_engine, runtime_class, runtime_of
+from deploy.runtimes.engines import (
+    find_batch,
+    find_image_size,
+    open_engine,
+    runs_on_cpu,
+    runtime_class,
+    runtime_of,
+)
+
+DEFAULT_SIDE = 1280  # pixels, for limits, where the command line names no size
 
 EXAMPLES = (
     "%(prog)s model.onnx --batch 1,4,8 --per-layer",
@@ -81,6 +91,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m deplo
 
 # ---------------------------------------------------------------------------------------------------------- one model
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    _confine([options.model], options)
     spec = parse_spec(options.model, options.runtime, options.precision)
     sizes = options.shapes or [image_size(spec.path)]
     shapes = [(batch, 3, *size) for size in sizes for batch in choose_batches([spec], options.batch)]
@@ -100,6 +111,14 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.per_layer:
         result["layers"] = _per_layer(spec, options, shapes[0])
     return result
+
+
+def _confine(models: Sequence[str], options: argparse.Namespace) -> None:
+    """Limit this process to what models of these sizes need, where all of them run on a CPU."""
+    paths = [path_argument(text.partition("@")[0]) for text in models]
+    sizes = options.shapes or [ImageSize.of(DEFAULT_SIDE)]
+    largest = max(options.batch or [1]) * options.streams * max(size.height * size.width for size in sizes)
+    confine(paths, 4 * 3 * largest, options.trust or not all(runs_on_cpu(path) for path in paths))
 
 
 def _row(
@@ -145,6 +164,7 @@ def _per_layer(
 
 # ---------------------------------------------------------------------------------------------------------- comparison
 def _compare(options: argparse.Namespace) -> dict[str, Any]:
+    _confine(options.compare, options)
     specs = [parse_spec(text, options.runtime, options.precision) for text in options.compare]
     size = (options.shapes or [image_size(specs[0].path)])[0]
     rows: list[dict[str, Any]] = []
@@ -263,6 +283,9 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--shapes", type=_sizes, help="image sizes, such as 640x640,320x320")
     parser.add_argument("--dynamic", action="store_true", help="keep the shapes of the engine open")
     parser.add_argument("--streams", type=_positive, default=1, help="requests at once (async)")
+    parser.add_argument(
+        "--trust", action="store_true", help="lift the limits on memory and time, for models of your own"
+    )
     parser.add_argument("--threads", type=_positive, help="CPU threads")
     parser.add_argument(
         "--pin", choices=PINNINGS, default="none", help="bind the process to cores or a NUMA node"
@@ -292,4 +315,4 @@ def _sizes(text: str) -> list[ImageSize]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: run_confined(main))

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.command import command_parser, path_argument, reports_errors, size_argument
+from core.confinement import confine, limited_time
 from core.errors import EXIT_GATE
 from core.files import write_json, write_text
+from core.names import printable
 from core.targets import TARGETS
 from deploy.check.report import CheckReport, inspect_graph
 from deploy.check.svg import draw_graph
@@ -33,6 +35,7 @@ EXAMPLES = (
     "%(prog)s model.onnx --fix fixed.onnx --images datasets/bccd/images/val",
     "%(prog)s model.onnx --compile SM86,SM89",
 )
+COMPILE_EFFORT = 40  # times what a check may take
 
 
 @reports_errors
@@ -42,13 +45,20 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m deplo
     options = parser.parse_args(arguments)
     if options.images is not None and options.fix is None:
         parser.error("--images compares the graphs before and after --fix OUT.onnx; give both")
+    compiles = options.compile is not None
+    confine([options.model], 4 * 3 * 640 * 640, options.trust, COMPILE_EFFORT if compiles else 1)
+    with limited_time():
+        return _check(options)
+
+
+def _check(options: argparse.Namespace) -> int:
     path, fixed = options.model, {}
     if options.fix is not None:
         from deploy.check.fix import compare_files, fix_file, format_fixes
 
         fixes, path = fix_file(options.model, options.fix, options.size, options.target), options.fix
         fixed = {"fixed": fixes.as_dict()}
-        print(format_fixes(fixes, options.fix))
+        print(printable(format_fixes(fixes, options.fix)))
         if options.images is not None:
             print(compare_files(options.model, options.fix, options.images, options.size))
     report = inspect_graph(path, options.size, options.target)
@@ -64,9 +74,9 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m deplo
     if options.json is not None:
         compiled = {"compiled": [build.as_dict() for build in builds]} if builds else {}
         write_json(options.json, {**report.as_dict(), **compiled, **fixed})
-    print(format_report(report))
+    print(printable(format_report(report)))
     for build in builds:
-        print(format_build(build))
+        print(printable(format_build(build)))
     findings = [*report.findings, *(finding for build in builds for finding in build.findings)]
     return EXIT_GATE if options.strict and findings else 0
 
@@ -147,6 +157,9 @@ def _parser(program: str) -> argparse.ArgumentParser:
         const="SM89",
         metavar="CAPABILITY,...",
         help="build with TensorRT for RTX for these compute capabilities, such as SM86,SM89, and report the engine",
+    )
+    parser.add_argument(
+        "--trust", action="store_true", help="remove the limits on memory and time, for your own files"
     )
     parser.add_argument(
         "--fix", type=Path, metavar="OUT.onnx", help="fix what needs no data, write this file and check it"

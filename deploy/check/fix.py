@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from core.errors import DeployError
+from core.errors import DataError, DeployError
 from core.names import listing
+from core.pictures import check_picture
 from deploy.check import fix_passes
 from deploy.check.report import CheckReport, inspect_model
 from deploy.graph.known import inlined, qualify_operators, restore_operators
@@ -277,7 +278,7 @@ def _read_images(source: Path, size: tuple[int, int] | None) -> tuple[FloatArray
     import cv2
 
     files = sorted(file for file in source.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)[:MAX_IMAGES]
-    read = {file.name: cv2.imread(str(file)) for file in files}
+    read = {file.name: cv2.imread(str(file)) if _is_decodable(file) else None for file in files}
     found, unread = (
         [i for i in read.values() if i is not None],
         [name for name, i in read.items() if i is None],
@@ -289,3 +290,12 @@ def _read_images(source: Path, size: tuple[int, int] | None) -> tuple[FloatArray
         raise DeployError("The graph leaves its image size open; give --size HEIGHTxWIDTH.")
     resized = [cv2.resize(image, size[::-1])[:, :, ::-1].transpose(2, 0, 1) for image in found]
     return np.ascontiguousarray(np.stack(resized), np.float32) / np.float32(255), unread
+
+
+def _is_decodable(file: Path) -> bool:
+    """Whether a file's header is that of an image within the limits of `core.pictures`."""
+    try:
+        check_picture(file)
+    except DataError:
+        return False
+    return True

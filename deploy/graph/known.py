@@ -13,6 +13,7 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 from onnx.inliner import inline_local_functions
 
+from core.errors import DeployError
 from core.operators import OPERATORS, Kind
 
 STANDARD_DOMAINS = ("", "ai.onnx")
@@ -39,7 +40,9 @@ def code_kind_of(data_type: int) -> str:
     """`int8` (signed or not) or `fp8` (E4M3); for all other codes ONNX's name in small letters, such as `uint16`."""
     if not data_type:
         return "unknown"
-    return CODE_KINDS.get(data_type) or TensorProto.DataType.Name(data_type).lower()
+    known = CODE_KINDS.get(data_type)
+    names = TensorProto.DataType
+    return known or (names.Name(data_type).lower() if data_type in names.values() else f"type {data_type}")
 
 
 def qualify_operators(graph: GraphProto) -> None:
@@ -89,8 +92,17 @@ def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
 
 
 def inlined(model: ModelProto) -> ModelProto:
-    """The model with the body of each function instead of its calls; the model itself where it has no functions."""
-    return inline_local_functions(model) if model.functions else model
+    """The model with the body of each function instead of its calls; the model itself where it has no functions.
+
+    Raises:
+        DeployError: a call does not fit its function, or there are two functions of one name.
+    """
+    if not model.functions:
+        return model
+    try:
+        return inline_local_functions(model)
+    except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
+        raise DeployError(f"The functions of the graph cannot replace their calls: {error}") from error
 
 
 @cache

@@ -9,23 +9,24 @@ renames, so that a reader never sees half a file.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 
+from core.documents import DocumentError, read_limited
 from core.errors import DeployError
 from core.files import write_bytes
 from core.image_size import ImageSize
 from deploy.graph.known import inlined
+from deploy.graph.untrusted import check_untrusted, iterate_tensors
 
 MAX_ONNX_BYTES = 2**31 - 1  # protobuf's own limit for one message
-MAX_EXTERNAL_BYTES = 16 * 2**30
 
 Array = NDArray[np.generic]
 
@@ -50,7 +51,7 @@ def load_onnx(path: Path, max_bytes: int = MAX_ONNX_BYTES) -> ModelProto:
     """
     model = _read_checked(path, max_bytes)
     load_external_data_for_model(model, str(path.parent))
-    return inlined(model)
+    return sorted_model(inlined(model))
 
 
 def verify_onnx(path: Path, max_bytes: int = MAX_ONNX_BYTES) -> None:
@@ -72,52 +73,34 @@ def save_onnx(model: ModelProto, path: Path) -> None:
 def _read_checked(path: Path, max_bytes: int) -> ModelProto:
     if not path.is_file():
         raise DeployError(f"No ONNX file at {path}; export one first (python export.py run=... target=...).")
-    size = path.stat().st_size
-    if size > max_bytes:
-        raise DeployError(
-            f"{path} has {size} bytes; at most {max_bytes} are read. Raise max_bytes if you trust it."
-        )
     model = ModelProto()
     try:
-        model.ParseFromString(path.read_bytes())
+        model.ParseFromString(read_limited(path, max_bytes))
+    except DocumentError as error:
+        raise DeployError(f"{path} is not read: {error}. Raise max_bytes if you trust it.") from error
     except DecodeError as error:
         raise DeployError(f"{path} is not an ONNX file ({error}); export it again.") from error
     if not model.graph.node and not model.graph.initializer:
         raise DeployError(f"{path} holds an empty ONNX graph; export it again.")
-    for tensor in iterate_tensors(model.graph):
-        if tensor.data_location == TensorProto.EXTERNAL:
-            _check_external(tensor, path)
+    check_untrusted(model, path)
     return model
 
 
-def _check_external(tensor: TensorProto, model_path: Path) -> None:
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    location = entries.get("location", "")
-    folder = model_path.parent.resolve()
-    target = (folder / location).resolve()
-    if not location or Path(location).is_absolute() or not target.is_relative_to(folder) or target == folder:
-        raise DeployError(
-            f"{model_path}: tensor '{tensor.name}' points to external data '{location}', outside the "
-            "model's folder. "
-            "Refused: external data has to be in the folder of the model."
-        )
-    if not target.is_file():
-        raise DeployError(
-            f"{model_path}: tensor '{tensor.name}' needs {target}, which does not exist; copy it too."
-        )
-    try:
-        offset, length = int(entries.get("offset", "0")), int(entries.get("length", "0"))
-    except ValueError as error:
-        raise DeployError(
-            f"{model_path}: tensor '{tensor.name}' has a malformed offset or length: {error}"
-        ) from error
-    size = target.stat().st_size
-    if offset < 0 or length < 0 or offset + length > size or size > MAX_EXTERNAL_BYTES:
-        raise DeployError(
-            f"{model_path}: tensor '{tensor.name}' wants bytes {offset}..{offset + length} of {target}, "
-            f"which has {size} "
-            f"(limit {MAX_EXTERNAL_BYTES}); the file is truncated or belongs to another model."
-        )
+def sorted_model(model: ModelProto) -> ModelProto:
+    """The model with its nodes in topological order, in place; raises DeployError on a cycle.
+
+    ONNX requires this order. Without it the time of shape inference is quadratic in the number of nodes.
+    """
+    made = {name for node in model.graph.node for name in node.output if name}
+    seen: set[str] = set()
+    for node in model.graph.node:
+        if any(name in made and name not in seen for name in tensor_inputs(node)):
+            nodes = [NodeProto.FromString(n.SerializeToString()) for n in sort_nodes(model.graph.node)]
+            del model.graph.node[:]
+            model.graph.node.extend(nodes)
+            break
+        seen.update(node.output)
+    return model
 
 
 def graph_inputs(model: ModelProto) -> list[ValueInfoProto]:
@@ -132,35 +115,11 @@ def external_files(path: Path) -> list[Path]:
     Raises:
         DeployError: it cannot be read.
     """
-    tensors = iterate_tensors(_read_checked(path, MAX_ONNX_BYTES).graph)
+    tensors = iterate_tensors(_read_checked(path, MAX_ONNX_BYTES))
     entries = [entry for t in tensors if t.data_location == TensorProto.EXTERNAL for entry in t.external_data]
     return [
         path.parent / name for name in sorted({entry.value for entry in entries if entry.key == "location"})
     ]
-
-
-def iterate_tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    """Every tensor stored in a graph: initializers and node attributes, subgraphs included."""
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield sparse.values
-        yield sparse.indices
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from _attribute_tensors(attribute)
-
-
-def _attribute_tensors(attribute: AttributeProto) -> Iterator[TensorProto]:
-    if attribute.HasField("t"):
-        yield attribute.t
-    yield from attribute.tensors
-    if attribute.HasField("sparse_tensor"):
-        yield attribute.sparse_tensor.values
-        yield attribute.sparse_tensor.indices
-    if attribute.HasField("g"):
-        yield from iterate_tensors(attribute.g)
-    for graph in attribute.graphs:
-        yield from iterate_tensors(graph)
 
 
 # --------------------------------------------------------------------------------------------------- indexing

@@ -333,7 +333,7 @@ def fix_input_shapes(model: ModelProto, image_size: tuple[int, int] | None) -> N
 def _infer(model: ModelProto) -> tuple[dict[str, tuple[int | None, ...]], dict[str, int]]:
     try:
         graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    except onnx.shape_inference.InferenceError as error:
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
         raise DeployError(f"The graph's shapes contradict each other: {error}") from error
     shapes: dict[str, tuple[int | None, ...]] = {}
     types: dict[str, int] = {}

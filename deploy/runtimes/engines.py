@@ -6,6 +6,7 @@ from pathlib import Path
 
 from onnx import helper
 
+from core.confinement import limited_time
 from core.errors import DeployError
 from core.registry import resolve
 from core.runtimes import RUNTIMES
@@ -41,8 +42,15 @@ def open_engine(runtime: str, path: Path, request: EngineRequest | None = None) 
         else:
             remedy = f"{runtime_of(path)} does"
         raise DeployError(f"{entry.title} does not take {path.name}: {remedy}.")
-    check_inputs(path)
-    return runtime_class(runtime).open(path, request or EngineRequest())
+    with limited_time():
+        check_inputs(path)
+        engine = runtime_class(runtime).open(path, request or EngineRequest())
+    return engine
+
+
+def runs_on_cpu(path: Path) -> bool:
+    """Whether a file is for runtimes that run on the CPU alone, by its ending."""
+    return path.suffix in (".onnx", ".xml")
 
 
 def runtime_of(path: Path, otherwise: str = "openvino") -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, helper, numpy_helper
 
+from core.confinement import limited_time
 from core.errors import DeployError
 from core.files import write_bytes
 from deploy.graph.model import Array, load_onnx, verify_onnx
@@ -99,7 +100,8 @@ class ONNXRuntime(Runtime):
             raise DeployError(f"The ONNX Runtime session of {self.path} is closed; load it again.")
         images = check_images(images, "ONNX Runtime")
         try:
-            results = self._session.run(None, {self._input: images})
+            with limited_time():
+                results = self._session.run(None, {self._input: images})
         except _errors(_onnxruntime()) as error:
             raise DeployError(
                 f"ONNX Runtime failed on {self.path.name} with images {images.shape}: {error}"

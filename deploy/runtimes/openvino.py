@@ -7,6 +7,7 @@ AMX, so every figure has to name its precision hint; the default here is "f32".
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from core.choices import INT8
+from core.confinement import limited_time
 from core.errors import DeployError
 from core.files import written_atomically
 from core.runtimes import PRECISION_NAMES
@@ -30,9 +32,16 @@ from deploy.runtimes.base import (
 from deploy.targets.outputs import plugin_hint
 
 AUTO = "auto"
+TELEMETRY = "openvino_telemetry"
 
 
 def _openvino() -> Any:
+    """The package, without its telemetry: that would post to an analytics host and write into the home folder.
+
+    `import openvino` starts it. Where the telemetry package cannot be imported, OpenVINO uses a stub of its own.
+    """
+    if "openvino" not in sys.modules:
+        sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # its import raises ImportError
     try:
         import openvino
     except ImportError as error:
@@ -219,7 +228,8 @@ class OpenVINORuntime(Runtime):
     def _infer(self, request: Any, images: FloatArray) -> dict[str, FloatArray]:
         images = check_images(images, "OpenVINO")
         try:
-            results = request.infer({0: images}, share_inputs=True)
+            with limited_time():
+                results = request.infer({0: images}, share_inputs=True)
         except RuntimeError as error:
             shape = list(images.shape)
             if not self._compiled.input(0).partial_shape.compatible(_openvino().PartialShape(shape)):

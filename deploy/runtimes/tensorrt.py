@@ -22,6 +22,7 @@ from core.errors import DeployError
 from core.files import write_json
 from deploy.graph.model import stored_size
 from deploy.runtimes.base import EngineRequest, FloatArray, LayerTime, Runtime, check_images
+from deploy.runtimes.sidecars import read_sidecar
 from deploy.runtimes.tensorrt_api import check_target, import_tensorrt, make_logger, rules_of
 from deploy.runtimes.tensorrt_builder import BuildOptions, build_tensorrt, gpu_name, sidecar_path
 
@@ -316,10 +317,10 @@ def read_engine(path: Path, here: Mapping[str, str]) -> tuple[dict[str, Any], by
     if not path.is_file() or not sidecar_file.is_file():
         raise DeployError(f"No engine {path} with {sidecar_file.name} next to it; build one.")
     try:
-        sidecar = json.loads(sidecar_file.read_text())
+        sidecar = read_sidecar(path)
         built = {key: sidecar[key] for key in (*here, "engine_sha256")}
         str(sidecar["precision"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except KeyError as error:
         raise DeployError(
             f"{sidecar_file} is not an engine's description ({error!r}); build the engine again."
         ) from error
@@ -363,6 +364,5 @@ def make_profiler(trt: Any) -> Any:
 
 
 def _sidecar_metadata(path: Path) -> dict[str, str]:
-    sidecar = sidecar_path(path)
-    found: dict[str, str] = json.loads(sidecar.read_text()).get("metadata", {}) if sidecar.is_file() else {}
+    found: dict[str, str] = read_sidecar(path).get("metadata", {}) if sidecar_path(path).is_file() else {}
     return found

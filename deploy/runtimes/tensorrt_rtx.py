@@ -8,7 +8,6 @@ loaded on the GPU, so a build proves types, fusions and bytes moved, not times.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
 from dataclasses import asdict, replace
@@ -32,6 +31,7 @@ from deploy.compile.compiler import (
 from deploy.compile.report import inspect_build
 from deploy.graph.model import load_onnx
 from deploy.runtimes.base import EngineRequest
+from deploy.runtimes.sidecars import read_sidecar
 from deploy.runtimes.tensorrt import TensorRTRuntime, read_engine
 from deploy.runtimes.tensorrt_builder import (
     BuildOptions,
@@ -88,18 +88,23 @@ class TensorRTRTXRuntime(TensorRTRuntime):
     @classmethod
     def stored_details(cls, path: Path) -> dict[str, Any]:
         """The GPUs it was built for, and the engine in numbers for each of them; megabytes are 10^6 bytes."""
-        sidecar = json.loads(sidecar_path(path).read_text())
-        compiled = {
-            build["capability"]: {
-                "kernels": build["engine"]["num_kernels"],
-                "convolutions": build["engine"]["convolutions"],
-                "moved_megabytes": build["engine"]["moved_bytes"] / 1e6,
-                "fp16_moved_megabytes": build["fp16"]["moved_bytes"] / 1e6,
-                "findings": len(build["findings"]),
+        sidecar = read_sidecar(path)
+        try:
+            compiled = {
+                build["capability"]: {
+                    "kernels": build["engine"]["num_kernels"],
+                    "convolutions": build["engine"]["convolutions"],
+                    "moved_megabytes": build["engine"]["moved_bytes"] / 1e6,
+                    "fp16_moved_megabytes": build["fp16"]["moved_bytes"] / 1e6,
+                    "findings": len(build["findings"]),
+                }
+                for build in sidecar["compiled"]
             }
-            for build in sidecar["compiled"]
-        }
-        return {"built_for": sidecar["capabilities"], **({"compiled": compiled} if compiled else {})}
+            return {"built_for": sidecar["capabilities"], **({"compiled": compiled} if compiled else {})}
+        except (KeyError, TypeError, OverflowError) as error:
+            raise DeployError(
+                f"{sidecar_path(path)} is not an engine's description ({error!r}); build the engine again."
+            ) from error
 
     @property
     def versions(self) -> dict[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from core.errors import CheckpointError
 
 HEAD_BYTES = 4096
+MAX_DIRECTORY_BYTES = 5_000_000  # of a zip file; the largest checkpoint tried has 150,000
 ONNX_FIELDS = b"\x12\x1a\x22\x28\x32\x3a\x42\x72"  # tags that follow the version in an ONNX model
 MAX_ONNX_VERSION = 32
 _UNPACK = "unpack it first"
@@ -87,10 +88,26 @@ def _refusal(path: Path, what: str, remedy: str) -> CheckpointError:
     return CheckpointError(f"{path} is {what}; {remedy}")
 
 
+def check_directory(path: Path) -> None:
+    """Refuse a zip file whose directory is too large, before all of it is read.
+
+    Raises:
+        CheckpointError: it is.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as stream:
+        end = zipfile._EndRecData(stream)  # type: ignore[attr-defined]
+    if end and end[zipfile._ECD_SIZE] > MAX_DIRECTORY_BYTES:  # type: ignore[attr-defined]
+        raise CheckpointError(f"{path} has a directory of more than {MAX_DIRECTORY_BYTES} bytes; refused")
+
+
 def _find_in_zip(path: Path) -> str:
     try:
+        check_directory(path)
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+    except CheckpointError:
+        raise
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError):
         return "npz" if path.suffix == ".npz" else "torch"  # whose reader says what is wrong
     parts = [name.partition("/")[2] for name in names]

@@ -8,10 +8,12 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from torch import Tensor
 
+from core.documents import shown
 from core.errors import CheckpointError
 from models.checkpoints.archive import TorchArchive, read_json, read_npz, read_safetensors
 from models.checkpoints.containers import find_format
@@ -24,6 +26,14 @@ MAX_TENSORS = 100_000
 MAX_NAME = 200
 MAX_NAMES = 10_000
 ENTRIES_BY_PREFERENCE = ("ema", "model", "state_dict", "model_state_dict")
+MANIFEST_TYPES: dict[str, tuple[type | UnionType, str]] = {
+    "architecture": (str, "a text"),
+    "activation": (str, "a text"),
+    "head": (str, "a text"),
+    "sha256": (str, "a text"),
+    "names": (list, "a list of class names"),
+    "batch_norm_eps": (int | float, "a number"),
+}
 BATCH_NORM_CLASS = "torch.nn.modules.batchnorm.BatchNorm2d"
 IDENTITY_CLASS = "torch.nn.modules.linear.Identity"
 MAX_LEVELS = 8
@@ -91,8 +101,24 @@ def _read_safetensors(path: Path) -> Checkpoint:
     }
     if manifest_path(path).is_file():
         metadata["manifest"] = read_json(manifest_path(path))
+        _check_manifest(metadata["manifest"], manifest_path(path))
         _check_digest(path, metadata["manifest"].get("sha256"))
     return Checkpoint(state, metadata)
+
+
+def _check_manifest(manifest: dict[str, Any], path: Path) -> None:
+    """Refuse a manifest whose values are of other types than `save_detector` writes."""
+    for key, (kind, expected) in MANIFEST_TYPES.items():
+        value = manifest.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise CheckpointError(
+                f"{path}: {key} is {shown(value)}, expected {expected}; correct it, or remove the file"
+            )
+    if manifest.get("names") and _class_names(manifest["names"]) is None:
+        raise CheckpointError(
+            f"{path}: names are {shown(manifest['names'])}, expected at most {MAX_NAMES} texts of at most {MAX_NAME} "
+            "characters; correct them, or remove the file"
+        )
 
 
 def _check_digest(path: Path, expected: Any) -> None:

@@ -8,6 +8,7 @@ from importlib import metadata
 from itertools import groupby
 
 from core.command import reports_errors, run_command
+from core.confinement import run_confined
 from core.errors import EXIT_CONFIG, EXIT_OK, ConfigError
 from core.registry import resolve
 from pipeline.commands.table import SUBCOMMANDS
@@ -27,8 +28,13 @@ COMPLETIONS = {
 
 
 def console() -> None:
-    """The console script: run the command of `sys.argv` and leave with its exit code."""
-    run_command(main)
+    """The console script: run the command of `sys.argv` and leave with its exit code.
+
+    Commands that open model files run in a child process with limits, see `core.confinement`.
+    """
+    chosen = SUBCOMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
+    is_confined = chosen is not None and chosen.opens_models
+    run_command((lambda: run_confined(main)) if is_confined else main)
 
 
 @reports_errors

@@ -19,6 +19,7 @@ class Subcommand:
         target: `module:function`, imported when it is called.
         is_entry: whether the function is an entry of Hydra, which reads `sys.argv` and KEY=VALUE settings; others take
             the arguments and the name of the program, and return the exit code.
+        opens_models: whether it opens model files, which may be from others: it runs with limits.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Subcommand:
     summary: str
     target: str
     is_entry: bool = False
+    opens_models: bool = False
 
 
 PREPARE, JOB, DEPLOY, LOOK = "before a run", "the job", "engines", "results"
@@ -47,17 +49,37 @@ SUBCOMMANDS: Registry[Subcommand] = Registry(
             "export", JOB, "write the ONNX of a finished run for a target: export.py", "export:main", True
         ),
         Subcommand(
-            "check", DEPLOY, "check a Q/DQ ONNX graph for what makes it slow", "deploy.check.command:main"
+            "check",
+            DEPLOY,
+            "check a Q/DQ ONNX graph for what makes it slow",
+            "deploy.check.command:main",
+            opens_models=True,
         ),
         Subcommand("compile", DEPLOY, "build an engine of an ONNX file", "deploy.engine:build_main"),
         Subcommand(
-            "benchmark", DEPLOY, "time engines, alone or against others", "pipeline.commands.benchmark:main"
+            "benchmark",
+            DEPLOY,
+            "time engines, alone or against others",
+            "pipeline.commands.benchmark:main",
+            opens_models=True,
+        ),
+        Subcommand(
+            "predict",
+            LOOK,
+            "draw what a model detects in your pictures",
+            "pipeline.predict:main",
+            opens_models=True,
+        ),
+        Subcommand(
+            "evaluate",
+            LOOK,
+            "measure a model on a dataset",
+            "pipeline.evaluate:main",
+            opens_models=True,
         ),
         Subcommand(
             "placement", LOOK, "print what a run quantizes, as a tree", "pipeline.commands.placement:main"
         ),
-        Subcommand("predict", LOOK, "draw what a model detects in your pictures", "pipeline.predict:main"),
-        Subcommand("evaluate", LOOK, "measure a model on a dataset", "pipeline.evaluate:main"),
         Subcommand(
             "report", LOOK, "build report.html of a run, or of several side by side", "report.__main__:main"
         ),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.errors import DeployError
+from core.errors import DeployError, OctetError
 from data import Found, Instances, Predict
 from deploy.runtimes.base import FloatArray, Runtime
 from models import Decode, pairwise_iou, soft_masks
@@ -78,6 +78,18 @@ class OutputReader:
         Raises:
             DeployError: the outputs are not of this form.
         """
+        try:
+            return self._detections(outputs, images)
+        except OctetError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            shapes = ", ".join(f"{name} {array.shape}" for name, array in outputs.items())
+            raise DeployError(
+                f"The engine gives {shapes}, which is not the form '{self.form}' that its file states ({error}); "
+                "export it again."
+            ) from error
+
+    def _detections(self, outputs: Mapping[str, FloatArray], images: int) -> Sequence[Found]:
         if not self.masks:
             return self.boxes(outputs, images)
         if self.form == "end2end":

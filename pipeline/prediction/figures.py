@@ -41,6 +41,7 @@ def measure_model(options: argparse.Namespace) -> tuple[str, Measured]:
         iou=thresholds.iou,
         max_detections=thresholds.max_detections,
         runtime=options.runtime,
+        trust=options.trust,
         size=options.size,
         threads=options.threads,
         device="cpu",
@@ -95,7 +96,7 @@ def _settings(options: argparse.Namespace) -> tuple[DataConfig, EvaluateConfig, 
     data, thresholds, metric = DataConfig(), EvaluateConfig(), None
     run = find_run(options.model)
     if run is not None:
-        config = read(run / CONFIG)
+        config = read(run / CONFIG, trust=options.trust)
         data, thresholds, metric = config.data, config.evaluate, config.metric.factory
     if options.data is not None:
         data.kind, data.root, data.factory = "folder", str(options.data), None

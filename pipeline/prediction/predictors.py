@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from configs.compose import read
 from core.choices import ONE2ONE, TORCH
+from core.confinement import confine
 from core.errors import DataError, DeployError, RunError
 from core.image_size import ImageSize
 from core.names import listing
 from core.runtimes import RUNTIMES
 from data import Found, Rle, class_positions, decode_mask, letterbox, to_input, to_picture
 from deploy import EngineRequest, Runtime, open_engine
-from deploy.runtimes.engines import find_batch, find_image_size, runtime_class, runtime_of
+from deploy.runtimes.engines import find_batch, find_image_size, runs_on_cpu, runtime_class, runtime_of
 from models import Detector, fold_detector, load_detector, select_head
 from pipeline.class_names import is_unnamed
 from pipeline.evaluation.engine_outputs import OutputReader
@@ -73,6 +74,7 @@ class Options:
         size: of the input; None takes what the model says.
         threads: CPU threads; None takes all.
         device: where torch runs: cpu, cuda, auto.
+        trust: whether the code that a run's config.yaml names may run.
     """
 
     confidence: float = 0.25
@@ -82,6 +84,7 @@ class Options:
     size: ImageSize | None = None
     threads: int | None = None
     device: str = "auto"
+    trust: bool = False
 
     def reader(self, form: str, masks: bool, nms_free: bool = False) -> OutputReader:
         """Reader of an engine's outputs with these thresholds."""
@@ -241,7 +244,7 @@ def find_run(path: Path) -> Path | None:
 def _job(directory: Path, options: Options) -> Job:
     run = Run.open(directory)
     run.need("float.safetensors", "calibrate")
-    config = read(run.path(CONFIG))
+    config = read(run.path(CONFIG), trust=options.trust)
     config.device = options.device
     config.threads = options.threads or 0
     return Job(config, run)
@@ -273,6 +276,8 @@ def open_file(path: Path, options: Options, runtime: str | None = None) -> Predi
     Raises:
         DeployError: a runtime that does not take the file, or a file that says too little.
     """
+    side = options.size or ImageSize.of(2 * DEFAULT_SIZE.height)
+    confine([path], 4 * 3 * side.height * side.width, options.trust or not runs_on_cpu(path))
     size = options.size or _stored_size(path)
     batch = find_batch(path) or 1
     request = EngineRequest(batch=batch, image_size=size, threads=options.threads)
@@ -313,9 +318,15 @@ def read_names(text: str) -> tuple[str, ...]:
         return ()
     try:
         stored = json.loads(text) if text.lstrip().startswith('{"') else ast.literal_eval(text)
-        numbered = {int(index): str(name) for index, name in dict(stored).items()}
+        if not isinstance(stored, dict) or not all(map(_is_name, stored.items())):
+            raise TypeError
+        numbered = {int(index): str(name) for index, name in stored.items()}
         return tuple(numbered[index] for index in range(len(numbered)))
     except (ValueError, TypeError, SyntaxError, KeyError, RecursionError, MemoryError) as error:
         raise DeployError(
             f"The file's class names are {text[:60]!r}; expected number to name, such as {{0: 'cat'}}."
         ) from error
+
+
+def _is_name(entry: tuple[object, object]) -> bool:
+    return isinstance(entry[0], str | int) and isinstance(entry[1], str | int | float)

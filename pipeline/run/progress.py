@@ -18,13 +18,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from core.names import printable
+
 Item = TypeVar("Item")
 console = Console(stderr=True, highlight=False)
 
 
 def say(text: str) -> None:
     """Write one line of progress to standard error."""
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(printable(text), markup=False, soft_wrap=True)
 
 
 def mute(silent: bool) -> None:

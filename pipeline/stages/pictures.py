@@ -60,6 +60,7 @@ def open_models(job: Job) -> list[Predictor]:
         config.max_detections,
         threads=job.config.threads or None,
         device=str(job.device),
+        trust=True,  # this run's own code, which has run before
     )
     models = [open_float(job.run.directory, options)]
     if not job.run.path(QUANTIZED[PTQ]).exists():

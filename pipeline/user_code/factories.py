@@ -1,16 +1,20 @@
 """The `factory` settings: Python code of the user's, named as `path/to/file.py:function` or `package.module:function`.
 
-These are the only settings that run code. A file is looked for from the working directory. A module is looked for where
-Python looks anyway (next to the entry, among the installed packages) and last in the working directory, so it never
-replaces a module of Octet or of an installed package. Worker processes and `export.py` look the same way.
+These are the only settings that run code. They count where the user wrote them: `configs.trust` refuses those of run
+directories and of `--config-dir` files. And they load code of the working folder (or Octet's examples) only, so that no
+setting can call a function of Python's library or of an installed package. A file is looked for from the working
+directory. A module is looked for where Python looks anyway, and last in the working directory, so it never replaces a
+module of Octet or of an installed package. Worker processes and `export.py` look the same way.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +22,10 @@ from typing import Any
 from core.errors import ConfigError, OctetError
 from core.names import closest
 from pipeline.user_code.files import import_file
+
+EXAMPLES = (
+    Path(__file__).resolve().parents[2] / "examples"
+)  # Octet's own, where it is not installed as a package
 
 
 def load_factory(setting: str, reference: str) -> Callable[..., Any]:
@@ -28,7 +36,8 @@ def load_factory(setting: str, reference: str) -> Callable[..., Any]:
         reference: `path/to/file.py:function`, or `package.module:function`.
 
     Raises:
-        ConfigError: no such file, module or function, or the file fails while it is imported.
+        ConfigError: no such file, module or function, one outside the working folder, or the file fails while it is
+            imported.
     """
     source, _, name = reference.rpartition(":")
     directory = str(Path.cwd())
@@ -40,7 +49,15 @@ def load_factory(setting: str, reference: str) -> Callable[..., Any]:
             "typed, or in full"
         )
     try:
-        module = import_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+        if source.endswith(".py"):
+            _refuse_outside(setting, reference, Path(source))
+            module = import_file(Path(source))
+        else:
+            for place in _places(source):
+                _refuse_outside(setting, reference, place)
+            module = importlib.import_module(source)
+    except OctetError:
+        raise
     except ModuleNotFoundError as error:
         if error.name is None or not f"{source}.".startswith(f"{error.name}."):
             raise _broken(setting, reference, "importing it", error) from error
@@ -86,6 +103,36 @@ def call_user(setting: str, reference: str, what: str, function: Callable[..., A
         raise
     except Exception as error:
         raise _broken(setting, reference, what, error) from error
+
+
+def _places(source: str) -> Iterator[Path | None]:
+    """Files of a module and of the packages around it, outermost first, each before it is run; None for built-in ones.
+
+    Raises:
+        ModuleNotFoundError: there is no such module.
+    """
+    parts = source.split(".")
+    for length in range(1, len(parts) + 1):
+        name = ".".join(parts[:length])
+        loaded = sys.modules.get(name)
+        spec: ModuleSpec | None = getattr(loaded, "__spec__", None) or importlib.util.find_spec(name)
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        if spec.origin is None and spec.submodule_search_locations is not None:
+            continue  # a folder without code of its own
+        yield Path(spec.origin) if spec.has_location and spec.origin is not None else None
+        importlib.import_module(name)  # where its parts lie is for the package to say
+
+
+def _refuse_outside(setting: str, reference: str, place: Path | None) -> None:
+    """Refuse code that does not lie under the working folder."""
+    roots = (Path.cwd().resolve(), EXAMPLES)
+    if place is None or not any(place.resolve().is_relative_to(root) for root in roots):
+        remedy = _file_hint(reference) or "run the command where your code lies, or copy it there"
+        raise ConfigError(
+            f"{setting}={reference}: {place or 'a built-in module'} does not lie under the working folder {roots[0]}; "
+            f"{remedy}"
+        )
 
 
 def _file_hint(reference: str, module: ModuleType | None = None) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from configs.deploy_schema import ExportConfig
 from configs.describe import page
 from configs.overrides import known_keys
-from configs.schema import Config, ExportConfig
+from configs.schema import Config
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 
@@ -32,6 +33,6 @@ def test_every_setting_has_a_line() -> None:
 
 def test_a_few_lines_read_as_they_should() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
-    assert "| `data.image_size` | int or list | 640 | ≥ 32, multiple of 32 | Network input" in text
+    assert "| `data.image_size` | int or list | 640 | ≥ 32, ≤ 8192, multiple of 32 | Network input" in text
     assert "| `experiment` | str | required |" in text
     assert "| `quant.observer` | str | mse | minmax, percentile, mse, entropy |" in text

@@ -118,7 +118,7 @@ def test_weights_of_a_run_start_another_and_wrong_ones_are_refused(ssdlite_run: 
 
 @pytest.mark.slow
 def test_a_run_is_exported_again(ssdlite_run: Path) -> None:
-    outcome = run_entry("export.py", "run=runs/demo/latest", "target=trt10", cwd=ssdlite_run)
+    outcome = run_entry("export.py", "run=runs/demo/latest", "target=trt10", "trust=true", cwd=ssdlite_run)
     assert outcome.code == 0, outcome.err
     assert Path(outcome.out.strip().splitlines()[-1]).is_file()
 
