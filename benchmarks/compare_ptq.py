@@ -99,8 +99,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options, overrides = parser.parse_known_args()
     peers = find_peers(options)
-    if not overrides or not peers:
-        print("skipped: this comparison needs +experiment=... weights=... data.root=... and a peer")
+    if not overrides or not (peers or options.engine):
+        print("skipped: this comparison needs +experiment=... weights=... data.root=... and a peer or --engine")
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).resolve()
