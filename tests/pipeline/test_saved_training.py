@@ -19,13 +19,17 @@ from pipeline.run.directory import Run
 from pipeline.stages import saved_training
 from pipeline.stages.saved_training import SavedTraining
 from training import TrainingOptions, TrainingState
+from training.team import ALONE
 
 STEPS = 5
 
 
 def new(directory: Path, minutes: float = 60.0, **options: Any) -> SavedTraining:
     job: Any = SimpleNamespace(
-        run=Run(directory), device=torch.device("cpu"), config=SimpleNamespace(checkpoint_minutes=minutes)
+        run=Run(directory),
+        device=torch.device("cpu"),
+        stage_team=ALONE,
+        config=SimpleNamespace(checkpoint_minutes=minutes),
     )
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 1, 1))

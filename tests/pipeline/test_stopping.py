@@ -20,6 +20,7 @@ from pipeline.run.directory import Run
 from pipeline.run.stopping import STOPPING, Stopped, resume_command
 from pipeline.stages.saved_training import SavedTraining
 from training import Checkpoints, TrainingOptions, TrainingState, train_epochs
+from training.team import ALONE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 75}
@@ -47,7 +48,10 @@ def test_a_signal_in_a_step_lets_it_finish_and_saves(tmp_path: Path, number: sig
     network = nn.Conv2d(3, 1, 1)
     state = TrainingState(network, TrainingOptions(epochs=2))
     job: Any = SimpleNamespace(
-        run=Run(tmp_path), device=torch.device("cpu"), config=SimpleNamespace(checkpoint_minutes=60.0)
+        run=Run(tmp_path),
+        device=torch.device("cpu"),
+        stage_team=ALONE,
+        config=SimpleNamespace(checkpoint_minutes=60.0),
     )
     saved = SavedTraining(job, "states", "log.jsonl", state)
 
