@@ -100,7 +100,9 @@ def main() -> int:
     options, overrides = parser.parse_known_args()
     peers = find_peers(options)
     if not overrides or not (peers or options.engine):
-        print("skipped: this comparison needs +experiment=... weights=... data.root=... and a peer or --engine")
+        print(
+            "skipped: this comparison needs +experiment=... weights=... data.root=... and a peer or --engine"
+        )
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).resolve()
