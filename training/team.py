@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 from core.errors import EXIT_INTERRUPTED, EXIT_OK, OctetError, TeamError
 from core.failures import known_failure
@@ -129,8 +130,12 @@ def join_team() -> Team:
         return Team()
     if not _links:
         try:
-            distributed.init_process_group("gloo", timeout=TIMEOUT)
-            rank, size = distributed.get_rank(), distributed.get_world_size()
+            store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+            # torchrun keeps its store for a restart, and with it the addresses of processes that are gone
+            prefixed = distributed.PrefixStore(f"group/{_attempt()}", store)  # type: ignore[attr-defined]
+            distributed.init_process_group(
+                "gloo", timeout=TIMEOUT, world_size=size, rank=rank, store=prefixed
+            )
             _links.append(Link(_connect(), _connect(), rank, size))
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
@@ -147,7 +152,12 @@ def _connect() -> Any:
     """A connection of its own to the store of this job; a restarted job does not see what it wrote before."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = distributed.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=20))  # type: ignore[attr-defined]
-    return distributed.PrefixStore(f"octet/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+    return distributed.PrefixStore(f"octet/{_attempt()}", store)  # type: ignore[attr-defined]
+
+
+def _attempt() -> str:
+    """How often torchrun has started these processes again."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def _leave() -> None:
