@@ -36,6 +36,8 @@ def detection_panels(job: Job) -> list[DetectionPanel]:
     if not job.run.path(FLOAT_MODEL).exists():
         return []
     models = open_models(job)
+    if not models:
+        return []
     dataset = job.splits.val
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(LOOKED_AT, len(dataset))).astype(int)).tolist()
     found = []
@@ -62,7 +64,11 @@ def open_models(job: Job) -> list[Predictor]:
         device=str(job.device),
         trust=True,  # this run's own code, which has run before
     )
-    models = [open_float(job.run.directory, options)]
+    try:
+        models = [open_float(job.run.directory, options)]
+    except OctetError as error:
+        say(f"pictures of the report: {error}")
+        return []
     if not job.run.path(QUANTIZED[PTQ]).exists():
         return models
     for runtime in (None, TORCH):

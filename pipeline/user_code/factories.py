@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
@@ -127,7 +128,11 @@ def _places(source: str) -> Iterator[Path | None]:
 def _refuse_outside(setting: str, reference: str, place: Path | None) -> None:
     """Refuse code that does not lie under the working folder."""
     roots = (Path.cwd().resolve(), EXAMPLES)
-    if place is None or not any(place.resolve().is_relative_to(root) for root in roots):
+    installed = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib")}
+    found = None if place is None else place.resolve()
+    is_inside = found is not None and any(found.is_relative_to(root) for root in roots)
+    # an environment may lie in the working folder itself
+    if not is_inside or any(found.is_relative_to(folder) for folder in installed if found is not None):
         remedy = _file_hint(reference) or "run the command where your code lies, or copy it there"
         raise ConfigError(
             f"{setting}={reference}: {place or 'a built-in module'} does not lie under the working folder {roots[0]}; "

@@ -13,8 +13,11 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = """
+import json
 import os
 import sys
+import time
+from pathlib import Path
 from configs import Config, hydra_entry
 from core.errors import OctetError
 from pipeline import report_sweep
@@ -27,6 +30,9 @@ def main(config: Config) -> float:
     if config.seed == 7:
         raise Missing("seven is missing")
     if config.seed == 8:
+        first, limit = Path("swept/.jobs/0.json"), time.monotonic() + 120
+        while time.monotonic() < limit and not (first.exists() and json.loads(first.read_text())["exit_code"] == 0):
+            time.sleep(0.1)  # joblib ends the other workers of a pool that has lost one
         os._exit(9)  # as if it were killed
     if config.seed == 9:
         raise RuntimeError("a bug")

@@ -60,7 +60,7 @@ def test_the_gpus_that_come_along() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"capability": "SM87"}, "capability SM87: expected one of SM75"),
+        ({"capability": "SM87"}, "capability 'SM87': expected one of SM75"),
         ({"gigabytes_per_second": 0}, "gigabytes_per_second is 0: expected a positive number"),
         ({"gigabytes_per_second": True}, "expected a positive number"),
         ({"kernel_microseconds": "2 us"}, "kernel_microseconds is '2 us'"),
@@ -68,7 +68,7 @@ def test_the_gpus_that_come_along() -> None:
         ({"teraops": {"fp32": 1, "fp16": 1, "int8": -2}}, "teraops.int8 is -2"),
         ({"teraops": {"fp32": 1, "fp16": 1, "int8": 2, "int4": 4}}, "and fp8 where it has it"),
         ({"capability": "SM86", "teraops": {"fp32": 1, "fp16": 1, "int8": 2, "fp8": 2}}, "SM86 does not run"),
-        ({"bandwidth": 5}, "has bandwidth, .*: expected title, capability"),
+        ({"bandwidth": 5}, "has 'bandwidth', .*: expected title, capability"),
     ],
 )
 def test_a_wrong_gpu_file_is_refused(change: dict[str, object], message: str, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from main_job import TINY, run_entry, untrained_weights
 
+from pipeline.commands import placement
+
 POLICY = (
     "quant.policy=["
     "{match: input.images, scale: 0.007874},"
@@ -45,9 +47,12 @@ def plan_of(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_the_plan_is_printed_as_a_tree_and_saved(placed: tuple[Path, str]) -> None:
-    folder, printed = placed
-    plan = plan_of(folder / "runs/demo/latest")
+def test_the_plan_is_printed_as_a_tree_and_saved(
+    placed: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = placed[0] / "runs/demo/latest"
+    assert placement.main([str(run)]) == 0
+    printed, plan = capsys.readouterr().out, plan_of(run)
     for group in plan["groups"]:
         assert f"\n{group['name']}  (" in f"\n{printed}"
         assert all(f"\n  tensor {tensor['name']} -> " in printed for tensor in group["tensors"])

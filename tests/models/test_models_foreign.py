@@ -215,7 +215,7 @@ def test_a_changed_activation_or_stride_is_refused() -> None:
     activated = {"model.9.cv1": True, "model.10.m.0.attn.qkv": False}
     detector_from_checkpoint(Checkpoint(state, {"activated": activated, "strides": (8, 16, 32)}), "x.pt")
     for wrong in ({"model.9.cv1": False}, {"model.10.m.0.attn.qkv": True}):
-        with pytest.raises(CheckpointError, match=f"behind {next(iter(wrong))}: a changed network"):
+        with pytest.raises(CheckpointError, match=f"after {next(iter(wrong))}: a changed network"):
             detector_from_checkpoint(Checkpoint(state, {"activated": {**activated, **wrong}}), "x.pt")
     with pytest.raises(CheckpointError, match=r"states strides \(4, 8, 16\); yolo11n has \(8, 16, 32\)"):
         detector_from_checkpoint(Checkpoint(state, {"strides": (4, 8, 16)}), "x.pt")

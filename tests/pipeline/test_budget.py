@@ -33,6 +33,7 @@ from quant import (
     set_mode,
     without_units,
 )
+from training.team import ALONE
 
 IMAGES = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -144,6 +145,7 @@ def test_a_stopped_search_goes_on_at_the_trial(
     monkeypatch.setattr(budget, "placement_of", lambda *_: None)
     job: Any = SimpleNamespace(
         run=Run(tmp_path),
+        stage_team=ALONE,
         config=SimpleNamespace(metric=SimpleNamespace(factory="m:f")),
         splits=SimpleNamespace(task="detect"),
         evaluator=SimpleNamespace(measure=measure),

@@ -24,9 +24,9 @@ def test_calibration_uses_no_more_than_the_training_images(
     asked: list[Any] = []
     splits = SimpleNamespace(
         train="the split",
-        letterboxed=lambda dataset, batch, count, team: asked.append(count),
+        letterboxed=lambda dataset, batch, count, team, whole_batches: asked.append(count),
         images=lambda loader, label: iter(()),
     )
-    job: Any = SimpleNamespace(config=config, splits=splits, team=ALONE)
+    job: Any = SimpleNamespace(config=config, splits=splits, stage_team=ALONE)
     calibration_images(job, limit)
     assert asked == [expected]

@@ -114,7 +114,7 @@ def test_fixed_scales_survive_calibration_and_training():
     def loss(raw, targets, size):
         return {"size": raw.square().mean()}
 
-    fine_tune(model, None, lambda epoch: batches, loss, epochs=1, scale_learning_rate=1e-2)
+    fine_tune(model, None, lambda epoch, samples: batches, loss, epochs=1, scale_learning_rate=1e-2)
     assert float(quantizer.scale) == before[0]
     assert float(other.scale) != before[1]
 
