@@ -7,6 +7,7 @@ key is a setting of the schema, whether it is a group of the tree, and which opt
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from hydra.errors import HydraException
 from core.errors import ConfigError
 from core.names import closest
 
+MAX_DIGITS = 1000  # of one number; Python itself refuses to read more than 4300
 _NO_GROUPS = {"__pycache__", "hydra"}
 
 
@@ -89,6 +91,9 @@ def check_overrides(
     parser = OverridesParser.create()
     tree = groups(config_dirs) if "model" in known_keys(schema) else {}
     for text in overrides:
+        if re.search(rf"\d{{{MAX_DIGITS}}}", text):
+            key = text.partition("=")[0][:100]
+            raise ConfigError(f"{key}: a number of more than {MAX_DIGITS} digits; write a smaller one.")
         try:
             override = parser.parse_override(text)
         except HydraException as error:

@@ -77,7 +77,7 @@ def check_config_dirs(folders: Sequence[Path], trust: bool) -> None:
     for path in _yaml_files(folders):
         content = read_settings(path)
         defaults = content.get("defaults", []) if isinstance(content, dict) else []
-        is_sound = isinstance(defaults, list) and all(isinstance(entry, str | dict) for entry in defaults)
+        is_sound = isinstance(defaults, list) and all(_is_default(entry) for entry in defaults)
         if not isinstance(content, dict | None) or not is_sound:
             raise ConfigError(
                 f"{path} holds {shown(content)}: expected settings by name, and defaults as a list."
@@ -92,6 +92,15 @@ def check_config_dirs(folders: Sequence[Path], trust: bool) -> None:
         problem = None if trust else _code_in(path, content)
         if problem is not None:
             raise ConfigError(f"{path} {problem}: files of --config-dir hold settings only; {REMEDY}.")
+
+
+def _is_default(entry: Any) -> bool:
+    """Whether an entry of a defaults list is one that Hydra reads: a name, or one group with its option or options."""
+    if not isinstance(entry, dict):
+        return isinstance(entry, str)
+    options = list(entry.values())
+    names = options[0] if len(options) == 1 and isinstance(options[0], list) else options
+    return len(options) == 1 and all(isinstance(name, str | None) for name in names)
 
 
 def _yaml_files(folders: Sequence[Path]) -> Iterator[Path]:

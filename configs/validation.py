@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from configs.deploy_schema import DeployConfig
-from configs.schema import STAGES, Config
+from configs.schema import STAGES, Config, PolicyRule
 from core.choices import FP8, FP8_CAPABILITIES
 from core.documents import shown
 from core.errors import ConfigError
@@ -24,6 +24,13 @@ MAX_PROBLEMS = 20  # in one message
 
 def validate(config: Any) -> None:
     """Raise ConfigError with one line per problem of a `Config` or `ExportConfig` instance."""
+    if isinstance(config, Config):
+        for index, rule in enumerate(config.quant.policy):
+            if not isinstance(rule, PolicyRule):
+                raise ConfigError(
+                    f"quant.policy[{index}]={rule}: expected a rule; write quant.policy='[{{match: NAME, keep_float: "
+                    "true}]'."
+                )
     problems = _field_problems(config, "") + device_problems(config.device)
     if isinstance(config, Config):
         problems += (

@@ -27,6 +27,35 @@ def test_sizes_beyond_any_machine_are_refused(override: str) -> None:
         compose([DEMO, override])
 
 
+def test_a_number_of_too_many_digits_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^seed: a number of more than 1000 digits"):
+        compose([DEMO, f"seed={'9' * 5000}"])
+
+
+@pytest.mark.parametrize("rules", ["[abc]", "[3]", "${stages}"])
+def test_a_policy_that_is_no_rule_is_refused(rules: str) -> None:
+    with pytest.raises(ConfigError, match=r"quant\.policy"):
+        compose([DEMO, f"quant.policy={rules}"])
+
+
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        "[{}]",
+        "[{model: yolov9t, data: yolo}]",
+        "[{model: {a: b}}]",
+        "[{model: [[a]]}]",
+        "[[a]]",
+        "[{model: 3}]",
+    ],
+)
+def test_a_defaults_list_that_hydra_does_not_read_is_refused(tmp_path: Path, defaults: str) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/x.yaml").write_text(f"# @package _global_\ndefaults: {defaults}\n")
+    with pytest.raises(ConfigError, match="defaults as a list"):
+        compose(["+experiment=x"], config_dirs=[tmp_path])
+
+
 @pytest.mark.parametrize("directory", ["/proc/x", "/sys/x", "/dev/null/x", "/etc/passwd/x", "x" * 5000])
 def test_a_run_directory_that_cannot_be_is_refused(directory: str) -> None:
     with pytest.raises(WriteError, match=r"cannot be (created|written)"):
