@@ -14,7 +14,8 @@ from omegaconf import MISSING
 
 from configs.deploy_schema import ExportConfig
 from configs.overrides import groups
-from configs.schema import Config, PolicyRule
+from configs.quant_schema import PolicyRule
+from configs.schema import Config
 
 INTRODUCTION = """\
 # Configuration

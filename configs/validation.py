@@ -11,7 +11,8 @@ import re
 from typing import Any
 
 from configs.deploy_schema import DeployConfig
-from configs.schema import STAGES, Config, PolicyRule
+from configs.quant_schema import PolicyRule
+from configs.schema import STAGES, Config
 from core.choices import FP8, FP8_CAPABILITIES
 from core.documents import shown
 from core.errors import ConfigError

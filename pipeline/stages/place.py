@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from configs.schema import Config, QuantConfig
+from configs.quant_schema import QuantConfig
+from configs.schema import Config
 from core.targets import TARGETS
 from pipeline.job import Job
 from pipeline.run.progress import say

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from report import build_report, write_report
-from tests.browser.chromium import ReportPage, report_page
+from tests.browser.chromium import ReportPage
 from tests.report.sample import sample_data
 
 CHARTS = {
@@ -19,17 +18,6 @@ CHARTS = {
     "sensitivity", "weights-0", "inputs-0", "placement", "calibration", "front", "stages",
 }  # fmt: skip
 CHART_DATA = re.compile(r'(<script type="application/json" id="report-charts">)(.*?)(</script>)', re.DOTALL)
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReportPage]:
-    with report_page(tmp_path_factory.mktemp("profile")) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(tmp_path_factory.mktemp("run"), sample_data()).html
 
 
 @pytest.mark.parametrize("width", [1440, 390])
