@@ -117,7 +117,7 @@ class Plans:
         if any(precision != FLOATING for precision in plan.values()):
             write_onnx(self.job, self.model(plan).cpu(), target, PTQ.name, path)
             return load_onnx(path)
-        network = self.job.networks.detector.network.cpu()
+        network = self.job.networks.student.cpu()
         write_onnx(self.job, network, TARGETS[target].float_target or target, FLOAT.name, path)
         model = load_onnx(path)
         return half_precision(model) if TARGETS[target].half else model

@@ -90,7 +90,7 @@ def options_of(
     """
     without_fp8 = set()
     if FP8 in precisions[1:]:
-        without_fp8 = set(place(networks.detector.network, PlacementOptions(grid=FP8)).kept_float)
+        without_fp8 = set(place(networks.student, PlacementOptions(grid=FP8)).kept_float)
     found = {}
     for group in placement.groups:
         able = precisions if group.grid.kind == KINDS[precisions[0]] else []

@@ -130,9 +130,12 @@ def _refuse_outside(setting: str, reference: str, place: Path | None) -> None:
     roots = (Path.cwd().resolve(), EXAMPLES)
     installed = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib")}
     found = None if place is None else place.resolve()
-    is_inside = found is not None and any(found.is_relative_to(root) for root in roots)
-    # an environment may lie in the working folder itself
-    if not is_inside or any(found.is_relative_to(folder) for folder in installed if found is not None):
+    is_own = (
+        found is not None
+        and any(found.is_relative_to(root) for root in roots)
+        and not any(found.is_relative_to(folder) for folder in installed)  # an environment may lie in a root
+    )
+    if not is_own:
         remedy = _file_hint(reference) or "run the command where your code lies, or copy it there"
         raise ConfigError(
             f"{setting}={reference}: {place or 'a built-in module'} does not lie under the working folder {roots[0]}; "

@@ -138,7 +138,7 @@ def test_precisions_meet_in_one_model(plans: Plans) -> None:
 
 def named(network: nn.Module) -> Any:
     """Stands for the run's networks."""
-    return SimpleNamespace(detector=SimpleNamespace(network=network))
+    return SimpleNamespace(student=network)
 
 
 def test_a_unit_can_be_what_all_of_its_layers_can() -> None:
