@@ -15,13 +15,14 @@ from core.files import LATEST, check_writable
 from pipeline.gates import check_gates, shipped_value
 from pipeline.input_check import check_input
 from pipeline.job import Job
-from pipeline.run.commands import next_commands
+from pipeline.run.commands import next_commands, resume_command
 from pipeline.run.directory import Run
 from pipeline.run.estimate import Estimate
 from pipeline.run.progress import mute, say, show_package_logs
-from pipeline.run.stopping import STOPPING, Stopped, resume_command
+from pipeline.run.stopping import STOPPING, Stopped
 from pipeline.run.terminal import print_result
 from pipeline.stages.order import stages_of
+from pipeline.stages.report import chosen_rows
 from pipeline.stages.stage import Stage
 from training.team import ALONE, Team, join_team
 
@@ -68,7 +69,7 @@ def _run_stages(config: Config, team: Team) -> float:
             run.unlock()
     if not team.first:
         return math.nan
-    print_result(run, next_commands(config, run))
+    print_result(run, next_commands(config, run), chosen_rows(job))
     check_gates(config, run.rows(), job.splits.task)
     return shipped_value(run.rows())
 

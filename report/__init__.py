@@ -10,6 +10,7 @@ from report.drawing import draw_detections, join_pictures, paint_detections
 from report.operating import format_operating
 from report.panels import DetectionPanel, DetectionView
 from report.tables import format_table
+from report.verdict import format_verdicts
 from report.write import ReportPaths, write_report
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "draw_detections",
     "format_operating",
     "format_table",
+    "format_verdicts",
     "join_pictures",
     "paint_detections",
     "read_report",

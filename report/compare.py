@@ -10,9 +10,9 @@ from core.intervals import paired_interval
 from core.rows import FLOAT, ResultRow, find_row, shipped_rows
 from report.charts import Chart, accuracy_chart, plain
 from report.data import ReportData, reference_engine
-from report.html import best_quantized_engine, chart_page, free_lines
+from report.html import chart_page, free_lines
 from report.tables import MEGABYTE, MISSING, cell_text, finite, score_heading
-from report.verdict import interval_text, score_interval, verdicts
+from report.verdict import best_quantized_engine, interval_text, score_interval, verdicts
 
 Runs = Sequence[tuple[str, ReportData]]
 VALIDATION = "val split"  # among the hashes

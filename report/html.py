@@ -37,7 +37,7 @@ from report.tables import (
 )
 from report.verdict import LEGEND as VERDICT_LEGEND
 from report.verdict import (
-    Verdict,
+    best_quantized_engine,
     class_table,
     difference_interval,
     gains,
@@ -90,7 +90,7 @@ def render_html(data: ReportData) -> str:
         cells=table_cells(data.rows),
         legend=LEGEND,
         tiles=headline(data.rows),
-        verdicts=lead_first(verdicts(data.rows, data.chosen), data.rows),
+        verdicts=verdicts(data.rows, data.chosen),
         verdict_legend=VERDICT_LEGEND,
         gains=gains(data.rows),
         absent=absent_parts(data, charts),
@@ -219,12 +219,6 @@ def extra_table(rows: Sequence[ResultRow]) -> dict[str, Any]:
     return free_lines([{"row": row.name, **row.extras} for row in rows if row.extras], ("row",))
 
 
-def lead_first(found: Sequence[Verdict], rows: Sequence[ResultRow]) -> list[Verdict]:
-    """Return the verdicts, that of the row which the headline names first."""
-    lead = best_quantized_engine(rows)
-    return sorted(found, key=lambda verdict: lead is None or verdict.row != lead.name)
-
-
 def interval_table(rows: Sequence[ResultRow]) -> dict[str, Any]:
     """Return the intervals of every row that was resampled as a table; no lines where there are none."""
     base = find_row(rows, FLOAT)
@@ -277,10 +271,3 @@ def headline(rows: Sequence[ResultRow]) -> list[dict[str, str]]:
     return [
         dict(zip(("label", "value", "remark"), tile, strict=True)) for tile in tiles if tile[1] != MISSING
     ]
-
-
-def best_quantized_engine(rows: Sequence[ResultRow]) -> ResultRow | None:
-    """Return the quantized engine with the lowest median latency, or the first that ran where none was timed."""
-    engines = [row for row in rows if row.key.is_quantized_engine and row.not_run is None]
-    timed = [row for row in engines if row.latency_ms_median]
-    return min(timed, key=lambda row: row.latency_ms_median or 0.0) if timed else next(iter(engines), None)

@@ -35,20 +35,32 @@ class Verdict:
 
 
 def verdicts(rows: Sequence[ResultRow], chosen: Mapping[str, str]) -> list[Verdict]:
-    """One verdict per shipped row that was measured; none without the float row.
+    """One verdict per shipped row that was measured, that of the fastest engine first; none without the float row.
 
     Args:
         rows: the table.
         chosen: row name -> what to add where the weights were chosen on the evaluation images.
     """
-    base = find_row(rows, FLOAT)
+    base, lead = find_row(rows, FLOAT), best_quantized_engine(rows)
     if base is None or finite(base.value) is None:
         return []
     return [
         _verdict(row, base, score_heading(rows), chosen.get(row.name, ""))
-        for row in shipped_rows(rows)
+        for row in sorted(shipped_rows(rows), key=lambda row: row is not lead)
         if finite(row.value) is not None
     ]
+
+
+def format_verdicts(rows: Sequence[ResultRow], chosen: Mapping[str, str]) -> str:
+    """The verdicts for a terminal, one line each; empty where there are none."""
+    return "\n".join(f"{item.text} {item.remark}".rstrip() for item in verdicts(rows, chosen))
+
+
+def best_quantized_engine(rows: Sequence[ResultRow]) -> ResultRow | None:
+    """Return the quantized engine with the lowest median latency, or the first that ran where none was timed."""
+    engines = [row for row in rows if row.key.is_quantized_engine and row.not_run is None]
+    timed = [row for row in engines if row.latency_ms_median]
+    return min(timed, key=lambda row: row.latency_ms_median or 0.0) if timed else next(iter(engines), None)
 
 
 def gains(rows: Sequence[ResultRow]) -> list[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from configs.compose import CONFIG_DIR, usual_settings
@@ -19,9 +22,17 @@ OF_THE_START = (
     "run_dir",
     "resume",
 )  # what a run is called and how it was started, not what it does
+CHECKOUT = {
+    "run": "python train_qat.py",
+    "export": "python export.py",
+    "report": "python -m report",
+    "predict": "python -m pipeline.predict",
+    "evaluate": "python -m pipeline.evaluate",
+}
+OCTET = {name: f"octet {name}" for name in CHECKOUT}
 GENERAL = "detector"  # the experiment for any detector and data
 WHOLE = ("data.merge_classes",)  # dictionaries with keys of the user's own
-_PLAIN = re.compile(r"[A-Za-z_./][\w./:@+%-]*")
+_PLAIN = re.compile(r"[A-Za-z_./]([\w./:@+%-]| (?=[^ ]))*")
 _WORDS = frozenset({"null", "true", "false", "yes", "no", "on", "off", "nan", "inf"})
 
 
@@ -86,37 +97,71 @@ def _hydra(value: Any) -> str:
     return f"'{escaped}'"
 
 
-def next_commands(config: Config, run: Run) -> list[dict[str, str]]:
-    """What a reader of the report may want to do: title, command, remark."""
-    again = shlex.join(["python", "train_qat.py", *overrides(config)])
-    place = shlex.quote(str(run.directory))
-    found = [
-        _command(
-            "Make this run again", again, "in a new run directory; compare the hashes of weights and data"
+def started_by_octet(arguments: Sequence[str] | None = None) -> bool:
+    """Whether the command `octet` started this process; else a script of the checkout did.
+
+    Args:
+        arguments: of the process, its program first; None reads `sys.argv`.
+    """
+    return (sys.argv if arguments is None else arguments)[0].split(" ")[0] == "octet"
+
+
+def resume_command(directory: Path, arguments: Sequence[str] | None = None) -> str:
+    """The command that continues a run with the arguments that started it.
+
+    Args:
+        directory: of the run.
+        arguments: of the command that started it; None takes those of this process.
+    """
+    program, *given = sys.argv if arguments is None else arguments
+    kept = [argument for argument in given if argument.split("=")[0] not in {"run_dir", "resume"}]
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    launcher = ["torchrun", "--nproc-per-node", processes] if processes != "1" else ["python"]
+    start = program.split(" ") if started_by_octet([program]) else [*launcher, program]
+    return shlex.join([*start, *kept, override("run_dir", str(directory)), "resume=true"])
+
+
+def next_commands(config: Config, run: Run, arguments: Sequence[str] | None = None) -> list[dict[str, str]]:
+    """What a reader of the report may want to do: title, command, remark.
+
+    The commands are those of `octet` where it started the run, else the scripts and modules of the checkout.
+
+    Args:
+        config: of the run.
+        run: its directory.
+        arguments: of the command that started it; None takes those of this process.
+    """
+    programs = OCTET if started_by_octet(arguments) else CHECKOUT
+    again, where = overrides(config), str(run.directory)
+    rows = [
+        (
+            "Make this run again",
+            "run",
+            again,
+            "in a new run directory; compare the hashes of weights and data",
         ),
-        _command(
-            "Continue this run", f"{again} run_dir={place} resume=true", "stages that are done are skipped"
+        (
+            "Continue this run",
+            "run",
+            [*again, override("run_dir", where), "resume=true"],
+            "stages that are done are skipped",
         ),
-        _command(
-            "This page again", f"python -m report {place}", "from report.json alone; name two runs to compare"
-        ),
+        ("This page again", "report", [where], "from report.json alone; name two runs to compare"),
     ]
     if run.path(EXPORT_REPORT).exists():
         target = config.deploy.target
         others = ", ".join(name for name in TARGETS if name != target)
-        found += [
-            _command("Export", f"python export.py run={place} target={target}", f"other targets: {others}"),
-            _command(
-                "See what it detects", f"python -m pipeline.predict {place} IMAGE", "image, folder or video"
-            ),
-            _command(
+        rows += [
+            ("Export", "export", [override("run", where), f"target={target}"], f"other targets: {others}"),
+            ("See what it detects", "predict", [where, "IMAGE"], "image, folder or video"),
+            (
                 "Measure on other images",
-                f"python -m pipeline.evaluate {place} --data FOLDER",
+                "evaluate",
+                [where, "--data", "FOLDER"],
                 "figures of images that took no part in any choice",
             ),
         ]
-    return found
-
-
-def _command(title: str, command: str, remark: str) -> dict[str, str]:
-    return {"title": title, "command": command, "remark": remark}
+    return [
+        {"title": title, "command": shlex.join([*programs[name].split(), *words]), "remark": remark}
+        for title, name, words, remark in rows
+    ]

@@ -8,12 +8,8 @@ the process at once.
 from __future__ import annotations
 
 import os
-import shlex
 import signal
-import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 
 from core.errors import EXIT_HANGUP, EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_TERMINATED
@@ -82,25 +78,3 @@ class Stopping:
 
 
 STOPPING = Stopping()
-
-
-def resume_command(directory: Path, arguments: Sequence[str] | None = None) -> str:
-    """The command that continues this run.
-
-    Args:
-        directory: of the run.
-        arguments: of the command that started it; None takes those of this process.
-    """
-    program, *given = sys.argv if arguments is None else arguments
-    kept = [argument for argument in given if argument.split("=")[0] not in {"run_dir", "resume"}]
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    launcher = ["torchrun", "--nproc-per-node", processes] if processes != "1" else ["python"]
-    words = [
-        *(
-            [*launcher, program] if program.endswith(".py") else program.split(" ")
-        ),  # `octet run` is two words
-        *kept,
-        f"run_dir={directory}",
-        "resume=true",
-    ]
-    return shlex.join(words)

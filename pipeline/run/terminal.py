@@ -12,23 +12,28 @@ from rich.table import Table
 from configs.sweep import SweepJob
 from core.files import write_json
 from pipeline.run.directory import Run
-from report import format_operating, format_table
+from report import format_operating, format_table, format_verdicts
 
 NEXT = ("See what it detects", "Continue this run")
 
 
-def print_result(run: Run, commands: Sequence[Mapping[str, str]] = ()) -> None:
-    """Print the result table, where the report is, and what to do next.
+def print_result(
+    run: Run, commands: Sequence[Mapping[str, str]] = (), chosen: Mapping[str, str] | None = None
+) -> None:
+    """Print the result table, whether accuracy was lost, where the report is, and what to do next.
 
     Args:
         run: the run.
         commands: of `pipeline.run.commands.next_commands`; the first of `NEXT` that is among them is printed.
+        chosen: of `pipeline.stages.report.chosen_rows`.
     """
     rows = run.rows()
     if rows:
         print(format_table(rows))
     if table := format_operating(rows):
         print(f"\n{table}")
+    if sentences := format_verdicts(rows, chosen or {}):
+        print(f"\n{sentences}")
     if run.path("report.html").exists():
         print(f"report: {run.path('report.html')}")
     found = {item["title"]: item["command"] for item in commands}

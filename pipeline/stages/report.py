@@ -60,7 +60,7 @@ def report_stage(job: Job) -> None:
         findings=_findings(job),
         fixed_point=job.run.read_json(FIXED_POINT)["tensors"] if job.run.path(FIXED_POINT).exists() else [],
         notes=_notes(job),
-        chosen=_chosen(job),
+        chosen=chosen_rows(job),
         commands=next_commands(job.config, run),
         configuration=flat_configuration(job.config),
         changed=list(changed_settings(job.config)),
@@ -207,7 +207,7 @@ def _hashes(job: Job) -> dict[str, str]:
     }
 
 
-def _chosen(job: Job) -> dict[str, str]:
+def chosen_rows(job: Job) -> dict[str, str]:
     """Rows whose weights were chosen by the figure that they report, and what to say of them."""
     if job.networks.best_key != QAT or not job.run.path("qat.json").exists():
         return {}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from configs.compose import compose
+from configs.compose import compose, compose_export
 from configs.schema import Config
 from pipeline.run.commands import (
     OF_THE_START,
@@ -17,6 +18,7 @@ from pipeline.run.commands import (
     next_commands,
     override,
     overrides,
+    resume_command,
 )
 from pipeline.run.directory import Run
 
@@ -90,3 +92,29 @@ def test_exported_runs_have_commands_to_deploy(tmp_path: Path) -> None:
     (tmp_path / "export.json").write_text("{}")
     commands = [item["command"] for item in next_commands(config, Run(tmp_path))]
     assert f"python export.py run={tmp_path} target=openvino" in commands
+
+
+def test_a_run_that_octet_started_is_continued_with_octet(tmp_path: Path) -> None:
+    """Every command composes in zsh, whose only unquoted characters here are those that it leaves alone."""
+    run = tmp_path / "a run's folder [1]"
+    run.mkdir()
+    (run / "export.json").write_text("{}")
+    config = compose(["+experiment=bccd", "weights=w.pt", "data.root=d", "stages=[float,export]"])
+    found = {
+        item["title"]: item["command"]
+        for item in next_commands(config, Run(run), ["octet run", "+experiment=bccd"])
+    }
+    assert [command.split()[:2] for command in found.values()] == [
+        ["octet", "run"], ["octet", "run"], ["octet", "report"], ["octet", "export"], ["octet", "predict"],
+        ["octet", "evaluate"],
+    ]  # fmt: skip
+    for command in found.values():
+        unquoted = re.sub(r"'[^']*'|\"[^\"]*\"", "", command)
+        assert not set("[]{}*?~<>()|&;$\\") & set(unquoted), command
+    assert shlex.split(found["See what it detects"]) == ["octet", "predict", str(run), "IMAGE"]
+    _, _, *typed = shlex.split(found["Continue this run"])
+    assert compose(typed).run_dir == str(run)
+    assert compose_export(shlex.split(found["Export"])[2:]).run == str(run)
+    resumed = shlex.split(resume_command(run, ["octet run", "+experiment=demo", "run_dir=old"]))
+    assert resumed[:2] == ["octet", "run"]
+    assert compose(resumed[2:]).run_dir == str(run)

@@ -18,8 +18,8 @@ from models import build_detector, save_detector
 from pipeline.commands import benchmark, doctor
 from pipeline.commands.octet import EXAMPLES, completion, help_text, main
 from pipeline.commands.table import SUBCOMMANDS
+from pipeline.run.commands import resume_command
 from pipeline.run.files import FLOAT_ONNX
-from pipeline.run.stopping import resume_command
 
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)

@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.run.commands import resume_command
 from pipeline.run.directory import Run
-from pipeline.run.stopping import STOPPING, Stopped, resume_command
+from pipeline.run.stopping import STOPPING, Stopped
 from pipeline.stages.saved_training import SavedTraining
 from training import Checkpoints, TrainingOptions, TrainingState, train_epochs
 from training.team import ALONE

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_stages import SmallJob, write
 
+from core.rows import FLOAT, ResultRow, engine_key
 from pipeline.main import run_stages
 from pipeline.run.directory import Run
 from pipeline.run.estimate import Estimate, duration
 from pipeline.run.ledger import Inputs
 from pipeline.run.terminal import print_result
 from pipeline.stages.stage import Stage
+from report import ReportData, format_verdicts, write_report
 
 SETTINGS = {"first": {"seed": 0}, "second": {"epochs": 5}}
 
@@ -90,3 +93,31 @@ def test_a_run_ends_with_the_next_command(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().out.splitlines() == [f"report: {tmp_path / 'report.html'}", "next: predict"]
     print_result(Run(tmp_path), commands[:1])
     assert capsys.readouterr().out.splitlines()[-1] == "next: again"
+
+
+def test_a_run_ends_with_the_sentences_of_its_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each once: the sentence, its interval, whether it is noise, and that the images also chose the weights."""
+    random = np.random.default_rng(0)
+    draws = 0.5 + random.normal(0, 0.01, 1000)
+    engine = engine_key("openvino", "int8")
+    rows = [
+        ResultRow(FLOAT, ap=0.5, draws=tuple(draws)),
+        ResultRow(engine, ap=0.499, draws=tuple(draws - 0.001 + random.normal(0, 0.002, 1000))),
+    ]
+    run = new_run(tmp_path / "run")
+    for row in rows:
+        run.write_row(row)
+    chosen = {engine.name: "Chosen on these images."}
+    print_result(run, (), chosen)
+    printed = capsys.readouterr().out
+    differences = np.array(rows[1].draws) - np.array(rows[0].draws)
+    low, high = np.percentile(differences, (2.5, 97.5))
+    assert f"interval of the difference: {low:+.4f} to {high:+.4f}" in printed
+    assert "0.0010 below the float model (0.5000)" in printed
+    assert "within the noise of these images. Chosen on these images.\n" in printed
+    page = write_report(run.directory, ReportData("x", None, 64, rows=rows, chosen=chosen)).html.read_text()
+    for sentence in format_verdicts(rows, chosen).splitlines():
+        assert sentence in printed
+        assert sentence.removesuffix(" Chosen on these images.") in page
