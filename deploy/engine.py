@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,8 +28,10 @@ from deploy.graph.model import load_onnx, stored_metadata
 from deploy.graph.quantizers import quantized_precision
 from deploy.runtimes.base import EngineRequest
 from deploy.runtimes.engines import build_engine, runtime_class, runtime_of
-from deploy.runtimes.tensorrt import TensorRTRuntime
 from deploy.runtimes.tensorrt_builder import PRECISIONS, BuildOptions
+
+if TYPE_CHECKING:
+    from deploy.runtimes.tensorrt import TensorRTRuntime  # imports torch
 
 BUILD_EXAMPLES = (
     "%(prog)s runs/bccd/latest/model.onnx engines",
@@ -77,6 +79,8 @@ def build_main(arguments: Sequence[str] | None = None, program: str = "octet com
 
 
 def _build(options: argparse.Namespace) -> Path:
+    from deploy.runtimes.tensorrt import TensorRTRuntime
+
     build = BuildOptions(
         precision=options.precision,
         best_batch=options.best_batch,
@@ -104,6 +108,8 @@ def _layers(options: argparse.Namespace) -> None:
 
 
 def _tensorrt_class(runtime: str) -> type[TensorRTRuntime]:
+    from deploy.runtimes.tensorrt import TensorRTRuntime
+
     found = runtime_class(runtime)
     if not issubclass(found, TensorRTRuntime):
         raise DeployError(

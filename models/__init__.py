@@ -1,42 +1,18 @@
-"""Float detectors: networks, decode, loss, and loading of checkpoints without running anything they name."""
+"""Float detectors: networks, decode, loss, and loading of checkpoints without running anything they name.
 
-from models.boxes import Decode, best_pairs, non_max_suppression
-from models.checkpoints.loading import find_head, find_names, find_task, load_detector, save_detector
-from models.checkpoints.reading import read_checkpoint
-from models.detector import Detector, build_detector, placeholder_names, select_head
-from models.facts import measure_network
-from models.folding import fold_detector
-from models.losses.detection import DetectionLoss
-from models.losses.dual import DualLoss, detector_loss
-from models.losses.segmentation import SegmentationLoss, SegmentTargets
-from models.overlaps import pairwise_iou
-from models.segmentation import best_segments, soft_masks, suppress_segments
-from models.swapping import swap_activation
+`models.api` lists the public names; it is imported when one of them is first used, so that `octet inspect --help`
+starts without torch.
+"""
 
-__all__ = [
-    "Decode",
-    "DetectionLoss",
-    "Detector",
-    "DualLoss",
-    "SegmentTargets",
-    "SegmentationLoss",
-    "best_pairs",
-    "best_segments",
-    "build_detector",
-    "detector_loss",
-    "find_head",
-    "find_names",
-    "find_task",
-    "fold_detector",
-    "load_detector",
-    "measure_network",
-    "non_max_suppression",
-    "pairwise_iou",
-    "placeholder_names",
-    "read_checkpoint",
-    "save_detector",
-    "select_head",
-    "soft_masks",
-    "suppress_segments",
-    "swap_activation",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from models.api import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    api = import_module("models.api")
+    if name in api.__all__:
+        return getattr(api, name)
+    raise AttributeError(f"module 'models' has no attribute {name!r}")

@@ -24,7 +24,6 @@ from pipeline.run.directory import Run
 from pipeline.run.progress import say
 from pipeline.splits import Splits
 from quant import Placement
-from quant.native.kernel import choose_kernel
 from training.team import ALONE, Team
 
 
@@ -48,7 +47,6 @@ class Job:
         self.device = choose_device(config.device, team)
         if config.threads:
             torch.set_num_threads(config.threads)
-        choose_kernel(config.quant.kernel)
         seed_everything(config.seed)
 
     @cached_property

@@ -11,7 +11,7 @@ from core.rows import FLOAT, ResultRow, find_row, shipped_rows
 from report.charts import Chart, accuracy_chart, plain
 from report.data import ReportData, reference_engine
 from report.html import chart_page, free_lines
-from report.tables import MEGABYTE, MISSING, cell_text, finite, score_heading
+from report.tables import MEGABYTE, MISSING, cell_text, finite, score_heading, signed
 from report.verdict import best_quantized_engine, interval_text, score_interval, verdicts
 
 Runs = Sequence[tuple[str, ReportData]]
@@ -87,7 +87,7 @@ def _difference(row: ResultRow, data: ReportData, first: ReportData) -> tuple[st
     other = shipped(first)
     if data is first or other is None or row.value is None or other.value is None:
         return MISSING, MISSING
-    text = f"{row.value - other.value:+.4f}"
+    text = signed(row.value - other.value)
     pair = paired_interval(row.draws, other.draws) if row.draws and is_paired(data, first) else None
     if pair is None:
         return text, MISSING

@@ -74,6 +74,7 @@ def chart_page(template: str, charts: Sequence[Chart], **content: object) -> str
         plotly_js=Markup(_plotly_js()) if charts else "",
         chart_json=chart_json(charts) if charts else "",
         text=cell_text,
+        heading=lambda key: str(key).replace("_", " "),
         **content,
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from core.operating_point import AGREEMENT_IOU, LEAST_MATCHED, MOST_SHIFT, PointFigures
 from core.rows import ResultRow
-from report.tables import MISSING, markdown_table, text_table
+from report.tables import MISSING, markdown_table, signed, text_table
 
 TITLE = "Would users notice"
 HEADINGS = (
@@ -118,4 +118,4 @@ def _figures(figures: PointFigures) -> list[str]:
         for value in (figures.precision, figures.recall, figures.f1)
     ]
     shares = [MISSING if value is None else f"{value:.2%}" for value in (again, faded)]
-    return [*scores, *shares, MISSING if shift is None else f"{shift:+.4f}"]
+    return [*scores, *shares, MISSING if shift is None else signed(shift)]

@@ -78,6 +78,11 @@ def _figure(row: ResultRow, key: str) -> float | None:
     return finite(row.extras.get(key) if key in (METRIC, MASK_AP) else getattr(row, key))
 
 
+def signed(value: float, decimals: int = 4) -> str:
+    """A difference with its sign; one that rounds to zero is `+0.0000`."""
+    return f"{round(value, decimals) or 0.0:+.{decimals}f}"
+
+
 def _score(key: str, decimals: int = 4) -> Callable[[ResultRow, Sequence[ResultRow]], Cell]:
     """Write a 0..1 score, with its difference to the float row."""
 
@@ -91,7 +96,7 @@ def _score(key: str, decimals: int = 4) -> Callable[[ResultRow, Sequence[ResultR
         difference = value - reference
         rounded = round(difference, decimals)
         return Cell(
-            f"{value:.{decimals}f}", f"{difference:+.{decimals}f}", None if rounded == 0 else rounded > 0
+            f"{value:.{decimals}f}", signed(difference, decimals), None if rounded == 0 else rounded > 0
         )
 
     return cell

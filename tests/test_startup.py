@@ -82,6 +82,8 @@ WITHOUT = {
     "check help": (["deploy.check", "--help"], 0, ["onnx"]),
     "check": (["deploy.check", "{folder}/m.onnx"], 0, ["onnx"]),
     "benchmark help": (["deploy.benchmark", "--help"], 0, ["onnx"]),
+    "inspect help": (["models.checkpoints", "--help"], 0, []),
+    "engine help": (["deploy.engine", "build", "--help"], 0, ["onnx"]),
 }
 
 

@@ -23,7 +23,7 @@ from core.errors import DeployError
 from deploy.check.report import inspect_graph
 from deploy.runtimes.sidecars import read_sidecar
 from deploy.runtimes.tensorrt_rtx import TensorRTRTXRuntime
-from models.checkpoints.command import describe_checkpoint
+from models.checkpoints.describe import describe_checkpoint
 from pipeline.predict import main as predict
 from pipeline.prediction.predictors import read_names
 

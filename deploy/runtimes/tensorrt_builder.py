@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from core.choices import INT8, QUANTIZED
 from core.errors import DeployError
 from core.files import write_bytes, write_json
@@ -169,6 +167,8 @@ def sidecar_path(engine: Path) -> Path:
 
 def gpu_name() -> str:
     """Name and compute capability of the current GPU; "none" without one."""
+    import torch
+
     if not torch.cuda.is_available():
         return "none"
     major, minor = torch.cuda.get_device_capability()

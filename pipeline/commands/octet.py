@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -11,6 +12,7 @@ from core.command import reports_errors, run_command
 from core.confinement import run_confined
 from core.errors import EXIT_CONFIG, EXIT_OK, ConfigError
 from core.registry import resolve
+from pipeline.commands.completing import SCRIPTS, for_shell
 from pipeline.commands.table import SUBCOMMANDS
 
 NAME = "octet"
@@ -20,11 +22,6 @@ EXAMPLES = (
     "octet export run=runs/bccd/latest target=trt10",
     "octet predict runs/bccd/latest photo.jpg --compare float",
 )
-COMPLETIONS = {
-    "bash": 'complete -o default -W "{names}" octet',
-    "zsh": 'autoload -U +X bashcompinit && bashcompinit\ncomplete -o default -W "{names}" octet',
-    "fish": "complete -c octet -n __fish_use_subcommand -a '{names}'",
-}
 
 
 def console() -> None:
@@ -55,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{NAME} {version()}")
     elif first == "--completion":
         print(completion(*rest[:1]))
+    elif first == "--complete":  # called by the scripts of --completion
+        print("\n".join(for_shell(rest[0] if rest else "", os.environ.get("COMP_LINE", ""))))
     elif first.startswith("-"):
         raise ConfigError(f"Unknown option '{first}': expected a command first; see {NAME} --help.")
     else:
@@ -86,14 +85,14 @@ def version() -> str:
 
 
 def completion(shell: str = "") -> str:
-    """Commands that teach a shell the names of the subcommands.
+    """Commands that let a shell complete commands, options and settings.
 
     Raises:
         ConfigError: another shell.
     """
-    if shell not in COMPLETIONS:
-        raise ConfigError(f"--completion {shell}: expected one of {', '.join(COMPLETIONS)}.")
-    return COMPLETIONS[shell].format(names=" ".join(SUBCOMMANDS))
+    if shell not in SCRIPTS:
+        raise ConfigError(f"--completion {shell}: expected one of {', '.join(SCRIPTS)}.")
+    return SCRIPTS[shell]
 
 
 def help_text() -> str:
@@ -110,7 +109,7 @@ def help_text() -> str:
     options = {
         "--help": f"this text; {NAME} COMMAND --help has the options of a command",
         "--version": "the version",
-        "--completion": f"{', '.join(COMPLETIONS)}: completion for a shell, see docs/cli.md",
+        "--completion": f"{', '.join(SCRIPTS)}: completion for a shell, see docs/cli.md",
     }
     lines += ["", "options:", *(f"  {name:<{width + 5}}{text}" for name, text in options.items())]
     lines += ["", "examples:", *(f"  {example}" for example in EXAMPLES)]

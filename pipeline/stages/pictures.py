@@ -15,6 +15,7 @@ from core.choices import TORCH
 from core.errors import OctetError
 from core.rows import PTQ
 from data import Sample, outlines_of
+from data.samples import Dataset
 from pipeline.evaluation.engine_outputs import match_detections
 from pipeline.job import Job
 from pipeline.networks import FLOAT_MODEL, QUANTIZED
@@ -50,7 +51,9 @@ def detection_panels(job: Job) -> list[DetectionPanel]:
         for model in models:
             model.close()
     found.sort(key=lambda item: (-item[0][0], -item[0][1], item[1]))
-    return [_panel(dataset[index], seen, models) for _, index, seen in found[:SHOWN]]
+    return [
+        _panel(dataset[index], seen, models, title_of(dataset, index)) for _, index, seen in found[:SHOWN]
+    ]
 
 
 def open_models(job: Job) -> list[Predictor]:
@@ -79,6 +82,12 @@ def open_models(job: Job) -> list[Predictor]:
     return models
 
 
+def title_of(dataset: Dataset, index: int) -> str:
+    """The name of an image's file, or its number in a dataset that reads no files."""
+    records = getattr(dataset, "records", None)
+    return f"image {dataset.ids[index]}" if records is None else str(records[index].path.name)
+
+
 def _difference(seen: Sequence[Seen]) -> tuple[int, float]:
     """Number of boxes without a partner, and the mean change of the scores of the others."""
     if len(seen) < 2:
@@ -89,7 +98,7 @@ def _difference(seen: Sequence[Seen]) -> tuple[int, float]:
     return len(one) + len(other) - 2 * len(pairs), sum(changes) / len(changes) if changes else 0.0
 
 
-def _panel(sample: Sample, seen: Sequence[Seen], models: Sequence[Predictor]) -> DetectionPanel:
+def _panel(sample: Sample, seen: Sequence[Seen], models: Sequence[Predictor], title: str) -> DetectionPanel:
     height, width = sample.image.shape[:2]
     scale = min(1.0, LONGEST_SIDE / max(height, width))
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
@@ -103,8 +112,8 @@ def _panel(sample: Sample, seen: Sequence[Seen], models: Sequence[Predictor]) ->
         outlines = [_outline(mask, scale) for mask in view.pixels]
         views.append(DetectionView(model.label, boxes, flags, outlines))
     lonely = sum(map(sum, alone))
-    remark = f"{lonely} boxes without a partner" if len(seen) > 1 else ""
-    return DetectionPanel(f"image {sample.image_id}", _jpeg(sample.image, size), size, views, remark)
+    remark = f"{lonely} boxes that only one of the models has" if len(seen) > 1 else ""
+    return DetectionPanel(title, _jpeg(sample.image, size), size, views, remark)
 
 
 def _alone(boxes: Sequence[Tensor]) -> list[list[bool]]:

@@ -25,7 +25,7 @@ from deploy.graph.model import load_onnx
 from deploy.graph.untrusted import MAX_NODES
 from deploy.runtimes.sidecars import read_sidecar
 from deploy.runtimes.tensorrt_rtx import TensorRTRTXRuntime
-from models.checkpoints.command import describe_checkpoint
+from models.checkpoints.describe import describe_checkpoint
 from pipeline.prediction.predictors import read_names
 from quant import load_placement
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from core.errors import CheckpointError
 from models import Detector, build_detector, fold_detector, load_detector, read_checkpoint, save_detector
-from models.checkpoints.command import describe_checkpoint, main
+from models.checkpoints.command import main
+from models.checkpoints.describe import describe_checkpoint
 from models.checkpoints.loading import detector_from_checkpoint
 from models.checkpoints.reading import Checkpoint
 from models.facts import count_parameters

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections import namedtuple
 from importlib import metadata
 from pathlib import Path
@@ -16,11 +15,10 @@ from data import generate_synthetic
 from deploy.runtimes.onnxruntime import ONNXRuntime
 from models import build_detector, save_detector
 from pipeline.commands import benchmark, doctor
-from pipeline.commands.octet import EXAMPLES, completion, help_text, main
+from pipeline.commands.octet import EXAMPLES, help_text, main
 from pipeline.commands.table import SUBCOMMANDS
 from pipeline.run.commands import resume_command
 from pipeline.run.files import FLOAT_ONNX
-from quant.native import building, kernel
 
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
@@ -77,12 +75,6 @@ def test_version_is_the_installed_one(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == f"octet {metadata.version('octet')}\n"
 
 
-def test_bash_completes_the_names_of_commands() -> None:
-    script = f'{completion("bash")}\ncomplete -p octet\ncompgen -W "$(complete -p octet | cut -d\\\' -f2)" be'
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "benchmark"
-
-
 def test_a_stopped_run_says_how_octet_goes_on() -> None:
     started = ["octet run", "+experiment=demo", "run_dir=old"]
     assert resume_command(Path("runs/x"), started) == "octet run +experiment=demo run_dir=runs/x resume=true"
@@ -128,7 +120,6 @@ def test_the_doctor_passes_a_run_that_can_start_and_writes_nothing(
     assert found["validation data"]["text"].startswith("2 images, 4 classes")
     assert found["ONNX Runtime"]["status"] == "ok"
     assert found["disk"]["status"] == "ok"
-    assert found["fake quantization"]["text"].startswith("native kernel, kept in")
     assert capsys.readouterr().out.splitlines()[-1].startswith("0 problems")
     assert list(Path.cwd().iterdir()) == []
 
@@ -151,22 +142,6 @@ def test_the_doctor_names_what_is_in_the_way(
     assert "0.0 GiB free for runs, a run needs 2" in problems[1]
     assert "Checkpoint nowhere.pt does not exist" in problems[2]
     assert lines[-1].startswith("3 problems")
-
-
-def test_a_kernel_that_is_wanted_and_cannot_be_built_is_in_the_way(
-    settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(building, "COMPILERS", ())
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(kernel, "_loaded", kernel._loaded.__wrapped__)
-    assert doctor.main(settings) == 0
-    assert (
-        "note  fake quantization: torch operators (the native kernel cannot be built"
-        in capsys.readouterr().out
-    )
-    assert doctor.main([*settings, "quant.kernel=native"]) == 3
-    assert "problem  run: the native kernel cannot be built: no C compiler" in capsys.readouterr().out
-    assert list(Path.cwd().iterdir()) == []
 
 
 def test_a_runtime_that_no_run_wants_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from core.rows import ResultRow
 from report import format_table
-from report.tables import columns_for, escape_markdown, markdown_results, table_cells
+from report.tables import columns_for, escape_markdown, markdown_results, signed, table_cells
 from tests.report.sample import make_row, sample_rows
 
 
@@ -89,3 +89,9 @@ def test_a_metric_of_the_users_takes_the_place_of_ap() -> None:
     assert "0.5000 (-0.2500)" in line
     assert "0.5000 (-0.2500)" in markdown_results(rows)
     assert columns_for([make_row("float", ap=0.5)])[0].key == "ap"
+
+
+def test_a_difference_that_rounds_to_zero_has_no_minus() -> None:
+    assert [signed(value) for value in (-0.00004, 0.0, -0.0, 0.00004, -0.00006, 0.0012)] == [
+        "+0.0000", "+0.0000", "+0.0000", "+0.0000", "-0.0001", "+0.0012",
+    ]  # fmt: skip

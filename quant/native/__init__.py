@@ -1,1 +1,0 @@
-"""Fake quantization in C, one pass over memory for each operation; without a compiler quant/rounding.py does it."""
