@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from configs.setting import setting
-from core.choices import ATTENTION, CHEAP_ACTIVATIONS, GRIDS, INTEGER, OBSERVERS
+from core.choices import ATTENTION, CHEAP_ACTIVATIONS, GRIDS, INTEGER, KERNELS, OBSERVERS
 
 
 @dataclass
@@ -108,6 +108,12 @@ class QuantConfig:
         "Replace SiLU in the network that is quantized, for a faster engine; the float network keeps SiLU and is the "
         "teacher in the stage finetune",
         choices=CHEAP_ACTIVATIONS,
+    )
+    kernel: str = setting(
+        KERNELS[0],
+        "Fake quantization on a CPU: native is a C file of the package, compiled at first use, torch is torch's "
+        "operators, auto is native where there is a C compiler",
+        choices=KERNELS,
     )
     weights: WeightQuantConfig = field(default_factory=WeightQuantConfig)
     activations: ActivationQuantConfig = field(default_factory=ActivationQuantConfig)

@@ -41,5 +41,7 @@ DEFAULT_CAPABILITIES = (
     "SM120",
 )  # GeForce RTX 30, 40 and 50; without any the library asks for a GPU
 TORCH = "torch"  # pipeline.prediction: the run's network itself, where an engine's runtime could be named
+AUTO, NATIVE = "auto", "native"
+KERNELS = (AUTO, NATIVE, TORCH)  # quant.native: forms of fake quantization on CPUs
 DANGLING_LINKS = ("error", "skip")  # data.dataset
 BY_NAME, BY_ORDER = CLASS_MAPS = ("names", "order")  # pipeline.class_names

@@ -90,6 +90,10 @@ class DeployError(OctetError, RuntimeError):
     """A graph, an engine or a runtime cannot be used."""
 
 
+class KernelError(OctetError, RuntimeError):
+    """The native kernel of fake quantization cannot be built or loaded here."""
+
+
 class ReportError(OctetError, ValueError):
     """A report cannot be made."""
 

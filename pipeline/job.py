@@ -24,6 +24,7 @@ from pipeline.run.directory import Run
 from pipeline.run.progress import say
 from pipeline.splits import Splits
 from quant import Placement
+from quant.native.kernel import choose_kernel
 from training.team import ALONE, Team
 
 
@@ -47,6 +48,7 @@ class Job:
         self.device = choose_device(config.device, team)
         if config.threads:
             torch.set_num_threads(config.threads)
+        choose_kernel(config.quant.kernel)
         seed_everything(config.seed)
 
     @cached_property

@@ -14,9 +14,10 @@ The difference y - m * x is taken value by value, before the sum: <g, y> and <m 
 large as what is left of them, and float32 then loses the gradient of a scale whose values and gradients have a mean.
 
 An operator of torch on a large tensor costs what its way through memory costs, and torch's `fake_quantize_*` operators
-cost several times that. So values are taken in pieces that stay in a processor's cache, and each piece is multiplied,
-rounded, clamped and multiplied in place. Nothing but x is kept for the backward pass, which computes y and m again.
-Results have the memory layout of x.
+cost several times that. So on CPUs each function with one scale is one pass in C (quant/native). Where that cannot be
+had, values are taken in pieces that stay in a processor's cache, and each piece is multiplied, rounded, clamped and
+multiplied in place. Nothing but x is kept for the backward pass, which computes y and m again. Results have the memory
+layout of x.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from core.grid import Grid
+from quant.native.kernel import kernel_for
 
 PIECE = 1 << 18  # values for each thread: 1 MiB of float32
 
@@ -39,7 +41,11 @@ def round_to_grid(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """The values of the grid that are closest to x, float32; `scale` is a scalar or broadcasts over x."""
     if grid.is_fp8:
         return grid.round(x.float(), scale)
-    y, inverse = torch.empty_like(x, dtype=torch.float32), scale.reciprocal()
+    y = torch.empty_like(x, dtype=torch.float32)
+    if kernel := kernel_for(scale, x, y):
+        kernel.round(x, scale, grid, y)
+        return y
+    inverse = scale.reciprocal()
     for source, result in _pieces((x, y)) if scale.ndim == 0 else [(x, y)]:
         _scaled_into(result, source, inverse).round_().clamp_(grid.low, grid.high).mul_(scale)
     return y
@@ -47,7 +53,11 @@ def round_to_grid(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 
 def codes_of(values: Tensor, scale: Tensor, unit: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Codes of float32 values that lie on a grid, times a power of two, in a type that holds them exactly."""
-    codes, inverse = torch.empty_like(values, dtype=dtype), scale.reciprocal()
+    codes = torch.empty_like(values, dtype=dtype)
+    if values.dtype == torch.float32 and (kernel := kernel_for(scale, values, codes)):
+        kernel.codes(values, scale, unit, codes)
+        return codes
+    inverse = scale.reciprocal()
     for source, result in _pieces((values, codes)) if scale.ndim == 0 else [(values, codes)]:
         exact = result if dtype == torch.float32 else torch.empty_like(source, dtype=torch.float32)
         _scaled_into(exact, source, inverse).round_()
@@ -61,6 +71,9 @@ def codes_of(values: Tensor, scale: Tensor, unit: float = 1.0, dtype: torch.dtyp
 def scaled(codes: Tensor, scale: Tensor) -> Tensor:
     """Codes or gradients of any type times a scale, float32; for codes these are the values of their grid."""
     values = torch.empty_like(codes, dtype=torch.float32)
+    if kernel := kernel_for(scale, codes, values):
+        kernel.scaled(codes, scale, values)
+        return values
     for source, result in _pieces((codes, values)) if scale.ndim == 0 else [(codes, values)]:
         _scaled_into(result, source, scale)
     return values
@@ -82,8 +95,13 @@ def gradients(g: Tensor, x: Tensor, scale: Tensor, grid: Grid, learned: bool) ->
         grad_x, exact = _inside_fp8(g, x, scale, grid), x.float()
         rest = grid.round(exact, scale).sub_(_inside_fp8(exact, x, scale, grid)) if learned else None
         return grad_x.to(x.dtype), None if rest is None else (g * rest).sum()
-    grad_x, inverse = torch.empty_like(x), scale.reciprocal()
-    low, high = _open_bounds(grid.low, grid.high)
+    if x.dtype == torch.float16 and x.device.type == "cpu":  # a type that the kernel does not read
+        grad_x, grad_log_scale = gradients(g, x.float(), scale, grid, learned)
+        return grad_x.to(x.dtype), grad_log_scale
+    grad_x, (low, high) = torch.empty_like(x), _open_bounds(grid.low, grid.high)
+    if g.dtype == torch.float32 and (kernel := kernel_for(scale, g, x, grad_x)):
+        return grad_x, kernel.gradients(g, x, scale, grid, (low, high), learned, grad_x)
+    inverse = scale.reciprocal()
     sums, scratch = [], _Scratch()
     for source, along, result in _pieces((x, g, grad_x)):
         u, inside = scratch.like(source)

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from core.choices import NATIVE
 from core.command import command_parser, reports_errors
 from core.errors import EXIT_INPUT, EXIT_OK, ConfigError, DeployError, OctetError
 from core.files import check_writable, write_json
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "octet doctor") 
         check_versions,
         check_machine,
         check_gpu,
+        check_kernel,
         lambda: check_runtimes(wanted),
         lambda: check_disk(Path(options.runs)),
     ]
@@ -170,6 +172,20 @@ def check_gpu() -> Iterator[Finding]:
         )
         return
     yield Finding(NOTE, "GPU", "none: training runs on the CPU, TensorRT engines cannot be run here")
+
+
+def check_kernel() -> Iterator[Finding]:
+    """Which form of fake quantization a CPU gets; builds the native one if it is not kept."""
+    try:
+        from quant.native.building import cache_folder
+        from quant.native.kernel import describe_kernel
+    except (ImportError, OSError):
+        return  # torch; see above
+    text = describe_kernel()
+    if text.startswith(NATIVE):
+        yield Finding(OK, "fake quantization", f"{text}, kept in {cache_folder()}")
+    else:
+        yield Finding(NOTE, "fake quantization", text)
 
 
 def check_runtimes(wanted: Sequence[str]) -> Iterator[Finding]:

@@ -25,7 +25,7 @@ from pipeline.run.ledger import Inputs, find_files, hash_files
 from pipeline.run.progress import say
 
 PREVIOUS = "previous"  # folder of a run: what a stage had written before it ran again
-NOT_COMPARED = frozenset({"data.workers", "data.cache_dir"})  # no result depends on them
+NOT_COMPARED = frozenset({"data.workers", "data.cache_dir", "quant.kernel"})  # no result depends on them
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pipeline.commands.octet import EXAMPLES, help_text, main
 from pipeline.commands.table import SUBCOMMANDS
 from pipeline.run.commands import resume_command
 from pipeline.run.files import FLOAT_ONNX
+from quant.native import building, kernel
 
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
@@ -120,6 +121,7 @@ def test_the_doctor_passes_a_run_that_can_start_and_writes_nothing(
     assert found["validation data"]["text"].startswith("2 images, 4 classes")
     assert found["ONNX Runtime"]["status"] == "ok"
     assert found["disk"]["status"] == "ok"
+    assert found["fake quantization"]["text"].startswith("native kernel, kept in")
     assert capsys.readouterr().out.splitlines()[-1].startswith("0 problems")
     assert list(Path.cwd().iterdir()) == []
 
@@ -142,6 +144,22 @@ def test_the_doctor_names_what_is_in_the_way(
     assert "0.0 GiB free for runs, a run needs 2" in problems[1]
     assert "Checkpoint nowhere.pt does not exist" in problems[2]
     assert lines[-1].startswith("3 problems")
+
+
+def test_a_kernel_that_is_wanted_and_cannot_be_built_is_in_the_way(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(building, "COMPILERS", ())
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(kernel, "_loaded", kernel._loaded.__wrapped__)
+    assert doctor.main(settings) == 0
+    assert (
+        "note  fake quantization: torch operators (the native kernel cannot be built"
+        in capsys.readouterr().out
+    )
+    assert doctor.main([*settings, "quant.kernel=native"]) == 3
+    assert "problem  run: the native kernel cannot be built: no C compiler" in capsys.readouterr().out
+    assert list(Path.cwd().iterdir()) == []
 
 
 def test_a_runtime_that_no_run_wants_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:

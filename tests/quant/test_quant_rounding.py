@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from core.grid import Grid
 from quant import rounding
+from quant.native.kernel import choose_kernel
 from quant.rounding import channel_gradients, gradients, round_to_grid
 
 GRIDS = [
@@ -22,6 +24,13 @@ LAYOUTS = {
     "every second column": lambda x: torch.stack([x, x], -1).flatten(3)[..., ::2],
     "transposed": lambda x: x.transpose(2, 3),
 }
+
+
+@pytest.fixture(params=["torch", "native"], autouse=True)
+def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
+    choose_kernel(request.param)
+    yield
+    choose_kernel("auto")
 
 
 def loop(x: Tensor, g: Tensor, scale: float, low: int, high: int) -> tuple[list[float], float]:
