@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from configs.setting import setting
+from core.choices import LAYOUTS
 
 
 @dataclass
@@ -23,6 +24,12 @@ class EvaluateConfig:
     iou: float = setting(0.7, "Class-wise NMS threshold", unit="IoU, 0..1", above=0, maximum=1)
     max_detections: int = setting(300, "Boxes kept per image", unit="boxes", minimum=1, maximum=100_000)
     batch_size: int = setting(8, "Images per evaluation step", unit="images", minimum=1, maximum=65536)
+    layout: str = setting(
+        "auto",
+        "Memory layout of images and activations wherever PyTorch runs without training: rows, calibration, "
+        "sensitivity; auto measures which is faster, once per machine and network",
+        choices=("auto", *LAYOUTS),
+    )
     engine: str = setting(
         "hotcoco", "Metric implementation: fast, or the reference", choices=("hotcoco", "pycocotools")
     )

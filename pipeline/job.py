@@ -77,7 +77,8 @@ class Job:
 
     def predictor(self, network: nn.Module) -> Predict:
         """Images to detections through a torch network and the run's decode."""
-        return self.evaluator.predictor(network, self.networks.detector.decode)
+        networks = self.networks
+        return self.evaluator.predictor(network, networks.detector.decode, networks.memory_format)
 
     @cached_property
     def float_detections(self) -> Detections | None:

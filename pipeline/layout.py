@@ -1,4 +1,4 @@
-"""The memory layout in which a stage trains: as set, or measured once per machine and network and then remembered."""
+"""The memory layouts of training and inference: as set, or measured once per machine and network and remembered."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from core.errors import WriteError
 from core.files import write_json
 from core.machine import describe_machine
 from pipeline.job import Job
+from pipeline.networks import INFERENCE_LAYOUT
 from pipeline.run.progress import say
 from training.layout import faster_layout, measure_layouts
 
 REMEMBERED = "layouts.json"  # in data.cache_dir
+INFERENCE = "evaluation"
 MEASURED_IMAGES = 4
 
 
@@ -37,28 +39,40 @@ def in_channels_last(job: Job, config: TrainConfig | QatConfig, network: nn.Modu
     """Whether a stage trains in channels-last; says so, and keeps the choice in the run directory."""
     kept = _read(job.run.path(layout_file(stage))).get("layout")
     if kept is None:
-        kept = _chosen(job, config, network, stage) if config.layout == "auto" else config.layout
+        kept = config.layout
+        if kept == "auto":
+            kept = _measured(job, network, stage, config.batch_size, uses_autocast(config, job.device))
         job.run.write_json(layout_file(stage), {"layout": kept})
     return bool(kept == CHANNELS_LAST)
 
 
-def _chosen(job: Job, config: TrainConfig | QatConfig, network: nn.Module, stage: str) -> str:
+def keep_inference_layout(job: Job) -> None:
+    """Where it is to be measured, keep in the run directory which layout the float network is evaluated in."""
+    if job.config.evaluate.layout == "auto":
+        network = job.networks.detector.network
+        layout = _measured(job, network, INFERENCE, job.config.evaluate.batch_size, backward=False)
+        job.run.write_json(INFERENCE_LAYOUT, {"layout": layout})
+
+
+def _measured(
+    job: Job, network: nn.Module, use: str, batch_size: int, autocast: bool = False, backward: bool = True
+) -> str:
     folder = job.config.data.cache_dir
     file = None if folder is None else Path(folder) / REMEMBERED
-    batch = min(config.batch_size, MEASURED_IMAGES)
+    batch = min(batch_size, MEASURED_IMAGES)
     size = job.splits.config.input_size
-    autocast = uses_autocast(config, job.device)
-    key = _key(network, job.device, (size.height, size.width, batch, autocast, stage))
+    key = _key(network, job.device, (size.height, size.width, batch, autocast, use))
     remembered = {} if file is None else _read(file)
     if key not in remembered:
         images = torch.rand(batch, 3, size.height, size.width, generator=torch.Generator().manual_seed(0))
         with torch.random.fork_rng([]):
-            seconds = measure_layouts(network, images.to(job.device), autocast)
+            seconds = measure_layouts(network, images.to(job.device), autocast, backward=backward)
         remembered[key] = {"layout": faster_layout(seconds), "seconds": seconds}
         _remember(file, remembered)
     found = remembered[key]
     times = ", ".join(f"{name} {value * 1e3:.0f} ms" for name, value in found["seconds"].items())
-    say(f"{stage}: layout {found['layout']} (forward and backward of {batch} images: {times})")
+    passes = "forward and backward" if backward else "forward"
+    say(f"{use}: layout {found['layout']} ({passes} of {batch} images: {times})")
     return str(found["layout"])
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from configs.schema import Config
-from core.choices import ONE2MANY
+from core.choices import CONTIGUOUS, ONE2MANY
 from core.errors import CheckpointError, ConfigError, RunError, StateError
 from core.families import ARCHITECTURES, SEGMENTERS
 from core.files import written_atomically
@@ -39,8 +39,10 @@ from pipeline.run.progress import say
 from pipeline.splits import Splits
 from pipeline.user_code.network import CustomModel, OwnDetector
 from quant import Mode, Placement, dump_placement, insert, parse_placement, set_mode
+from training.layout import FORMATS
 
 FLOAT_MODEL = "float.safetensors"
+INFERENCE_LAYOUT = "evaluation-layout.json"
 QUANTIZED = {QAT: "qat.safetensors", MIXED: "mixed.safetensors", PTQ: "ptq.safetensors"}  # the best one first
 STAGE_OF = {QAT: "finetune", MIXED: "sensitivity", PTQ: "calibrate"}
 PLACEMENT_KEY = (
@@ -182,6 +184,15 @@ class Networks:
         """The float network that is quantized: the detector's, or a copy with `quant.swap_activation`."""
         network, activation = self.detector.network, self.config.quant.swap_activation
         return network if activation is None else swap_activation(network, activation)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of the images wherever a network runs without training: as set, or as was measured with the float model."""
+        layout = self.config.evaluate.layout
+        if layout == "auto":
+            is_kept = self.run.path(INFERENCE_LAYOUT).exists()
+            layout = self.run.read_json(INFERENCE_LAYOUT)["layout"] if is_kept else CONTIGUOUS
+        return FORMATS[layout]
 
     def keep(self, detector: Detector) -> None:
         """Keep a float detector as this run's float model: folded, or a user's own network as it is."""

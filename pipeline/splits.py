@@ -209,10 +209,15 @@ class Splits:
             masks=self.task == "segment",
         )
 
-    def images(self, loader: DetectionLoader, label: str | None = None) -> Iterator[Tensor]:
+    def images(
+        self,
+        loader: DetectionLoader,
+        label: str | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Iterator[Tensor]:
         """The batches' images as float [B, 3, H, W] on the device; progress is shown under `label`."""
         for batch in loader if label is None else track(loader, label, len(loader)):
-            yield to_input(batch.images, self.device)
+            yield to_input(batch.images, self.device).contiguous(memory_format=memory_format)
 
     def labelled(self, loader: DetectionLoader, label: str) -> Iterator[tuple[Tensor, Any]]:
         """The batches' images and targets, as a loss takes them, on the device; progress is shown under `label`."""

@@ -1,4 +1,4 @@
-"""Which memory layout of activations is faster in training, measured on the network itself.
+"""Which memory layout of activations is faster in training or inference, measured on the network itself.
 
 On CPUs convolutions of oneDNN read channels-last as it is and convert contiguous tensors; on GPUs tensor cores do. How
 much that gains, and whether the other operators of a network lose it again, depends on the machine and the network.
@@ -24,7 +24,7 @@ GAIN = 0.03  # share of the time by which channels-last must be faster to be cho
 
 
 def measure_layouts(
-    network: nn.Module, images: Tensor, autocast: bool = False, rounds: int = 3
+    network: nn.Module, images: Tensor, autocast: bool = False, rounds: int = 3, backward: bool = True
 ) -> dict[str, float]:
     """Seconds of a forward and backward pass by layout, the least of several rounds; the network stays as it is.
 
@@ -33,17 +33,19 @@ def measure_layouts(
         images: float [B, C, H, W].
         autocast: whether it will train under autocast to bfloat16.
         rounds: passes in each layout, after one that warms up; the layouts take turns.
+        backward: whether to train; else only the forward pass is measured, in evaluation mode.
 
     Returns:
         Infinite for channels-last where the network does not run in it (a `view` across channels, say).
     """
-    network = copy.deepcopy(network).train()
+    network = copy.deepcopy(network).train(backward)
     best = dict.fromkeys(FORMATS, math.inf)
     for number in range(rounds + 1):
         for name, layout in FORMATS.items():
             start = _now(images)
             try:
-                _step(network, images.contiguous(memory_format=layout), autocast)
+                laid_out = images.contiguous(memory_format=layout)
+                _step(network, laid_out, autocast) if backward else _infer(network, laid_out)
             except RuntimeError as error:
                 if name == CONTIGUOUS or isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -60,8 +62,13 @@ def _step(network: nn.Module, images: Tensor, autocast: bool) -> None:
     torch.stack([leaf.float().square().mean() for leaf in outputs if leaf.requires_grad]).sum().backward()
 
 
+@torch.inference_mode()
+def _infer(network: nn.Module, images: Tensor) -> None:
+    network(images)
+
+
 def faster_layout(seconds: dict[str, float]) -> str:
-    """The layout to train in: channels-last where it gains enough to count."""
+    """The layout to use: channels-last where it gains enough to count."""
     return CHANNELS_LAST if seconds[CHANNELS_LAST] < (1 - GAIN) * seconds[CONTIGUOUS] else CONTIGUOUS
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from configs.evaluate_schema import EvaluateConfig
 from core.operating_point import OperatingPoint
@@ -93,11 +94,18 @@ class Evaluator:
         lowest = config.confidence if confidence is None else confidence
         return suppress_overlaps(decoded, lowest, None if nms_free else config.iou, config.max_detections)
 
-    def predictor(self, network: nn.Module, decode: nn.Module) -> Predict:
-        """Images to detections through a torch network and its decode."""
+    def predictor(
+        self,
+        network: nn.Module,
+        decode: nn.Module,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Predict:
+        """Images to detections through a torch network, which gets them in a memory format, and its decode."""
 
         def predict(images: Tensor) -> Sequence[Found]:
-            return self.detections(decode(network(images)), nms_free=is_nms_free(decode))
+            raw = network(images.contiguous(memory_format=memory_format))
+            contiguous = tree_map_only(Tensor, Tensor.contiguous, raw)  # a user's decode may rely on it
+            return self.detections(decode(contiguous), nms_free=is_nms_free(decode))
 
         return predict
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from core.rows import FLOAT
 from pipeline.job import Job
-from pipeline.networks import FLOAT_MODEL
+from pipeline.layout import keep_inference_layout
+from pipeline.networks import FLOAT_MODEL, INFERENCE_LAYOUT
 from pipeline.splits import VAL
 from pipeline.stages.stage import Stage
 
-FLOAT_FILES = (FLOAT_MODEL, f"{FLOAT_MODEL}.json")
+FLOAT_FILES = (FLOAT_MODEL, f"{FLOAT_MODEL}.json", INFERENCE_LAYOUT)
 
 
 def load_stage(job: Job) -> None:
-    """Read the weights, fold them, and keep them as the run's float model."""
+    """Read the weights, fold them, and keep them as the run's float model, with the layout to evaluate it in."""
     job.networks.keep(job.networks.initial())
+    keep_inference_layout(job)
 
 
 def float_stage(job: Job) -> None:
@@ -26,7 +28,7 @@ def float_stage(job: Job) -> None:
 LOAD = Stage(
     "load",
     load_stage,
-    settings=("model", "data.merge_classes", "data.image_size"),
+    settings=("model", "data.merge_classes", "data.image_size", "evaluate.layout"),
     splits=(VAL,),
     files=("weights",),
     writes=FLOAT_FILES,

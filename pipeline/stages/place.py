@@ -171,7 +171,7 @@ def calibration_images(job: Job, limit: int | None = None) -> Iterator[Tensor]:
     loader = job.splits.letterboxed(
         job.splits.train, config.calibration_batch_size, count, team, whole_batches=True
     )
-    return job.splits.images(loader, "calibrate" if limit is None else None)
+    return job.splits.images(loader, "calibrate" if limit is None else None, job.networks.memory_format)
 
 
 def placement_settings(config: Config) -> Sequence[str]:

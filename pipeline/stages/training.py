@@ -8,7 +8,7 @@ from typing import Any
 from configs.schema import AugmentConfig, QatConfig, TrainConfig
 from data import AugmentOptions
 from pipeline.job import Job
-from pipeline.layout import in_channels_last, layout_file, uses_autocast
+from pipeline.layout import in_channels_last, keep_inference_layout, layout_file, uses_autocast
 from pipeline.run.progress import say
 from pipeline.splits import TRAIN, VAL
 from pipeline.stages.load import FLOAT_FILES
@@ -61,6 +61,7 @@ def train_stage(job: Job) -> None:
     detector.network.load_state_dict(state.averaged.state_dict())
     if team.first:
         job.networks.keep(detector.eval())
+        keep_inference_layout(job)
 
 
 def loop_options(

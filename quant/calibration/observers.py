@@ -51,7 +51,7 @@ class Histogram:
         """Count the magnitudes of x, any shape and floating type."""
         if x.numel() == 0:
             return
-        values = x.detach().float().reshape(-1)
+        values = _flat(x.detach().float())
         largest = _largest(values)
         if not largest < _HUGE:  # NaN compares false, too
             finite = values[values.abs() < _HUGE]
@@ -92,6 +92,11 @@ class Histogram:
         """Middle of each bin, float64 [BINS]."""
         width = math.ldexp(1.0, self.exponent or 0) / BINS
         return (torch.arange(BINS, dtype=torch.float64) + 0.5) * width
+
+
+def _flat(x: Tensor) -> Tensor:
+    """The values in the order in which they lie in memory, which needs no copy in any dense layout."""
+    return x.permute(sorted(range(x.ndim), key=x.stride, reverse=True)).reshape(-1)
 
 
 def _largest(values: Tensor) -> float:
@@ -213,8 +218,7 @@ def squared_errors(histogram: Histogram, scales: Tensor, grid: Grid) -> Tensor:
     """
     filled = histogram.counts > 0
     x, counts = histogram.centres[filled], histogram.counts[filled]
-    steps = scales[:, None]
-    return (grid.round(x, steps) - x).square() @ counts
+    return grid.round(x, scales[:, None]).sub_(x).square_() @ counts
 
 
 def _least_divergence(histogram: Histogram, levels: int, num_candidates: int = 512) -> float:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from core.choices import OBSERVERS
 from core.grid import INT8_WEIGHTS, Grid
-from quant.calibration.observers import BINS, Histogram, choose_scale, choose_weight_scale
+from quant.calibration.observers import BINS, Histogram, _flat, choose_scale, choose_weight_scale
 
 FLOATS = st.floats(width=32, allow_nan=False, min_value=-(2.0**80), max_value=2.0**80)
 BATCHES = st.lists(st.lists(FLOATS, max_size=12), min_size=1, max_size=6)
@@ -77,6 +77,19 @@ def test_growth_loses_no_counts(batches):
         assert float(histogram.counts.sum()) == sum(len(b) for b in batches[: seen + 1])
         assert histogram.num_values == float(histogram.counts.sum())
     assert histogram.num_ignored == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 5, 7), (3, 4), (2, 3, 4, 5, 6), ()])
+def test_counts_do_not_depend_on_the_memory_layout_and_need_no_copy(shape):
+    values = torch.randn(shape)
+    expected = content(histogram_of(values))
+    layouts = [values.mT if values.ndim > 1 else values]
+    if values.ndim == 4:
+        layouts += [values.contiguous(memory_format=torch.channels_last), values.permute(1, 3, 0, 2)]
+    for other in layouts:
+        assert content(histogram_of(other)) == expected
+        assert _flat(other).data_ptr() == other.data_ptr()
+        assert _flat(other).is_contiguous()
 
 
 @settings(max_examples=100, deadline=None)

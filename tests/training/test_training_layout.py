@@ -50,6 +50,20 @@ def test_measuring_changes_nothing(autocast: bool) -> None:
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
+def test_inference_is_measured_in_evaluation_mode_and_without_gradients() -> None:
+    network = Small().train()
+    seen: set[tuple[bool, bool, bool]] = set()
+    network.conv.register_forward_hook(
+        lambda module, inputs, output: seen.add(
+            (module.training, output.requires_grad, inputs[0].is_contiguous())
+        )
+    )
+    seconds = measure_layouts(network, torch.rand(2, 3, 16, 16), rounds=1, backward=False)
+    assert seen == {(False, False, True), (False, False, False)}
+    assert all(0 < value < math.inf for value in seconds.values())
+    assert network.training
+
+
 def test_a_network_that_does_not_run_in_channels_last_trains_contiguous() -> None:
     seconds = measure_layouts(Small(views=True), torch.rand(2, 3, 16, 16), rounds=1)
     assert seconds["channels_last"] == math.inf
