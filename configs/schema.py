@@ -92,6 +92,13 @@ class TrainConfig:
 
     epochs: int = setting(100, "Passes over the training split", unit="epochs", minimum=1, maximum=1_000_000)
     batch_size: int = setting(16, "Images per step", unit="images", minimum=1, maximum=65536)
+    micro_batch: int | None = setting(
+        None,
+        "Images of a step that are in memory at once, per process; their gradients are added up. None is all of them, "
+        "until the memory is used up",
+        unit="images",
+        minimum=1,
+    )
     learning_rate: float = setting(1e-3, "Peak learning rate (AdamW, cosine)", above=0)
     weight_decay: float = setting(0.05, "AdamW weight decay on conv weights", minimum=0)
     warmup_fraction: float = setting(
@@ -120,6 +127,13 @@ class QatConfig:
 
     epochs: int = setting(10, "Passes over the training split", unit="epochs", minimum=1, maximum=1_000_000)
     batch_size: int = setting(16, "Images per step", unit="images", minimum=1, maximum=65536)
+    micro_batch: int | None = setting(
+        None,
+        "Images of a step that are in memory at once, per process; their gradients are added up. None is all of them, "
+        "until the memory is used up",
+        unit="images",
+        minimum=1,
+    )
     learning_rate: float = setting(1e-4, "Peak learning rate of the weights (AdamW, cosine)", above=0)
     scale_learning_rate: float = setting(1e-4, "Peak learning rate of the quantizer scales", above=0)
     weight_decay: float = setting(1e-4, "AdamW weight decay on conv weights", minimum=0)

@@ -97,10 +97,12 @@ def check_config_dirs(folders: Sequence[Path], trust: bool) -> None:
 def _is_default(entry: Any) -> bool:
     """Whether an entry of a defaults list is one that Hydra reads: a name, or one group with its option or options."""
     if not isinstance(entry, dict):
-        return isinstance(entry, str)
+        return isinstance(entry, str) and "\0" not in entry
     options = list(entry.values())
     names = options[0] if len(options) == 1 and isinstance(options[0], list) else options
-    return len(options) == 1 and all(isinstance(name, str | None) for name in names)
+    return len(options) == 1 and all(
+        name is None or (isinstance(name, str) and "\0" not in name) for name in (*entry, *names)
+    )
 
 
 def _yaml_files(folders: Sequence[Path]) -> Iterator[Path]:

@@ -69,19 +69,26 @@ def write_failure(path: object, error: BaseException) -> WriteError:
     return WriteError(f"{'A file' if path is None else path} cannot be written ({reason}): {remedy}")
 
 
-def _memory_failure(error: BaseException) -> ResourceError | None:
-    """The meaning of what torch, oneDNN, OpenCV and the engines report when they get no memory."""
+def lack_of_memory(error: BaseException) -> str | None:
+    """What torch, oneDNN, OpenCV or an engine said when it got no memory, shortened; None for any other exception."""
     text = " ".join(str(error).split())
     is_stated = isinstance(error, RuntimeError | OSError) or type(error).__module__.startswith(
         ("cv2", "onnxruntime")
     )
     if not isinstance(error, MemoryError) and not (is_stated and any(part in text for part in NO_MEMORY)):
         return None
-    device = "GPU" if "CUDA" in text else "machine or container"
+    return text[:150] or type(error).__name__
+
+
+def _memory_failure(error: BaseException) -> ResourceError | None:
+    reason = lack_of_memory(error)
+    if reason is None:
+        return None
+    device = "GPU" if "CUDA" in reason else "machine or container"
     return ResourceError(
-        f"The memory of the {device} is used up ({text[:150] or type(error).__name__}): use smaller batches "
-        "(train.batch_size, qat.batch_size, evaluate.batch_size), smaller images (data.image_size), or fewer data "
-        "workers (data.workers)"
+        f"The memory of the {device} is used up ({reason}): use smaller batches (train.batch_size, qat.batch_size, "
+        "evaluate.batch_size), fewer images of a batch at a time (train.micro_batch, qat.micro_batch), smaller images "
+        "(data.image_size), or fewer data workers (data.workers)"
     )
 
 

@@ -41,7 +41,8 @@ def in_channels_last(job: Job, config: TrainConfig | QatConfig, network: nn.Modu
     if kept is None:
         kept = config.layout
         if kept == "auto":
-            kept = _measured(job, network, stage, config.batch_size, uses_autocast(config, job.device))
+            size = min(config.batch_size, config.micro_batch or config.batch_size)
+            kept = _measured(job, network, stage, size, uses_autocast(config, job.device))
         job.run.write_json(layout_file(stage), {"layout": kept})
     return bool(kept == CHANNELS_LAST)
 

@@ -236,3 +236,12 @@ class Splits:
             return self.labelled(loader, f"{label} epoch {epoch + 1}/{count}")
 
         return batches
+
+
+def targets_of(targets: Any, begin: int, end: int) -> Any:
+    """The targets of a batch's images begin..end, as those of a batch of their own; see `Splits.labelled`."""
+    rows = targets.boxes if isinstance(targets, SegmentTargets) else targets
+    chosen = (rows[:, 0] >= begin) & (rows[:, 0] < end)
+    boxes = rows[chosen]
+    boxes[:, 0] -= begin
+    return SegmentTargets(boxes, targets.masks[chosen]) if isinstance(targets, SegmentTargets) else boxes

@@ -3,7 +3,8 @@
 from training.checkpoints import Checkpoints
 from training.divergence import check_finite, not_finite
 from training.extension import Extension
-from training.loop import StepRecord, TrainingOptions, TrainingState, train_epochs
+from training.loop import train_epochs
+from training.state import StepRecord, TrainingOptions, TrainingState
 
 __all__ = [
     "Checkpoints",

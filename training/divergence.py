@@ -50,14 +50,18 @@ class Faults:
         elif current:
             torch._foreach_copy_(self._buffers, current)
 
+    def restore_buffers(self) -> None:
+        """Make buffers what they were before the step."""
+        for buffer, before in zip(self.model.buffers(), self._buffers, strict=True):
+            buffer.copy_(before)
+
     def skip(self, what: str, step: int, values: dict[str, float], cause: str, remedy: str) -> None:
         """Take a bad step back.
 
         Raises:
             DivergenceError: `MAX_SKIPPED` steps in a row were bad before; the message is about the first of them.
         """
-        for buffer, before in zip(self.model.buffers(), self._buffers, strict=True):
-            buffer.copy_(before)
+        self.restore_buffers()
         if self.skipped == 0:
             self._first = f"{what} is not finite at step {step} ({values}){cause and f', first in {cause}'}"
         if self.skipped >= MAX_SKIPPED:

@@ -60,25 +60,26 @@ class SharedStep:
         self._num_steps = 0
         self._seconds = 0.0
 
-    def time_alone(self, step: Callable[[], Tensor]) -> None:
-        """Measure a step's forward and backward pass without exchanges, once; the model stays as it is.
+    def time_alone(self, step: Callable[[], None]) -> None:
+        """Measure a step's forward and backward pass without exchanges; the model stays as it is.
 
         Args:
-            step: runs the forward pass and returns the loss.
+            step: runs the two passes.
         """
-        if self.seconds_alone is not None:
-            return
         kept = {name: value.clone() for name, value in self.model.named_buffers()}
-        with torch.random.fork_rng(), self.network.no_sync():
-            for _ in range(2):  # the first one is slower: memory and kernels are set up
-                started = time.perf_counter()
-                step().backward()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                self.seconds_alone = time.perf_counter() - started
-                self.model.zero_grad(set_to_none=True)
-        for name, value in self.model.named_buffers():
-            value.data.copy_(kept[name])
+        try:
+            with torch.random.fork_rng(), self.network.no_sync():
+                for _ in range(2):  # the first one is slower: memory and kernels are set up
+                    started = time.perf_counter()
+                    step()
+                    if torch.cuda.is_available():
+                        torch.cuda.synchronize()
+                    self.seconds_alone = time.perf_counter() - started
+                    self.model.zero_grad(set_to_none=True)
+        finally:
+            self.model.zero_grad(set_to_none=True)
+            for name, value in self.model.named_buffers():
+                value.data.copy_(kept[name])
 
     def count(self, num_images: int, seconds: float) -> None:
         """Note a step of this process."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Record:
     Attributes:
         status: `done`, or `started` for a stage that was stopped.
         inputs: what it read.
-        outputs: hashes of what it wrote; empty until it is done.
+        outputs: hashes of what it wrote; until it is done, of what it announced.
         seconds: how long it took.
     """
 
@@ -125,6 +125,12 @@ class Ledger:
     def start(self, stage: str, inputs: Inputs) -> None:
         """Note that a stage has started."""
         self._put(stage, Record(STARTED, inputs))
+
+    def announce(self, stage: str, outputs: Mapping[str, str]) -> None:
+        """Note what a stage that runs is about to write: where it is killed, its file is not taken for the user's."""
+        record = self.get(stage)
+        if record is not None and not record.is_done:
+            self._put(stage, replace(record, outputs={**record.outputs, **outputs}))
 
     def finish(self, stage: str, inputs: Inputs, outputs: Mapping[str, str | None], seconds: float) -> None:
         """Note that a stage has finished."""

@@ -16,7 +16,7 @@ from pipeline.job import Job, seed_everything
 from pipeline.layout import in_channels_last, layout_file, uses_autocast
 from pipeline.networks import QUANTIZED, STAGE_OF
 from pipeline.run.progress import say
-from pipeline.splits import TRAIN, VAL
+from pipeline.splits import TRAIN, VAL, targets_of
 from pipeline.stages.both_heads import with_other_head, without_other_head
 from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
 from pipeline.stages.recalibration import recalibrate, recalibration_file, take_back
@@ -50,7 +50,7 @@ def finetune_stage(job: Job) -> None:
     team = job.stage_team
     channels_last = team.from_first(lambda: in_channels_last(job, config, model, "finetune"))
     options = loop_options(config, uses_autocast(config, job.device), channels_last, config.task_weight)
-    state = TrainingState(model, options, extension, team)
+    state = TrainingState(model, options, extension, team, targets_of)
     seed_everything(job.config.seed)  # whatever stages ran before in this process
     kept = Kept(job)
     saved = SavedTraining(job, STATES, LOG, state, kept)
@@ -199,5 +199,5 @@ FINETUNE = Stage(
     writes=(QUANTIZED[QAT], OUTCOME, LOG, layout_file("finetune"), recalibration_file(QAT), QAT.path),
     partial=(f"{STATES}/*.pt", LOG, layout_file("finetune")),
     is_shared=True,
-    adjustable=("qat.learning_rate", "qat.scale_learning_rate", "qat.clip_norm"),
+    adjustable=("qat.learning_rate", "qat.scale_learning_rate", "qat.clip_norm", "qat.micro_batch"),
 )

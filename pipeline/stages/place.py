@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -36,7 +37,9 @@ COMPARED_IMAGES = 16  # for the outputs that decide about shared scales
 def place_stage(job: Job) -> None:
     """Decide the placement and save it, to be read and edited; a summary is printed where the stage was asked for."""
     placement = make_placement(job)
-    job.run.write_text(PLACEMENT, dump_placement(placement))
+    text = dump_placement(placement)
+    job.run.ledger.announce("place", {PLACEMENT: hashlib.sha256(text.encode()).hexdigest()})
+    job.run.write_text(PLACEMENT, text)
     hint_at_unsigned(job, placement)
     if job.config.quant.swap_activation is not None:
         say(

@@ -10,7 +10,7 @@ from data import AugmentOptions
 from pipeline.job import Job
 from pipeline.layout import in_channels_last, keep_inference_layout, layout_file, uses_autocast
 from pipeline.run.progress import say
-from pipeline.splits import TRAIN, VAL
+from pipeline.splits import TRAIN, VAL, targets_of
 from pipeline.stages.load import FLOAT_FILES
 from pipeline.stages.saved_training import SavedTraining
 from pipeline.stages.stage import Stage
@@ -51,7 +51,7 @@ def train_stage(job: Job) -> None:
 
     channels_last = team.from_first(lambda: in_channels_last(job, config, detector.network, "train"))
     options = loop_options(config, uses_autocast(config, job.device), channels_last)
-    state = TrainingState(detector.network, options, team=team)
+    state = TrainingState(detector.network, options, team=team, targets_of=targets_of)
     saved = SavedTraining(job, STATES, LOG, state)
     saved.restore()
     num_steps = loader.batch_sampler.num_batches()
@@ -78,6 +78,7 @@ def loop_options(
         task_weight=task_weight,
         autocast=autocast,
         channels_last=channels_last,
+        micro_batch=config.micro_batch,
     )
 
 
@@ -133,5 +134,5 @@ TRAIN_FLOAT = Stage(
     is_shared=True,
     writes=(*FLOAT_FILES, LOG, layout_file("train")),
     partial=(f"{STATES}/*.pt", LOG, layout_file("train")),
-    adjustable=("train.learning_rate", "train.clip_norm"),
+    adjustable=("train.learning_rate", "train.clip_norm", "train.micro_batch"),
 )

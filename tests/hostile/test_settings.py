@@ -47,6 +47,9 @@ def test_a_policy_that_is_no_rule_is_refused(rules: str) -> None:
         "[{model: [[a]]}]",
         "[[a]]",
         "[{model: 3}]",
+        '["a\\0b"]',
+        '[{model: "a\\0b"}]',
+        '[{"a\\0b": yolov9t}]',
     ],
 )
 def test_a_defaults_list_that_hydra_does_not_read_is_refused(tmp_path: Path, defaults: str) -> None:

@@ -32,6 +32,7 @@ def test_no_memory_is_a_message_with_what_to_change(error: Exception) -> None:
     assert known.exit_code == 3
     assert f"memory of the {'GPU' if 'CUDA' in str(error) else 'machine'}" in str(known)
     assert "use smaller batches (train.batch_size" in str(known)
+    assert "fewer images of a batch at a time (train.micro_batch" in str(known)
 
 
 def test_other_errors_stay_what_they_are() -> None:
@@ -49,7 +50,7 @@ from training import TrainingOptions, TrainingState, train_epochs
 @reports_errors
 def main(arguments=None):
     network = nn.Sequential(*(layer for _ in range(6) for layer in (nn.LazyConv2d(64, 3, padding=1), nn.ReLU())))
-    images = torch.rand(64, 3, 128, 128)
+    images = torch.rand(16, 3, 128, 128)
     network(images[:1, :, :8, :8])
     state = TrainingState(network, TrainingOptions(epochs=1))
     loss = lambda raw, targets, size: {"error": raw.square().mean()}
@@ -67,16 +68,35 @@ run_command(lambda: main([]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc on this system")
-@pytest.mark.parametrize("megabytes", [200, pytest.param(400, marks=pytest.mark.exhaustive)])
-def test_a_training_under_a_memory_limit_ends_with_the_message(megabytes: int) -> None:
-    done = subprocess.run(
+def train_within(megabytes: int) -> subprocess.CompletedProcess[str]:
+    """A step of 16 images, with so much memory more than the process has at its start."""
+    return subprocess.run(
         [sys.executable, "-c", LIMITED, str(megabytes)],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc on this system")
+def test_a_training_under_a_memory_limit_takes_its_steps_in_parts() -> None:
+    """All 16 images need more than a gigabyte."""
+    done = train_within(150)
+    assert done.returncode == 0, done.stderr
+    first, *_, last = done.stderr.splitlines()
+    assert first.startswith("the memory does not suffice for step 0 (")
+    assert first.endswith(
+        "are taken with micro_batch=8 (images in memory at a time; their gradients are added up)"
+    )
+    assert "micro_batch=1 " in last or "micro_batch=2 " in last
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc on this system")
+def test_a_memory_limit_below_one_image_ends_with_the_message() -> None:
+    done = train_within(25)
     assert done.returncode == 3, done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: The memory of the machine or container is used up (")
-    assert "use smaller batches" in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: The memory does not suffice for step 0 with 1 image(s) at a time (")
+    assert "use smaller images (data.image_size)" in last

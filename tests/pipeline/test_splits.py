@@ -13,7 +13,8 @@ import torch
 from configs.data_schema import DataConfig
 from core.errors import DataError
 from data import generate_synthetic
-from pipeline.splits import Splits
+from models import SegmentTargets
+from pipeline.splits import Splits, targets_of
 
 
 def write_yolo(root: Path, names: tuple[str, ...] = ("cat", "dog")) -> Path:
@@ -91,3 +92,21 @@ def test_dangling_links_by_setting(tmp_path: Path) -> None:
     config.dangling_links = "skip"
     splits = Splits(config, "detect", torch.device("cpu"))
     assert len(splits.val) == 2
+
+
+def test_targets_of_a_part_of_a_batch_are_those_of_a_batch_of_its_own(tmp_path: Path) -> None:
+    """Images counted from 0, objects and masks in their order; compared with a loader of batches of that size."""
+    root = generate_synthetic(tmp_path / "set", 6, 2, 64, 0)
+    config = DataConfig(root=str(root), image_size=64, workers=0, cache_dir=None)
+    splits = Splits(config, "segment", torch.device("cpu"))
+
+    def batches(size: int) -> list[tuple[torch.Tensor, SegmentTargets]]:
+        return list(splits.labelled(splits.letterboxed(splits.train, size, masks=True), "test"))
+
+    ((_, whole),) = batches(6)
+    for number, (_, part) in enumerate(batches(2)):
+        found = targets_of(whole, 2 * number, 2 * number + 2)
+        assert len(part.boxes) > 0
+        assert torch.equal(found.boxes, part.boxes)
+        assert torch.equal(found.masks, part.masks)
+        assert torch.equal(targets_of(whole.boxes, 2 * number, 2 * number + 2), part.boxes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -167,6 +168,24 @@ def test_an_edited_file_reruns_its_readers_only(tmp_path: Path) -> None:
     job.config.seed = 1  # the placement is made anew: the edited one is kept beside it
     run_stage(job, plan)
     assert job.run.path("plan.yaml").read_text() == "plan.yaml mse 1"
+    assert job.run.path("plan-edited.yaml").read_text() == "edited by hand"
+
+
+def test_a_file_of_a_killed_stage_is_not_taken_for_an_edited_one(tmp_path: Path) -> None:
+    """Killed behind the writing of the placement and before the mark: the next start writes it again, once."""
+    job: Any = SmallJob(tmp_path)
+
+    def killed(job: Any) -> None:
+        job.run.ledger.announce("place", {"plan.yaml": hashlib.sha256(b"the plan").hexdigest()})
+        job.run.write_text("plan.yaml", "the plan")
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(job, Stage("place", killed, writes=("plan.yaml",), editable=("plan.yaml",)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.yaml", "state.json"]
+    job.run.path("plan.yaml").write_text("edited by hand")  # while the run was stopped
+    run_stage(job, Stage("place", write("plan.yaml"), writes=("plan.yaml",), editable=("plan.yaml",)))
     assert job.run.path("plan-edited.yaml").read_text() == "edited by hand"
 
 

@@ -1,7 +1,8 @@
-"""One of several processes that train together: python shared_training.py KIND FOLDER STOP.
+"""One of several processes that train together: python shared_training.py KIND FOLDER STOP [MICRO LIMIT].
 
 KIND is `float` (with BatchNorm) or `quantized` (learned scales, a teacher, dampening). The state is saved in FOLDER as
-RANK.pt; STOP is a number of epochs after which the process ends, `all`, or `resume` to go on from FOLDER/0.pt.
+RANK.pt; STOP is a number of epochs after which the process ends, `all`, or `resume` to go on from FOLDER/0.pt. MICRO is
+the micro-batch (0 for none), and LIMIT the images for which the last process has memory.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ def loss(raw: Any, targets: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
     return {"error": (output - targets).square().sum() / total}
 
 
-def state_of(kind: str, team: Team) -> TrainingState:
-    options = TrainingOptions(epochs=EPOCHS, learning_rate=1e-3, warmup_fraction=0.0, clip_norm=1.0)
+def state_of(kind: str, team: Team, micro_batch: int | None) -> TrainingState:
+    options = TrainingOptions(
+        epochs=EPOCHS, learning_rate=1e-3, warmup_fraction=0.0, clip_norm=1.0, micro_batch=micro_batch
+    )
     if kind == "float":
         model = with_norm()
         if team.rank:  # the first process's model is that of all
@@ -52,7 +55,12 @@ def state_of(kind: str, team: Team) -> TrainingState:
 
 
 def train(
-    kind: str, team: Team = ALONE, last: int = EPOCHS, earlier: dict[str, Any] | None = None
+    kind: str,
+    team: Team = ALONE,
+    last: int = EPOCHS,
+    earlier: dict[str, Any] | None = None,
+    micro_batch: int | None = None,
+    limit: int = BATCH,
 ) -> TrainingState:
     """Train on images that are the same for any number of processes, up to a whole epoch."""
 
@@ -61,23 +69,31 @@ def train(
             images = small_images(BATCH, seed=10 * epoch + step)[team.rank :: team.size]
             yield images, images.mean(1, keepdim=True).repeat(1, 4, 1, 1)
 
-    state = state_of(kind, team)
+    def limited(raw: Any, targets: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+        if team.rank == team.size - 1 and len(targets) > limit:
+            raise RuntimeError("could not create a primitive")
+        return loss(raw, targets, size)
+
+    state = state_of(kind, team, micro_batch)
     if earlier is not None:
         state.load_state_dict(earlier)
-    for _ in train_epochs(state, batches, STEPS, loss):
+    for _ in train_epochs(state, batches, STEPS, limited):
         if state.epoch == last:
             break
     return state
 
 
 def main() -> None:
-    kind, folder, stop = sys.argv[1:]
+    kind, folder, stop = sys.argv[1:4]
+    micro, limit = map(int, sys.argv[4:] or (0, BATCH))
     torch.set_num_threads(1)
     team = join_team()
     with team.reporting():
         earlier = torch.load(Path(folder) / "0.pt", weights_only=True) if stop == "resume" else None
         team.wait()
-        state = train(kind, team, EPOCHS if earlier or stop == "all" else int(stop), earlier)
+        state = train(
+            kind, team, EPOCHS if earlier or stop == "all" else int(stop), earlier, micro or None, limit
+        )
         torch.save(state.state_dict(), Path(folder) / f"{team.rank}.pt")
 
 

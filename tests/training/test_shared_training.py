@@ -24,10 +24,10 @@ def equal(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def train_pair(folder: Path, kind: str, stop: str = "all", size: int = 2) -> list[dict[str, Any]]:
+def train_pair(folder: Path, kind: str, stop: str = "all", *more: str, size: int = 2) -> list[dict[str, Any]]:
     """The states of all processes of a team."""
     folder.mkdir(exist_ok=True)
-    codes, errors, _ = run_team("shared_training.py", kind, str(folder), stop, size=size)
+    codes, errors, _ = run_team("shared_training.py", kind, str(folder), stop, *more, size=size)
     assert codes == [0] * size, errors
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
@@ -58,6 +58,25 @@ def test_two_processes_train_as_one(tmp_path: Path, kind: str) -> None:
     assert figures["scaling_efficiency"] > 0
     changed = [name for name, value in alone["model"].items() if "log_scale" in name]
     assert (kind == "float") == (not changed)
+
+
+@pytest.mark.slow
+def test_processes_agree_on_a_smaller_micro_batch_where_one_lacks_memory(tmp_path: Path) -> None:
+    """The second one has memory for one image of its four: in both, four parts; the step is that of the batch."""
+    states = train_pair(tmp_path, "quantized", "all", "0", "1")
+    assert equal(*[{**state, "random": None} for state in states])
+    assert states[0]["accumulation"] == {"configured": None, "micro_batch": 1}
+    assert_close(states[0], train("quantized").state_dict())
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("size", [2, 3])  # 3 processes: shares of 3, 3 and 2 images
+def test_processes_in_parts_train_as_one(tmp_path: Path, size: int) -> None:
+    """BatchNorm layers look at the parts of all processes that are taken at the same time."""
+    states = train_pair(tmp_path, "quantized", "all", "1", "8", size=size)
+    assert_close(states[0], train("quantized").state_dict())
+    shared = train_pair(tmp_path, "float", "all", "2", "8", size=size)
+    assert equal(*[{**state, "random": None} for state in shared[:2]])
 
 
 @pytest.mark.exhaustive

@@ -1,0 +1,209 @@
+"""One step of the optimizer: losses, gradients, clipping, update. A step that lacks memory is taken again in parts."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.failures import lack_of_memory
+from core.types import TaskLoss
+from training.accumulation import BatchSums, Part
+from training.divergence import bad_layer, bad_parameter
+from training.random_states import random_states, restore_random_states
+from training.schedule import rate_factor
+from training.state import StepRecord, TrainingState
+
+
+def train_step(state: TrainingState, images: Tensor, targets: Any, task_loss: TaskLoss, total: int) -> None:
+    """One step of the optimizer."""
+    options, shared = state.options, state.shared
+    if options.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    if shared is not None:
+        _time_alone(state, images, targets, task_loss)
+    started = time.perf_counter()
+    factor = rate_factor(state.step, total, options.warmup_fraction, options.final_fraction)
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["peak"] * factor * state.rate_scale
+    state.faults.remember_buffers()
+    progress = min(state.step / total, 1.0)
+    with nullcontext() if shared is None else shared.together():
+        values, num_images = _losses_and_gradients(state, images, targets, task_loss, progress)
+    state.samples += num_images
+    if not math.isfinite(values["total"]):
+        parts = state.accumulation.parts(images, targets)
+        causes = (bad_layer(state.model, state.extension.network, some) for some, _ in parts)
+        return _skip(state, "loss", values, next(filter(None, causes), ""))
+    norms = _clip(state.optimizer, options.clip_norm)
+    if not all(math.isfinite(norm) for norm in norms.values()):
+        # a clipped activation hides an infinite weight, so a broken step need not show in the next loss
+        return _skip(state, "gradient", values, bad_parameter(state.model, gradients=True))
+    state.optimizer.step()
+    state.faults.skipped = 0
+    state.extension.after_step(progress)
+    if state.average is not None:
+        state.average.update(state.model)
+    state.records.append(
+        StepRecord(
+            step=state.step,
+            epoch=state.epoch,
+            learning_rate=options.learning_rate * factor * state.rate_scale,
+            losses=values,
+            gradient_norm=norms.get("weights", 0.0),
+            seconds=time.perf_counter() - started,
+        )
+    )
+    if shared is not None:
+        shared.count(len(images), state.records[-1].seconds)
+    state.step += 1
+
+
+def _losses_and_gradients(
+    state: TrainingState, images: Tensor, targets: Any, task_loss: TaskLoss, progress: float
+) -> tuple[dict[str, float], int]:
+    """Gradients of the batch's loss, its terms and `total`, and the number of images, over all processes.
+
+    The same batch is taken again in smaller parts, from the same random states, where memory does not suffice.
+    """
+    before = random_states()
+    while True:
+        parts = state.accumulation.parts(images, targets)
+        take = _in_one if len(parts) == 1 else _in_parts
+        try:
+            return take(state, parts, task_loss, progress)
+        except Exception as error:
+            reason = lack_of_memory(error)
+            if reason is None or state.shared is not None:  # the other processes wait for this one's numbers
+                raise
+        state.optimizer.zero_grad(set_to_none=True)
+        state.accumulation.halve(len(images), state.step, reason)
+        state.faults.restore_buffers()
+        restore_random_states(before)
+
+
+def _in_one(
+    state: TrainingState, parts: list[Part], task_loss: TaskLoss, progress: float
+) -> tuple[dict[str, float], int]:
+    images, targets = parts[0]
+    terms = _loss_terms(state, images, targets, task_loss, progress)
+    loss = _loss(terms)
+    found = _summed(state, {name: term.detach() for name, term in terms.items()}, len(images))
+    state.optimizer.zero_grad(set_to_none=True)
+    if math.isfinite(found[0]["total"]):  # gradients are averaged over the processes, and have to add up
+        (loss if state.shared is None else loss * state.shared.team.size).backward()
+    return found
+
+
+def _in_parts(
+    state: TrainingState, parts: list[Part], task_loss: TaskLoss, progress: float
+) -> tuple[dict[str, float], int]:
+    shared, before = state.shared, random_states()
+    state.optimizer.zero_grad(set_to_none=True)
+    sums = BatchSums(len(parts), shared)
+    for images, targets in parts:
+        with sums.finding():
+            _loss_terms(state, images, targets, task_loss, progress)
+        if not sums.values:  # the loss depends on each image alone
+            break
+    sums.share()
+    state.faults.restore_buffers()
+    restore_random_states(before)
+    totals: dict[str, Tensor] = {}
+    for number, (images, targets) in enumerate(parts, 1):
+        is_last = shared is None or number == len(parts)  # with its gradients go those of the parts before
+        with sums.giving(), nullcontext() if is_last else shared.network.no_sync():  # type: ignore[union-attr]
+            terms = _loss_terms(state, images, targets, task_loss, progress)
+            (_loss(terms) * (1 if shared is None else shared.team.size)).backward()
+        for name, term in terms.items():
+            totals[name] = totals.get(name, 0) + term.detach()  # type: ignore[operator]
+    return _summed(state, totals, sum(len(images) for images, _ in parts))
+
+
+def _time_alone(state: TrainingState, images: Tensor, targets: Any, task_loss: TaskLoss) -> None:
+    """Measure the step without exchanges, once, in parts that fit into the memory of every process."""
+    shared = state.shared
+    while shared is not None and shared.seconds_alone is None:
+        parts = state.accumulation.parts(images, targets)
+
+        def step(parts: list[Part] = parts) -> None:
+            for some, theirs in parts:
+                _loss(_loss_terms(state, some, theirs, task_loss, 0.0)).backward()
+
+        reason = None
+        try:
+            shared.time_alone(step)
+        except Exception as error:
+            reason = lack_of_memory(error)
+            if reason is None:
+                raise
+        if shared.largest(reason is not None):
+            shared.seconds_alone = None
+            state.accumulation.halve(len(images), state.step, reason or "in another process")
+
+
+def _loss(terms: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(terms.values())).sum()
+
+
+def _summed(state: TrainingState, terms: dict[str, Tensor], num_images: int) -> tuple[dict[str, float], int]:
+    """The terms' values and `total`, and the number of images; those of the whole batch where processes share it."""
+    values = {name: float(term) for name, term in terms.items()}
+    if state.shared is None:
+        return {**values, "total": float(_loss(terms))}, num_images
+    found = state.shared.sum(
+        torch.tensor([*values.values(), num_images], dtype=torch.float64, device=state.device)
+    )
+    *numbers, count = found.tolist()
+    return {**dict(zip(values, numbers, strict=True)), "total": sum(numbers)}, int(count)
+
+
+def _loss_terms(
+    state: TrainingState, images: Tensor, targets: Any, task_loss: TaskLoss, progress: float
+) -> dict[str, Tensor]:
+    terms: dict[str, Tensor] = {}
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=state.options.autocast):
+        raw, added = state.extension.losses(state.network(images), images, progress)
+        if state.options.task_weight > 0:
+            height, width = int(images.shape[-2]), int(images.shape[-1])
+            for name, term in task_loss(raw, targets, (height, width)).items():
+                terms[name] = state.options.task_weight * term
+    terms |= added
+    if not terms:
+        raise ValueError("the weights of all loss terms are 0: give the task loss or distillation a weight")
+    return terms
+
+
+def _clip(optimizer: torch.optim.Optimizer, clip_norm: float) -> dict[str, float]:
+    """Clip each parameter group by itself (their gradients differ in size) unless a norm is not finite.
+
+    Returns:
+        The norms before, by group.
+    """
+    limit = clip_norm if clip_norm > 0 else math.inf
+    groups = {group["name"]: group["params"] for group in optimizer.param_groups}
+    norms = {
+        name: nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        for name, parameters in groups.items()
+    }
+    values = {name: float(norm) for name, norm in norms.items()}
+    if all(map(math.isfinite, values.values())):
+        for name, parameters in groups.items():
+            nn.utils.clip_grads_with_norm_(parameters, limit, norms[name])
+    return values
+
+
+def _skip(state: TrainingState, what: str, values: dict[str, float], cause: str) -> None:
+    """Take a step back whose loss or gradient is not finite, and continue with the next."""
+    rates = [
+        f"that of {group['name']} (now {group['peak']:g})"
+        for group in state.optimizer.param_groups
+        if group["name"] not in {"weights", "biases"}
+    ]
+    remedy = " or ".join([f"the learning rate (now {state.options.learning_rate:g})", *rates])
+    state.faults.skip(what, state.step, values, cause, f"lower {remedy}")
+    state.step += 1
