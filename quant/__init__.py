@@ -34,7 +34,8 @@ from quant.repair.equalization import EqualizationResult, equalize
 from quant.repair.recalibration import ScoreLine, fold_lines, recalibrate_scores
 from quant.repair.reconstruction import LayerRepair, reconstruct
 from quant.sensitivity.budget import BudgetResult, search_budget, without_units
-from quant.sensitivity.scores import UnitScore, measure_fisher, measure_sqnr
+from quant.sensitivity.fisher import Figures, measure_fisher
+from quant.sensitivity.scores import UnitScore, measure_sqnr
 from quant.sharing import ConcatDecision, SharingResult, measure_sharing
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "DivergenceError",
     "EqualizationResult",
     "FakeQuantize",
+    "Figures",
     "FineTuningOptions",
     "Group",
     "ImportedRanges",

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from core.files import write_text
 from core.locks import FileLock
@@ -47,12 +48,19 @@ class Sweep:
     def known(self, item: str) -> float | None:
         """What was measured; None for an item that is missing, or whose file is damaged."""
         try:
-            return float(json.loads(self._path(item).read_text(encoding="utf-8"))["value"])
+            return float(self.read(item))
+        except (ValueError, TypeError):
+            return None
+
+    def read(self, item: str) -> Any:
+        """What was kept for an item; None where it is missing, or its file is damaged."""
+        try:
+            return json.loads(self._path(item).read_text(encoding="utf-8"))["value"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def keep(self, item: str, value: float) -> None:
-        """Keep a result."""
+    def keep(self, item: str, value: Any) -> None:
+        """Keep a result: a number, or other plain data."""
         write_text(self._path(item), json.dumps({"item": item, "value": value}) + "\n")
 
     def _measured(self, item: str, measure: Callable[[str], float]) -> float | None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from core.rows import FLOAT, MIXED, PTQ
+from models import SegmentTargets
 from pipeline.evaluation.measuring import value_of
 from pipeline.job import Job
 from pipeline.networks import QUANTIZED
@@ -24,7 +26,7 @@ from pipeline.stages.budget import BUDGET, keep_budget, switch_units
 from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
 from pipeline.stages.recalibration import recalibration_file
 from pipeline.stages.stage import Stage
-from quant import UnitScore, measure_fisher, measure_sqnr, placement_of
+from quant import Figures, UnitScore, measure_fisher, measure_sqnr, placement_of
 
 BATCH = 4
 SENSITIVITY_FILE, POLICY = "sensitivity.json", "sensitivity-policy.yaml"
@@ -59,14 +61,41 @@ def rank_units(job: Job, model: fx.GraphModule) -> Iterable[UnitScore]:
 def rank_by_fisher(job: Job, model: fx.GraphModule) -> list[UnitScore]:
     """Score of every unit from the gradients of each of `sensitivity.images` training images.
 
-    The processes of a team share the images.
+    The processes of a team share the batches; the figures of each are kept, for a run that is stopped.
     """
-    splits, team = job.splits, job.stage_team
-    masks = splits.task == "segment"
-    images = job.config.sensitivity.images
-    loader = splits.letterboxed(splits.train, 1, images, team, masks, whole_batches=True)
-    batches = ((image, [targets]) for image, targets in splits.labelled(loader, "sensitivity (fisher)"))
-    return measure_fisher(model, batches, job.networks.loss(), team.gather)
+    splits, team, layout = job.splits, job.stage_team, job.networks.memory_format
+    masks, batch = splits.task == "segment", min(BATCH, job.config.evaluate.batch_size)
+    loader = splits.letterboxed(
+        splits.train, batch, job.config.sensitivity.images, team, masks, whole_batches=True
+    )
+    batches = (
+        (images.contiguous(memory_format=layout), targets_by_image(targets, len(images)))
+        for images, targets in splits.labelled(loader, "sensitivity (fisher)")
+    )
+    sweep = kept_results(job, model)
+
+    def kept(number: int, compute: Callable[[], Figures]) -> Figures:
+        item = f"fisher:{number * team.size + team.rank}"
+        figures: Figures | None = sweep.read(item)
+        if figures is None:
+            figures = compute()
+            sweep.keep(item, figures)
+        return figures
+
+    return measure_fisher(model, batches, job.networks.loss(), team.gather, kept)
+
+
+def targets_by_image(targets: Tensor | SegmentTargets, count: int) -> list[Tensor | SegmentTargets]:
+    """The targets of each image of a batch, as a loss takes them for a batch of one."""
+    boxes = targets.boxes if isinstance(targets, SegmentTargets) else targets
+    found: list[Tensor | SegmentTargets] = []
+    for index in range(count):
+        own = boxes[:, 0] == index
+        rows = torch.cat((torch.zeros_like(boxes[own, :1]), boxes[own, 1:]), dim=1)
+        found.append(
+            SegmentTargets(rows, targets.masks[own]) if isinstance(targets, SegmentTargets) else rows
+        )
+    return found
 
 
 def _sqnr(job: Job, model: fx.GraphModule) -> Iterable[UnitScore]:
@@ -79,7 +108,7 @@ def _sqnr(job: Job, model: fx.GraphModule) -> Iterable[UnitScore]:
 
     def measure() -> Iterator[UnitScore]:
         if share:
-            images = list(job.splits.images(loader))
+            images = list(job.splits.images(loader, memory_format=job.networks.memory_format))
             for score in measure_sqnr(model, images, {*units} - {*share}):
                 sweep.keep(f"sqnr:{score.unit}", score.score)
                 yield score

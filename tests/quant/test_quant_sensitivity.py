@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from typing import Any
 
 import pytest
 import torch
 from quant_networks import small_images, small_net, small_quantized
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from core.errors import ConfigError
+from core.grid import INT8_WEIGHTS
 from quant import (
     Mode,
     activation_quantizers,
+    calibrate,
+    insert,
     measure_fisher,
     measure_sqnr,
+    place,
     placement_of,
     quantized_layers,
     set_mode,
 )
+from quant.layers import quantize_layer
+from quant.sensitivity.fisher import weight_gradients
 
 NUM_IMAGES = 8
 IMAGES = small_images(NUM_IMAGES, seed=3)
@@ -68,10 +76,14 @@ def fisher_by_hand(model: fx.GraphModule) -> dict[str, tuple[float, float]]:
         for group in placement_of(model).groups:
             scale = quantizers[group.name].scale
             for x in seen[group.name]:
+                if x.grad is None:  # no gradient reaches it
+                    continue
                 error = round_by_hand(x.detach(), scale, -128, 127) - x.detach()
                 found[group.name][0] += float((x.grad * error).square().sum()) / NUM_IMAGES
             for name in group.layers:
                 layer = layers[name]
+                if layer.weight.grad is None:
+                    continue
                 steps = layer.weight_quantizer.scale.reshape(-1, 1, 1, 1)
                 error = round_by_hand(layer.weight.detach(), steps, -127, 127) - layer.weight.detach()
                 found[group.name][1] += float((layer.weight.grad * error).square().sum()) / NUM_IMAGES
@@ -112,19 +124,111 @@ def test_fisher_wants_one_target_per_image() -> None:
         measure_fisher(small_quantized(), [], task_loss)
 
 
+@pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("num_processes", [2, 3, 9])  # 9: one of them gets no image
-def test_processes_that_share_the_images_find_the_scores_of_one(num_processes: int) -> None:
-    alone = measure_fisher(small_quantized(), batched(1), task_loss)
+def test_processes_that_share_the_images_find_the_scores_of_one(num_processes: int, size: int) -> None:
+    alone = measure_fisher(small_quantized(), batched(size), task_loss)
     parts: list[Any] = []
 
     def keep(item: Any) -> list[Any]:
         parts.append(item)
-        return [item] if item else [[([0.0] * 99, [0.0] * 99)]]
+        return [[[[0.0] * 9]]]  # four groups and five layers
 
     for rank in range(num_processes):
-        measure_fisher(small_quantized(), batched(1)[rank::num_processes], task_loss, keep)
-    shared = measure_fisher(small_quantized(), batched(1)[:1], task_loss, lambda _: parts)
+        measure_fisher(small_quantized(), batched(size)[rank::num_processes], task_loss, keep)
+    shared = measure_fisher(small_quantized(), batched(size)[:1], task_loss, lambda _: parts)
     assert [score.as_dict() for score in shared] == [score.as_dict() for score in alone]  # to the last digit
+
+
+def test_kept_figures_are_taken_instead_of_measured() -> None:
+    whole = measure_fisher(small_quantized(), batched(3), task_loss)
+    kept: dict[int, Any] = {}
+
+    def keep(number: int, compute: Any) -> Any:
+        if number == 2:
+            raise KeyboardInterrupt
+        return kept.setdefault(number, json.loads(json.dumps(compute())))
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_fisher(small_quantized(), batched(3), task_loss, None, keep)
+    assert {number: len(figures) for number, figures in kept.items()} == {0: 3, 1: 3}
+    computed = []
+
+    def go_on(number: int, compute: Any) -> Any:
+        if number not in kept:
+            computed.append(number)
+            kept[number] = compute()
+        return kept[number]
+
+    resumed = measure_fisher(small_quantized(), batched(3), task_loss, None, go_on)
+    assert computed == [2]
+    assert [score.as_dict() for score in resumed] == [score.as_dict() for score in whole]  # to the last digit
+
+
+class Twice(nn.Module):
+    """One convolution called twice, and one behind a detach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, padding=1)
+        self.output = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.twice(self.twice(self.first(x).relu()).relu()).relu()
+        return self.output(y.detach()) + self.output(y)
+
+
+def test_gradients_of_all_calls_of_a_layer_add_up() -> None:
+    network = Twice().eval()
+    model = insert(network, place(network)).eval()
+    calibrate(model, [IMAGES])
+    expected = fisher_by_hand(copy.deepcopy(model))
+    for score in measure_fisher(model, batched(4), task_loss):
+        assert score.parts["weights"] == pytest.approx(expected[score.unit][1], rel=1e-3, abs=0)
+        assert score.parts["activations"] == pytest.approx(expected[score.unit][0], rel=1e-3, abs=0)
+
+
+def test_what_lies_behind_a_detach_is_scored() -> None:
+    class Detached(Twice):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.output(self.twice(self.first(x).relu().detach()).relu())
+
+    network = Detached().eval()
+    model = insert(network, place(network)).eval()
+    calibrate(model, [IMAGES])
+    expected = fisher_by_hand(copy.deepcopy(model))
+    scores = {score.unit: score.parts for score in measure_fisher(model, batched(4), task_loss)}
+    assert scores["relu_0"]["weights"] == pytest.approx(expected["relu_0"][1], rel=1e-3) != 0
+    assert scores["relu_0"]["activations"] == scores["input.x"]["weights"] == 0
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 8, 1),
+        nn.Conv2d(6, 8, 1, stride=2),
+        nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2),
+        nn.Conv2d(6, 8, 3, padding=2, dilation=2, bias=False),
+        nn.Conv2d(6, 8, 3, padding="same"),
+        nn.Conv2d(6, 8, 3, padding=1, padding_mode="reflect"),
+        nn.ConvTranspose2d(6, 8, 4, stride=2, padding=1, output_padding=1),
+        nn.Linear(10, 8),
+    ],
+    ids=str,
+)
+def test_weight_gradients_are_those_of_each_image(layer: Any, memory_format: Any) -> None:
+    layer = copy.deepcopy(layer)
+    x = torch.randn(3, 6, 12, 10).contiguous(memory_format=memory_format)
+    slopes = torch.randn_like(layer(x))
+    expected = [
+        torch.autograd.grad(layer(image), layer.weight, slope)[0]
+        for image, slope in zip(x.split(1), slopes.split(1), strict=True)
+    ]
+    quantize_layer(layer, 1 if isinstance(layer, nn.ConvTranspose2d) else 0, INT8_WEIGHTS, True)
+    with torch.no_grad():
+        found = weight_gradients(layer, x, slopes)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_chosen_units_are_scored_alike() -> None:
