@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from core.grid import Grid
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
-from quant.rounding import codes_of, scaled
+from quant.rounding import affine, affine_gradients, codes_of, scaled
 
 InputGrid = tuple[FakeQuantize, ...]  # a tuple, so that the quantizer is not a second submodule of the layer
 
@@ -44,6 +44,22 @@ class _Codes(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = ctx.saved_tensors
         return scaled(gradients[0], ctx.unit / scale), None, None, None
+
+
+class _Affine(torch.autograd.Function):
+    """Sums of codes as values: times the step of each output channel, plus the bias; float32."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, steps: Tensor, bias: Tensor, axis: int) -> Tensor:
+        ctx.save_for_backward(steps)
+        ctx.axis, ctx.dtype = axis, sums.dtype
+        return affine(sums, steps, bias, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        (steps,) = ctx.saved_tensors
+        grad_sums, grad_bias = affine_gradients(outer[0], steps, ctx.axis, ctx.dtype)
+        return grad_sums, None, grad_bias, None
 
 
 def _keeping_codes(input: Tensor, quantizer: FakeQuantize) -> torch.autograd.graph.saved_tensors_hooks:
@@ -88,14 +104,14 @@ def _operands(layer: QuantizedLayer, input: Tensor) -> tuple[Tensor, Tensor, Ten
 
 def _scaled(sums: Tensor, steps: Tensor, bias: Tensor | None, axis: int) -> Tensor:
     """Sums of codes as values, float32: times the step of each output channel, plus the bias."""
-    shape = [-1 if dimension == axis % sums.ndim else 1 for dimension in range(sums.ndim)]
-    if steps.numel() != sums.shape[axis]:  # a grouped transposed layer has one step per place in a group
+    axis %= sums.ndim
+    if steps.numel() != sums.shape[axis]:  # one step for the tensor, or for each place in a group
         steps = steps.repeat(sums.shape[axis] // steps.numel())
-    steps = steps.reshape(shape)
-    if bias is not None and sums.requires_grad:
-        return torch.addcmul(bias.reshape(shape), sums.float(), steps)
-    values = sums.float().mul_(steps)
-    return values if bias is None else values.add_(bias.reshape(shape))
+    if bias is None:
+        return sums.float().mul_(steps.reshape([-1 if d == axis else 1 for d in range(sums.ndim)]))
+    if torch.is_grad_enabled():
+        return _Affine.apply(sums, steps, bias, axis)
+    return affine(sums, steps, bias, axis, sums if sums.dtype == torch.float32 else None)
 
 
 def _compute(

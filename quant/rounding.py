@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from core.grid import Grid
-from quant.native.kernel import kernel_for
+from quant.native.kernel import affine_kernel_for, kernel_for
 
 PIECE = 1 << 18  # values for each thread: 1 MiB of float32
 
@@ -120,6 +120,41 @@ def gradients(g: Tensor, x: Tensor, scale: Tensor, grid: Grid, learned: bool) ->
     return grad_x, sums[0] if learned else None
 
 
+def affine(sums: Tensor, steps: Tensor, bias: Tensor, axis: int, values: Tensor | None = None) -> Tensor:
+    """The values sums * steps + bias, float32.
+
+    Args:
+        sums: of any type.
+        steps: float32, of the channels.
+        bias: float32, of the channels.
+        axis: of the channels.
+        values: where the result goes, may be `sums`; None makes a tensor.
+    """
+    values = torch.empty_like(sums, dtype=torch.float32) if values is None else values
+    if kernel := affine_kernel_for(steps, bias, sums, values):
+        kernel.affine(sums, steps, bias, axis, values)
+        return values
+    shape = [-1 if d == axis else 1 for d in range(sums.ndim)]
+    return values.copy_(sums).mul_(steps.view(shape)).add_(bias.view(shape))
+
+
+def affine_gradients(g: Tensor, steps: Tensor, axis: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Gradients of `affine` for sums of a type, in the layout of g, and for the bias.
+
+    Args:
+        g: gradient of the loss for the result, float32.
+        steps: float32, of the channels.
+        axis: of the channels.
+        dtype: of the sums.
+    """
+    grad_sums = torch.empty_like(g, dtype=dtype)
+    if kernel := affine_kernel_for(steps, steps, g, grad_sums):
+        return grad_sums, kernel.affine_gradients(g, steps, axis, grad_sums)
+    shape = [-1 if d == axis else 1 for d in range(g.ndim)]
+    grad_bias = g.sum([d for d in range(g.ndim) if d != axis])
+    return grad_sums.copy_(g * steps.view(shape)), grad_bias
+
+
 def channel_gradients(
     g: Tensor, x: Tensor, scale: Tensor, grid: Grid, learned: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -130,6 +165,11 @@ def channel_gradients(
         y = grid.round(x, scale) if learned else x
     else:
         low, high = _open_bounds(grid.low, grid.high)
+        result = torch.empty_like(x)
+        if g.stride() != result.stride():
+            g = torch.empty_like(x).copy_(g)
+        if kernel := kernel_for(scale, g, x, result):
+            return result, kernel.gradients(g, x, scale, grid, (low, high), learned, result)
         u = x * scale.reciprocal()
         grad_x = _zero_outside(g, u, low, high)
         inside = _zero_outside(x, u, low, high) if learned else x

@@ -4,8 +4,11 @@
    of torch's operators: the same operations in float32 in the same order, rounding with halves to even, and products
    and sums never joined (-ffp-contract=off; without -ffast-math). NaN stays NaN: comparisons with it are false.
 
-   Work is cut into blocks of BLOCK values that threads take one after the other. Sums are kept for each block, in
-   double, and added in the order of the blocks, so that no result depends on the number of threads.
+   Tensors are dense, and taken in the order of memory. They have rows with one scale each: an activation is one row, a
+   weight has a row for each output channel.
+
+   Work is cut into blocks of at most BLOCK values that threads take one after the other. Sums are kept for each block,
+   in double, and added in the order of the blocks, so that no result depends on the number of threads.
 
    Types of tensors: 0 float32, 1 bfloat16, 2 int8, 3 uint8. */
 
@@ -23,33 +26,44 @@
 extern void GOMP_parallel(void (*function)(void *), void *data, unsigned num_threads, unsigned flags)
     __attribute__((weak));
 
+typedef void Function(const void *arguments, int64_t row, int64_t begin, int64_t end, int64_t block);
+
 typedef struct {
-    void (*function)(const void *arguments, int64_t begin, int64_t end, int64_t block);
+    Function *function;
     const void *arguments;
-    int64_t size;
+    int64_t width, size, blocks, blocks_of_row; /* of a row; of a block; all; of a row */
     _Atomic int64_t next;
 } Work;
 
+static int64_t blocks_of(int64_t width) {
+    return (width + BLOCK - 1) / BLOCK;
+}
+
 static void take_blocks(void *data) {
     Work *work = data;
-    for (;;) {
-        int64_t block = atomic_fetch_add(&work->next, 1), begin = block * BLOCK;
-        if (begin >= work->size)
-            return;
-        work->function(work->arguments, begin, work->size - begin < BLOCK ? work->size : begin + BLOCK, block);
+    int64_t block;
+    while ((block = atomic_fetch_add(&work->next, 1)) < work->blocks) {
+        int64_t row = block / work->blocks_of_row, start = block % work->blocks_of_row * work->size;
+        int64_t end = work->width - start < work->size ? work->width : start + work->size;
+        work->function(work->arguments, row, row * work->width + start, row * work->width + end, block);
     }
 }
 
-static void run(void (*function)(const void *, int64_t, int64_t, int64_t), const void *arguments, int64_t size,
-                int threads) {
-    Work work = {function, arguments, size, 0};
-    int64_t blocks = (size + BLOCK - 1) / BLOCK;
-    if (threads > blocks)
-        threads = (int)blocks;
+/* Calls a function for each block of `size` of the `width` elements of each row; `values` says how much work that is. */
+static void run_in(Function *function, const void *arguments, int64_t rows, int64_t width, int64_t size,
+                   int64_t values, int threads) {
+    int64_t blocks_of_row = (width + size - 1) / size;
+    Work work = {function, arguments, width, size, rows * blocks_of_row, blocks_of_row, 0};
+    if (threads > blocks_of(values))
+        threads = (int)blocks_of(values);
     if (threads > 1 && GOMP_parallel)
         GOMP_parallel(take_blocks, &work, (unsigned)threads, 0);
     else
         take_blocks(&work);
+}
+
+static void run(Function *function, const void *arguments, int64_t rows, int64_t width, int threads) {
+    run_in(function, arguments, rows, width, BLOCK, rows * width, threads);
 }
 
 static inline float from_bfloat16(uint16_t bits) {
@@ -114,26 +128,28 @@ static inline float clamped(float code, float low, float high) {
 typedef struct {
     const void *x;
     float *y;
+    const float *scale;
     int type;
-    float inverse, scale, low, high;
+    float low, high;
 } Round;
 
-static void round_block(const void *arguments, int64_t begin, int64_t end, int64_t block) {
+static void round_block(const void *arguments, int64_t row, int64_t begin, int64_t end, int64_t block) {
     const Round a = *(const Round *)arguments;
+    const float scale = a.scale[row], inverse = 1.0f / scale;
     float copy[CHUNK];
     for (int64_t start = begin; start < end; start += CHUNK) {
         int64_t count = end - start < CHUNK ? end - start : CHUNK;
         const float *restrict x = load(a.x, a.type, start, count, copy);
         float *restrict y = a.y + start;
         for (int64_t i = 0; i < count; i++)
-            y[i] = clamped(rintf(x[i] * a.inverse), a.low, a.high) * a.scale;
+            y[i] = clamped(rintf(x[i] * inverse), a.low, a.high) * scale;
     }
 }
 
-void octet_round(const void *x, int type, float *y, int64_t size, float inverse, float scale, float low, float high,
-                 int threads) {
-    Round arguments = {x, y, type, inverse, scale, low, high};
-    run(round_block, &arguments, size, threads);
+void octet_round(const void *x, int type, float *y, int64_t rows, int64_t width, const float *scale,
+                 float low, float high, int threads) {
+    Round arguments = {x, y, scale, type, low, high};
+    run(round_block, &arguments, rows, width, threads);
 }
 
 /* Gradients for x, and the sum of g * (y - m * x); see quant/rounding.py. `below` and `above` bound x / scale where m = 1. */
@@ -143,12 +159,14 @@ typedef struct {
     const void *x;
     void *grad_x;
     double *sums; /* of each block, or NULL */
+    const float *scale;
     int type;
-    float inverse, scale, low, high, below, above;
+    float low, high, below, above;
 } Gradients;
 
-static void gradients_block(const void *arguments, int64_t begin, int64_t end, int64_t block) {
+static void gradients_block(const void *arguments, int64_t row, int64_t begin, int64_t end, int64_t block) {
     const Gradients a = *(const Gradients *)arguments;
+    const float scale = a.scale[row], inverse = 1.0f / scale;
     float copy[CHUNK], rest[CHUNK], masked[CHUNK];
     double lanes[LANES] = {0};
     for (int64_t start = begin; start < end; start += CHUNK) {
@@ -158,13 +176,11 @@ static void gradients_block(const void *arguments, int64_t begin, int64_t end, i
         float *restrict result = a.type == 0 ? (float *)a.grad_x + start : masked;
         if (a.sums) {
             for (int64_t i = 0; i < count; i++) {
-                float u = x[i] * a.inverse;
+                float u = x[i] * inverse;
                 int inside = u > a.below && u < a.above;
                 result[i] = inside ? g[i] : 0.0f;
-                rest[i] = clamped(rintf(u), a.low, a.high) * a.scale - (inside ? x[i] : 0.0f);
+                rest[i] = clamped(rintf(u), a.low, a.high) * scale - (inside ? x[i] : 0.0f);
             }
-            for (int64_t i = count; i % LANES; i++)
-                rest[i] = 0.0f;
             int64_t whole = count - count % LANES;
             for (int64_t i = 0; i < whole; i += LANES)
                 for (int lane = 0; lane < LANES; lane++)
@@ -173,7 +189,7 @@ static void gradients_block(const void *arguments, int64_t begin, int64_t end, i
                 lanes[i - whole] += (double)g[i] * (double)rest[i];
         } else {
             for (int64_t i = 0; i < count; i++) {
-                float u = x[i] * a.inverse;
+                float u = x[i] * inverse;
                 result[i] = u > a.below && u < a.above ? g[i] : 0.0f;
             }
         }
@@ -188,19 +204,21 @@ static void gradients_block(const void *arguments, int64_t begin, int64_t end, i
     }
 }
 
-/* Returns the sum, rounded to float32; 0 where it is not wanted. NaN where there is no memory for the blocks' sums. */
-float octet_gradients(const float *g, const void *x, int type, void *grad_x, int64_t size, float inverse, float scale,
-                      float low, float high, float below, float above, int is_learned, int threads) {
-    int64_t blocks = (size + BLOCK - 1) / BLOCK;
-    double sum = 0, *sums = is_learned ? malloc((size_t)(blocks + 1) * sizeof(double)) : NULL;
-    if (is_learned && !sums)
-        return NAN;
-    Gradients arguments = {g, x, grad_x, sums, type, inverse, scale, low, high, below, above};
-    run(gradients_block, &arguments, size, threads);
-    for (int64_t block = 0; sums && block < blocks; block++)
-        sum += sums[block];
+/* `totals` gets the sum of each row, rounded to float32, unless it is NULL; NaN where there is no memory for sums. */
+void octet_gradients(const float *g, const void *x, int type, void *grad_x, int64_t rows, int64_t width,
+                     const float *scale, float low, float high, float below, float above,
+                     float *totals, int threads) {
+    int64_t blocks = blocks_of(width);
+    double *sums = totals ? malloc((size_t)(rows * blocks + 1) * sizeof(double)) : NULL;
+    Gradients arguments = {g, x, grad_x, sums, scale, type, low, high, below, above};
+    run(gradients_block, &arguments, rows, width, threads);
+    for (int64_t row = 0; totals && row < rows; row++) {
+        double sum = sums ? 0 : NAN;
+        for (int64_t block = 0; sums && block < blocks; block++)
+            sum += sums[row * blocks + block];
+        totals[row] = (float)sum;
+    }
     free(sums);
-    return (float)sum;
 }
 
 /* codes = unit * round(values / scale), of any type */
@@ -208,27 +226,30 @@ float octet_gradients(const float *g, const void *x, int type, void *grad_x, int
 typedef struct {
     const float *values;
     void *codes;
+    const float *scale;
     int type;
-    float inverse, unit;
+    float unit;
 } Codes;
 
-static void codes_block(const void *arguments, int64_t begin, int64_t end, int64_t block) {
+static void codes_block(const void *arguments, int64_t row, int64_t begin, int64_t end, int64_t block) {
     const Codes a = *(const Codes *)arguments;
+    const float inverse = 1.0f / a.scale[row];
     float copy[CHUNK];
     for (int64_t start = begin; start < end; start += CHUNK) {
         int64_t count = end - start < CHUNK ? end - start : CHUNK;
         const float *restrict values = a.values + start;
         float *restrict codes = a.type == 0 ? (float *)a.codes + start : copy;
         for (int64_t i = 0; i < count; i++)
-            codes[i] = rintf(values[i] * a.inverse) * a.unit;
+            codes[i] = rintf(values[i] * inverse) * a.unit;
         if (a.type != 0)
             store(a.codes, a.type, start, count, copy);
     }
 }
 
-void octet_codes(const float *values, void *codes, int type, int64_t size, float inverse, float unit, int threads) {
-    Codes arguments = {values, codes, type, inverse, unit};
-    run(codes_block, &arguments, size, threads);
+void octet_codes(const float *values, void *codes, int type, int64_t rows, int64_t width, const float *scale,
+                 float unit, int threads) {
+    Codes arguments = {values, codes, scale, type, unit};
+    run(codes_block, &arguments, rows, width, threads);
 }
 
 /* values = codes * factor, codes of any type */
@@ -236,23 +257,161 @@ void octet_codes(const float *values, void *codes, int type, int64_t size, float
 typedef struct {
     const void *codes;
     float *values;
+    const float *factor;
     int type;
-    float factor;
 } Scaled;
 
-static void scaled_block(const void *arguments, int64_t begin, int64_t end, int64_t block) {
+static void scaled_block(const void *arguments, int64_t row, int64_t begin, int64_t end, int64_t block) {
     const Scaled a = *(const Scaled *)arguments;
+    const float factor = a.factor[row];
     float copy[CHUNK];
     for (int64_t start = begin; start < end; start += CHUNK) {
         int64_t count = end - start < CHUNK ? end - start : CHUNK;
         const float *restrict codes = load(a.codes, a.type, start, count, copy);
         float *restrict values = a.values + start;
         for (int64_t i = 0; i < count; i++)
-            values[i] = codes[i] * a.factor;
+            values[i] = codes[i] * factor;
     }
 }
 
-void octet_scaled(const void *codes, int type, float *values, int64_t size, float factor, int threads) {
-    Scaled arguments = {codes, values, type, factor};
-    run(scaled_block, &arguments, size, threads);
+void octet_scaled(const void *codes, int type, float *values, int64_t rows, int64_t width, const float *factor,
+                  int threads) {
+    Scaled arguments = {codes, values, factor, type};
+    run(scaled_block, &arguments, rows, width, threads);
+}
+
+/* values = sums * steps[channel] + bias[channel] for tensors [outer, channels, inner], and the gradients for sums and
+   bias. A block is a part of one row [inner]; where channels are the innermost axis, some rows [channels]. */
+
+typedef struct {
+    const void *from;
+    void *to;
+    const float *steps, *bias;
+    double *sums; /* of each row, or of each block and channel */
+    int64_t channels;
+    int from_type, to_type, is_backward;
+} Affine;
+
+/* `from` may be `to`, which `restrict` would forbid. */
+static inline void affine_values(const Affine *a, const float *from, float *to, int64_t count,
+                                 float step, float bias, double *sum) {
+    if (!a->is_backward) {
+#pragma GCC ivdep
+        for (int64_t i = 0; i < count; i++)
+            to[i] = from[i] * step + bias;
+        return;
+    }
+    double lanes[LANES] = {0};
+    int64_t whole = count - count % LANES;
+    for (int64_t i = 0; i < whole; i += LANES)
+        for (int lane = 0; lane < LANES; lane++)
+            lanes[lane] += (double)from[i + lane];
+    for (int64_t i = whole; i < count; i++)
+        lanes[i - whole] += (double)from[i];
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; i++)
+        to[i] = from[i] * step;
+    for (int lane = 0; lane < LANES; lane++)
+        *sum += lanes[lane];
+}
+
+static void affine_block(const void *arguments, int64_t row, int64_t begin, int64_t end, int64_t block) {
+    const Affine a = *(const Affine *)arguments;
+    float copy[CHUNK], result[CHUNK];
+    double sum = 0;
+    for (int64_t start = begin; start < end; start += CHUNK) {
+        int64_t count = end - start < CHUNK ? end - start : CHUNK;
+        const float *from = load(a.from, a.from_type, start, count, copy);
+        float *to = a.to_type == 0 ? (float *)a.to + start : result;
+        affine_values(&a, from, to, count, a.steps[row % a.channels], a.bias[row % a.channels], &sum);
+        if (a.to_type != 0)
+            store(a.to, a.to_type, start, count, result);
+    }
+    if (a.sums)
+        a.sums[block] = sum;
+}
+
+static void affine_last_block(const void *arguments, int64_t row, int64_t begin, int64_t end, int64_t block) {
+    const Affine a = *(const Affine *)arguments;
+    float copy[CHUNK], result[CHUNK], many_steps[CHUNK], many_biases[CHUNK];
+    double many_sums[CHUNK] = {0};
+    const float *steps = a.steps, *bias = a.bias;
+    double *sums = a.sums ? a.sums + block * a.channels : NULL;
+    int64_t period = a.channels;
+    (void)row;
+    if (period <= CHUNK / 2) { /* several rows at once, so that loops are long */
+        period = CHUNK / a.channels * a.channels;
+        for (int64_t i = 0; i < period; i++) {
+            many_steps[i] = steps[i % a.channels];
+            many_biases[i] = bias[i % a.channels];
+        }
+        steps = many_steps;
+        bias = many_biases;
+        sums = many_sums;
+    }
+    begin *= a.channels;
+    end *= a.channels;
+    for (int64_t place = begin; place < end; place += period)
+        for (int64_t first = 0; first < period && place + first < end; first += CHUNK) {
+            int64_t start = place + first, count = period - first < CHUNK ? period - first : CHUNK;
+            count = end - start < count ? end - start : count;
+            const float *from = load(a.from, a.from_type, start, count, copy);
+            float *to = a.to_type == 0 ? (float *)a.to + start : result;
+            if (a.is_backward) {
+                for (int64_t i = 0; i < count; i++)
+                    sums[first + i] += (double)from[i];
+#pragma GCC ivdep
+                for (int64_t i = 0; i < count; i++)
+                    to[i] = from[i] * steps[first + i];
+            } else {
+#pragma GCC ivdep
+                for (int64_t i = 0; i < count; i++)
+                    to[i] = from[i] * steps[first + i] + bias[first + i];
+            }
+            if (a.to_type != 0)
+                store(a.to, a.to_type, start, count, result);
+        }
+    if (a.is_backward && sums == many_sums)
+        for (int64_t i = 0; i < period; i++)
+            a.sums[block * a.channels + i % a.channels] += many_sums[i];
+}
+
+static void affine(Affine *a, int64_t outer, int64_t inner, float *totals, int threads) {
+    int64_t rows = outer * a->channels, per_block = BLOCK / a->channels + 1;
+    int64_t blocks = inner == 1 ? (outer + per_block - 1) / per_block : rows * blocks_of(inner);
+    int64_t of_channel = inner == 1 ? blocks : outer * blocks_of(inner);
+    if (totals) {
+        a->is_backward = 1;
+        a->sums = calloc((size_t)(inner == 1 ? blocks * a->channels : blocks) + 1, sizeof(double));
+        if (!a->sums) {
+            for (int64_t channel = 0; channel < a->channels; channel++)
+                totals[channel] = NAN;
+            return;
+        }
+    }
+    if (inner == 1)
+        run_in(affine_last_block, a, 1, outer, per_block, rows * inner, threads);
+    else
+        run(affine_block, a, rows, inner, threads);
+    for (int64_t channel = 0; totals && channel < a->channels; channel++) {
+        double sum = 0;
+        for (int64_t i = 0; i < of_channel; i++) {
+            int64_t parts = inner == 1 ? 1 : blocks_of(inner);
+            sum += a->sums[(i / parts * a->channels + channel) * parts + i % parts];
+        }
+        totals[channel] = (float)sum;
+    }
+    free(a->sums);
+}
+
+void octet_affine(const void *sums, int type, float *values, int64_t outer, int64_t channels, int64_t inner,
+                  const float *steps, const float *bias, int threads) {
+    Affine arguments = {sums, values, steps, bias, NULL, channels, type, 0, 0};
+    affine(&arguments, outer, inner, NULL, threads);
+}
+
+void octet_affine_gradients(const float *g, void *grad_sums, int type, int64_t outer, int64_t channels,
+                            int64_t inner, const float *steps, float *grad_bias, int threads) {
+    Affine arguments = {g, grad_sums, steps, steps, NULL, channels, 0, type, 1};
+    affine(&arguments, outer, inner, grad_bias, threads);
 }

@@ -21,6 +21,7 @@ from quant.native.building import load_library
 
 log = logging.getLogger(__name__)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # as the C file numbers them
+_CLASSES = (Tensor, nn.Parameter)
 _POINTER, _INT, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _choice = AUTO
 
@@ -52,24 +53,46 @@ def describe_kernel() -> str:
 
 
 def kernel_for(scale: Tensor, *tensors: Tensor) -> Kernel | None:
-    """The native form for tensors with one scale; None where torch's operators are to be used.
+    """The native form for tensors; None where torch's operators are to be used.
 
     Args:
-        scale: float32 scalar.
+        scale: float32, a scalar or of shape [1, .., C, .., 1]; then the axis of C is the outermost in memory.
         tensors: the last one is fresh from `torch.empty_like`, whose strides are those of its model if that is dense.
     """
-    if _choice == TORCH or scale.ndim > 0 or scale.dtype != torch.float32:
+    if not _reads(scale, *tensors):
         return None
+    if scale.ndim > 0 and scale.numel() > 1:
+        last = tensors[-1]
+        axis = max(range(scale.ndim), key=scale.shape.__getitem__)
+        if scale.ndim != last.ndim or scale.numel() != last.shape[axis]:
+            return None
+        if last.stride(axis) * last.shape[axis] != last.numel():
+            return None
+    return _available()
+
+
+def affine_kernel_for(steps: Tensor, bias: Tensor, *tensors: Tensor) -> Kernel | None:
+    """The native form for `quant.rounding.affine`; tensors as for `kernel_for`, with channels on any axis."""
+    is_read = bias.dtype == torch.float32 and bias.is_contiguous() and _reads(steps, *tensors)
+    return _available() if is_read else None
+
+
+def _reads(scale: Tensor, *tensors: Tensor) -> bool:
+    """Whether the kernel reads the tensors: dense, of one layout, of its types, on a CPU."""
+    if _choice == TORCH or not tensors[-1].numel():
+        return False
+    if scale.dtype != torch.float32 or not scale.is_contiguous():
+        return False
     strides = tensors[-1].stride()
     for tensor in tensors:
         if (
-            tensor.device.type != "cpu"
+            not tensor.is_cpu
             or tensor.dtype not in _TYPES
-            or type(tensor) not in (Tensor, nn.Parameter)
+            or type(tensor) not in _CLASSES
             or tensor.stride() != strides
         ):
-            return None
-    return None if torch.compiler.is_compiling() else _available()
+            return False
+    return not torch.compiler.is_compiling()
 
 
 @cache
@@ -90,6 +113,8 @@ def _available() -> Kernel | None:
 class Kernel:
     """The functions of the C file on dense tensors of one shape and layout; results go into their last tensor.
 
+    Scales are contiguous.
+
     Args:
         library: from `load_library`.
 
@@ -100,19 +125,25 @@ class Kernel:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._round, self._gradients = library.octet_round, library.octet_gradients
         self._codes, self._scaled = library.octet_codes, library.octet_scaled
-        self._round.argtypes = [_POINTER, _INT, _POINTER, _SIZE, *[_FLOAT] * 4, _INT]
-        self._gradients.argtypes = [_POINTER, _POINTER, _INT, _POINTER, _SIZE, *[_FLOAT] * 6, _INT, _INT]
-        self._codes.argtypes = [_POINTER, _POINTER, _INT, _SIZE, _FLOAT, _FLOAT, _INT]
-        self._scaled.argtypes = [_POINTER, _INT, _POINTER, _SIZE, _FLOAT, _INT]
-        self._round.restype = self._codes.restype = self._scaled.restype = None
-        self._gradients.restype = _FLOAT
+        self._affine, self._affine_gradients = library.octet_affine, library.octet_affine_gradients
+        rows, channels = [_SIZE] * 2, [_SIZE] * 3
+        self._round.argtypes = [_POINTER, _INT, _POINTER, *rows, _POINTER, *[_FLOAT] * 2, _INT]
+        self._gradients.argtypes = [
+            _POINTER, _POINTER, _INT, _POINTER, *rows, _POINTER, *[_FLOAT] * 4, _POINTER, _INT
+        ]  # fmt: skip
+        self._codes.argtypes = [_POINTER, _POINTER, _INT, *rows, _POINTER, _FLOAT, _INT]
+        self._scaled.argtypes = [_POINTER, _INT, _POINTER, *rows, _POINTER, _INT]
+        self._affine.argtypes = [_POINTER, _INT, _POINTER, *channels, *[_POINTER] * 2, _INT]
+        self._affine_gradients.argtypes = [_POINTER, _POINTER, _INT, *channels, *[_POINTER] * 2, _INT]
+        for name in vars(self).values():
+            name.restype = None
         self._check()
 
     def round(self, x: Tensor, scale: Tensor, grid: Grid, y: Tensor) -> None:
         """`quant.rounding.round_to_grid`."""
         self._round(
-            x.data_ptr(), _TYPES[x.dtype], y.data_ptr(), x.numel(),
-            float(scale.reciprocal()), float(scale), grid.low, grid.high, torch.get_num_threads(),
+            x.data_ptr(), _TYPES[x.dtype], y.data_ptr(), *_rows(scale, x), scale.data_ptr(),
+            grid.low, grid.high, torch.get_num_threads(),
         )  # fmt: skip
 
     def gradients(
@@ -125,26 +156,44 @@ class Kernel:
         learned: bool,
         grad_x: Tensor,
     ) -> Tensor | None:
-        """`quant.rounding.gradients`; returns the gradient for the logarithm of the scale."""
-        sum_ = self._gradients(
-            g.data_ptr(), x.data_ptr(), _TYPES[x.dtype], grad_x.data_ptr(), x.numel(),
-            float(scale.reciprocal()), float(scale), grid.low, grid.high, *bounds, learned, torch.get_num_threads(),
+        """`quant.rounding.gradients`; returns the gradient for the logarithm of the scale, in its shape."""
+        sums = torch.empty_like(scale) if learned else None
+        self._gradients(
+            g.data_ptr(), x.data_ptr(), _TYPES[x.dtype], grad_x.data_ptr(), *_rows(scale, x),
+            scale.data_ptr(), grid.low, grid.high, *bounds,
+            None if sums is None else sums.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        return torch.tensor(sum_, dtype=torch.float32) if learned else None
+        return sums
 
     def codes(self, values: Tensor, scale: Tensor, unit: float, codes: Tensor) -> None:
         """`quant.rounding.codes_of`."""
         self._codes(
-            values.data_ptr(), codes.data_ptr(), _TYPES[codes.dtype], values.numel(),
-            float(scale.reciprocal()), unit, torch.get_num_threads(),
+            values.data_ptr(), codes.data_ptr(), _TYPES[codes.dtype], *_rows(scale, values), scale.data_ptr(), unit,
+            torch.get_num_threads(),
         )  # fmt: skip
 
     def scaled(self, codes: Tensor, scale: Tensor, values: Tensor) -> None:
         """`quant.rounding.scaled`."""
         self._scaled(
-            codes.data_ptr(), _TYPES[codes.dtype], values.data_ptr(), codes.numel(),
-            float(scale), torch.get_num_threads(),
+            codes.data_ptr(), _TYPES[codes.dtype], values.data_ptr(), *_rows(scale, codes), scale.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
+
+    def affine(self, sums: Tensor, steps: Tensor, bias: Tensor, axis: int, values: Tensor) -> None:
+        """`quant.rounding.affine`."""
+        self._affine(
+            sums.data_ptr(), _TYPES[sums.dtype], values.data_ptr(), *_channels(sums, axis), steps.data_ptr(),
+            bias.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+
+    def affine_gradients(self, g: Tensor, steps: Tensor, axis: int, grad_sums: Tensor) -> Tensor:
+        """The gradients of `quant.rounding.affine`; returns that for the bias."""
+        grad_bias = torch.empty_like(steps)
+        self._affine_gradients(
+            g.data_ptr(), grad_sums.data_ptr(), _TYPES[grad_sums.dtype], *_channels(g, axis), steps.data_ptr(),
+            grad_bias.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return grad_bias
 
     def _check(self) -> None:
         """Compare one result with torch's: a compiler that was told to calculate loosely is noticed here."""
@@ -157,3 +206,15 @@ class Kernel:
                 "the native kernel does not give the results of torch's operators: remove options such as -ffast-math "
                 "from CC, or use quant.kernel=auto"
             )
+
+
+def _rows(scale: Tensor, x: Tensor) -> tuple[int, int]:
+    """Number of rows with one scale each, and values in a row."""
+    return scale.numel(), x.numel() // scale.numel()
+
+
+def _channels(x: Tensor, axis: int) -> tuple[int, int, int]:
+    """A dense tensor in the order of memory as [outer, channels, inner]."""
+    channels = x.shape[axis]
+    inner = x.stride(axis) if channels > 1 else 1
+    return x.numel() // (channels * inner), channels, inner
