@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -149,6 +150,14 @@ def processor_time(
 ) -> dict[str, dict[str, Any]]:
     """Processor time of single calls alternately, until each engine has had `seconds` of it."""
     images = np.random.default_rng(0).random(shape, dtype=np.float32)
+    spent = call_times(engines, images, seconds)
+    return {name: summarize(name, "", shape[0], times).as_dict() for name, times in spent.items()}
+
+
+def call_times(
+    engines: Mapping[str, Runtime], images: NDArray[np.float32], seconds: float
+) -> dict[str, list[float]]:
+    """Seconds of processor time of each call, in rounds that call every engine once, until each has had `seconds`."""
     spent: dict[str, list[float]] = {name: [] for name in engines}
     for engine in engines.values():
         engine.infer(images)
@@ -157,7 +166,7 @@ def processor_time(
             start = time.process_time()
             engine.infer(images)
             spent[name].append(time.process_time() - start)
-    return {name: summarize(name, "", shape[0], times).as_dict() for name, times in spent.items()}
+    return spent
 
 
 def engines_of(folder: Path, threads: int | None) -> dict[str, Callable[[], Runtime]]:

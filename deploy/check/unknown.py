@@ -107,6 +107,7 @@ def _unknown_weights(view: View) -> Findings:
         and id(node) not in judged
         and (node.op_type != "MatMul" or node.input[0] in view.fixed)
         and node.output[0] not in view.fixed
+        and not view.is_average(node)
     ]
     if nodes:
         yield Finding(

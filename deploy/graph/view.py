@@ -131,12 +131,25 @@ class View:
         ]
 
     def weighted(self) -> list[NodeProto]:
-        """Convs, and matrix products with a constant operand."""
+        """Convs, and matrix products with a constant operand; convs that only average count as pools."""
         return [
             node
             for node in self.graph.nodes
-            if node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1] in self.fixed
+            if node.op_type in WEIGHTED
+            and len(node.input) > 1
+            and node.input[1] in self.fixed
+            and not self.is_average(node)
         ]
+
+    def is_average(self, node: NodeProto) -> bool:
+        """Whether a conv is an average-pool in another form: depthwise, its quantized weights all one code."""
+        if node.op_type != "Conv" or len(node.input) < 2:
+            return False
+        dq = self.weight_dequantizer(node)
+        codes = None if dq is None else self.graph.constants.get(dq.input[0])
+        if codes is None or codes.ndim != 4 or codes.shape[1] != 1:
+            return False
+        return attributes(node).get("group", 1) == len(codes) > 1 and len(np.unique(codes)) == 1
 
     def matmuls(self) -> list[NodeProto]:
         """Products of two computed tensors inside the network: a layer follows them."""

@@ -15,6 +15,8 @@ missing:
    before a float operator (the queries and keys of float attention): the conv's result gets 8 bits, what follows
    is float. Only where images give the range; without them these convs run in float.
 
+Average-pools then become depthwise convolutions, see `deploy.targets.pooling`.
+
 Steps 3 and 5 change results by a rounding; the export's report says by how much, against the graph without this pass.
 """
 
@@ -30,6 +32,7 @@ from onnx import ModelProto, NodeProto, helper
 from core.operators import OPERATORS, RESIZE, Kind
 from deploy.graph.model import Graph
 from deploy.graph.passes import GraphPass, PassRequest, PassResult
+from deploy.targets.pooling import depthwise_averages
 from deploy.targets.typed import tail_nodes
 from deploy.targets.unsigned import unsigned_activations
 
@@ -72,10 +75,11 @@ SIGMOID_GRID = Grid(1 / 256, 0)
 
 
 def passes(model: ModelProto, request: PassRequest) -> Iterator[GraphPass]:
-    """The passes of the target onnxruntime: unsigned codes, then `integer_operators` with ranges seen on the images."""
+    """The passes of onnxruntime: unsigned codes, `integer_operators` with ranges seen on the images, then pools."""
     yield unsigned_activations
     recorded = request.record(model, preactivations(Graph(model)), request.images) if request.images else {}
     yield integer_operators({name: Histogram(*parts) for name, parts in recorded.items()})
+    yield depthwise_averages(model)
 
 
 def integer_operators(histograms: Mapping[str, Histogram] | None = None) -> GraphPass:
