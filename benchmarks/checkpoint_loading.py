@@ -1,4 +1,4 @@
-"""Time and memory that loading a checkpoint takes, each file in a process of its own.
+"""Time and memory that loading a checkpoint takes, each file in a separate process.
 
     python benchmarks/checkpoint_loading.py [FILE ...] [--architectures yolo11n yolo11x]
 

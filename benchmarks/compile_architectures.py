@@ -14,7 +14,7 @@ each GPU alone, `--int8-for SM89` only INT8 with decoded outputs and FP16 scales
 that the placement quantizes has to run in the codes of its placement; those that do not are listed, and the exit code
 is 1.
 
-The JSON file is written after each network. Networks that it holds are not built again, so that a stopped run goes on.
+The JSON file is written after each network. A stopped run continues: networks in the file are not built again.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def main() -> int:
 
 
 def attempt(name: str, limit: float | None) -> tuple[int | None, float]:
-    """Run or resume the job in a process of its own; its exit code (None: killed) and CPU seconds."""
+    """Run or resume the job in a separate process; its exit code (None: killed) and CPU seconds."""
     resume = (Path(name) / "config.yaml").exists()
     if not resume:
         shutil.rmtree(name, ignore_errors=True)  # killed before the first file

@@ -2,7 +2,7 @@
 
     python benchmarks/startup.py [--run RUN --weights FILE --image FILE] [--rounds 3]
 
-Every command runs in a process of its own, with one OpenMP thread. The figure is the least of the rounds, user and
+Every command runs in a separate process, with one OpenMP thread. The figure is the least of the rounds, user and
 system time together. With a finished run, its float weights and a picture, real predictions are timed, too.
 """
 

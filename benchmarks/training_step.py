@@ -13,7 +13,7 @@ Peers take the places of our quantizers in the same graph: pytorch-quantization'
 `torch.ao`'s `FakeQuantize` with its observer off, and torch's learnable fake-quantize operator.
 
 Memory is what training adds to a process that has the network and torch loaded (the peak of the resident size), for
-float training and for fine-tuning with a teacher, each in a process of its own.
+float training and for fine-tuning with a teacher, each in a separate process.
 """
 
 from __future__ import annotations
@@ -298,7 +298,7 @@ def memory_of(kind: str, options: argparse.Namespace) -> None:
 
 
 def memory(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Peak of fine-tuning relative to that of float training, each in a process of its own."""
+    """Peak of fine-tuning relative to that of float training, each in a separate process."""
     peaks = {}
     for kind in ("float training", "fine-tuning"):
         command = [sys.executable, __file__, "--memory-of", kind, "--size", str(options.size)]

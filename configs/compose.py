@@ -124,12 +124,12 @@ def read(path: Path, schema: type[AnyConfig] = Config, trust: bool = False) -> A
     """Read a configuration that `dump` wrote, checked like one from the command line.
 
     Args:
-        path: a run's config.yaml, which may come from a stranger.
+        path: a run's config.yaml, which may be untrusted.
         schema: what it must fit.
         trust: whether the user said that the code which the file names may run; what the file says of this is ignored.
 
     Raises:
-        ConfigError: the file is absent, is no YAML, does not fit the schema, or names code without `trust`.
+        ConfigError: the file is absent, is not YAML, does not fit the schema, or names code without `trust`.
     """
     try:
         content = read_settings(path)

@@ -14,7 +14,7 @@ from configs.overrides import groups
 
 WIDTH = 100
 JOB = """\
-Takes a trained float detector to an INT8 engine, and shows the proof.
+Quantizes a trained object detector and measures accuracy and speed at every step.
 
 usage:
   {program} +experiment=NAME [weights=FILE] [data.root=FOLDER] [KEY=VALUE ...]

@@ -1,4 +1,4 @@
-"""What configuration files of strangers may not do: name code, and reach into Hydra's own machinery.
+"""What untrusted configuration files may not do: name code, and reach into Hydra's own machinery.
 
 A run directory's config.yaml and the files of `--config-dir` may come from anybody. Three kinds of entries in them
 would run code: the `factory` settings, Hydra's `_target_` (a function that Hydra calls), and logging configurations
@@ -31,7 +31,7 @@ def read_settings(path: Path) -> Any:
     """Plain data of a YAML file with settings, within the limits of this module.
 
     Raises:
-        ConfigError: it is no YAML, too large, too deep, or stands for too many entries.
+        ConfigError: it is not YAML, too large, too deep, or stands for too many entries.
         OSError: it cannot be read.
     """
     try:
@@ -112,7 +112,7 @@ def _yaml_files(folders: Sequence[Path]) -> Iterator[Path]:
             number += 1
             if number > MAX_FILES:
                 raise ConfigError(
-                    f"{folder} has more than {MAX_FILES} YAML files: it is no tree of settings."
+                    f"{folder} has more than {MAX_FILES} YAML files: it is not a folder of settings."
                 )
             yield path
 

@@ -1,4 +1,4 @@
-"""Model files of strangers run in a child process with limits on memory and processor time.
+"""Untrusted model files run in a child process with limits on memory and processor time.
 
 An engine's libraries are written in C++ and take whatever a graph asks for: a graph of 200 bytes can ask for a tensor
 of 16 GB, or for a loop that never ends. Nothing in the file tells so beforehand. So the commands that open model files
@@ -204,7 +204,7 @@ def _out_of_memory() -> str:
 
 
 def _size_of(path: Path) -> int:
-    """Bytes of a model, with the weights that are stored in files of their own."""
+    """Bytes of a model, with the weights that are stored in separate files."""
     files = [path, path.with_suffix(".bin"), Path(f"{path}.data"), path.with_suffix(".data")]
     try:
         return sum(file.stat().st_size for file in dict.fromkeys(files) if file.is_file())

@@ -1,4 +1,4 @@
-"""Reading files of strangers: their size, kind, depth and expansion are limited before anything is built from them.
+"""Reading untrusted files: their size, kind, depth and expansion are limited before anything is built from them.
 
 A YAML file of one kilobyte can represent 10^9 entries (anchors), a deep one ends in a RecursionError, and reading a
 pipe never ends. Whatever reads YAML or JSON that a person or another program may have written uses this module, and
@@ -50,7 +50,7 @@ def check_regular(path: Path) -> None:
     if "\0" in str(path):
         raise DocumentError("its name holds a zero byte")
     if not stat.S_ISREG(path.stat().st_mode):
-        raise DocumentError("it is no regular file but a folder, a pipe or a device")
+        raise DocumentError("it is not a regular file but a folder, a pipe or a device")
 
 
 def read_limited(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
@@ -68,7 +68,7 @@ def read_limited(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     with os.fdopen(handle, "rb") as stream:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
-            raise DocumentError("it is no regular file but a folder, a pipe or a device")
+            raise DocumentError("it is not a regular file but a folder, a pipe or a device")
         if status.st_size > max_bytes:
             raise DocumentError(f"it has {status.st_size} bytes, at most {max_bytes} are read")
         content = stream.read(min(status.st_size, max_bytes) + 1)
@@ -94,7 +94,7 @@ def parse_json(text: str) -> Any:
     """Plain data of JSON text.
 
     Raises:
-        DocumentError: it is no JSON, is nested too deep, or has an integer of thousands of digits.
+        DocumentError: it is not JSON, is nested too deep, or has an integer of thousands of digits.
     """
     try:
         return json.loads(text)
@@ -113,7 +113,7 @@ def parse_yaml(text: str, max_nodes: int = MAX_NODES) -> Any:
     """Plain data of YAML text; tags that make objects are refused.
 
     Raises:
-        DocumentError: it is no YAML, has more than `max_nodes` entries after its aliases are put in, is nested deeper
+        DocumentError: it is not YAML, has more than `max_nodes` entries after its aliases are put in, is nested deeper
             than `MAX_DEPTH`, contains itself, or has a number of more than `MAX_NUMBER` characters.
     """
     check_yaml(text, max_nodes)
@@ -140,7 +140,7 @@ def check_yaml(text: str, max_nodes: int = MAX_NODES) -> None:
     except yaml.YAMLError as error:
         raise DocumentError(f"it is not YAML ({' '.join(str(error).split())})") from error
     except UnicodeEncodeError as error:
-        raise DocumentError("it holds half of a surrogate pair, which is no character") from error
+        raise DocumentError("it holds half of a surrogate pair, which is not a character") from error
 
 
 class _NodeCount:

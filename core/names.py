@@ -45,7 +45,7 @@ def closest_hint(word: str, candidates: Sequence[str], label: str = "closest") -
 def printable(text: str) -> str:
     r"""Text for a terminal: control characters, and marks that turn its direction, are written as escapes.
 
-    Names of classes, tensors and files come from files of strangers; raw, they could recolour or rewrite what the
+    Names of classes, tensors and files come from untrusted files; raw, they could recolour or rewrite what the
     terminal shows. Line ends and tabs stay.
 
     Example: the escape character becomes the four characters `\x1b`.

@@ -26,7 +26,7 @@ def check_picture(path: Path) -> tuple[int, int]:
     """Read a picture's (height, width) from its header, as stored.
 
     Raises:
-        DataError: it is no picture that Pillow knows, no regular file, or larger than `MAX_PIXELS` or `MAX_SIDE`.
+        DataError: it is not an image that Pillow reads, not a regular file, or larger than `MAX_PIXELS` or `MAX_SIDE`.
     """
     try:
         check_regular(path)

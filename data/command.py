@@ -1,7 +1,7 @@
 """Look at a dataset before a run does: `python -m data DATASET [--split NAME ...] [--segments] [--json FILE]`.
 
 DATASET is a folder or a data.yaml. For each split it prints how much there is, by class, everything on disk that is not
-used, and every fault with its file and line, then images that occur twice. The last line of stdout says whether a run
+used, and every error with its file and line, then images that occur twice. The last line of stdout says whether a run
 would take it. Exit code 0: yes. 2: wrong arguments. 3: no.
 """
 

@@ -86,7 +86,7 @@ def list_images(path: Path) -> list[Path]:
         lines = [line.strip() for line in read_text(path, MAX_LIST_BYTES).splitlines()]
         odd = next((line for line in lines if line and not is_path(line)), None)
         if odd is not None:
-            raise DataError(f"{path} holds {shown(odd)}, which is no path of a file.")
+            raise DataError(f"{path} holds {shown(odd)}, which is not a file path.")
         found = [path.parent / line for line in lines if line]
         missing = [str(file) for file in found if not file.is_file()]
         if missing or not found:

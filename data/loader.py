@@ -187,11 +187,11 @@ class _Prepared(torch.utils.data.Dataset[Any]):
         """Name each image that was skipped once; stop above the limit."""
         for name in (name for name in skipped if name not in self.skipped):
             self.skipped[name] = skipped[name]
-            _log.warning("Skipped a training image, another one takes its place. %s", skipped[name])
+            _log.warning("Skipped a training image and used another one instead. %s", skipped[name])
         limit = max(1, int(SKIPPED_SHARE * len(self.indices)))
         if len(self.skipped) > limit:
             raise DataError(
-                f"{len(self.skipped)} of {len(self.indices)} training images cannot be read any more, more than "
+                f"{len(self.skipped)} of {len(self.indices)} training images can no longer be read, more than "
                 f"{limit}: {listing(self.skipped.values(), 3)} Restore them and resume."
             )
 

@@ -114,7 +114,7 @@ class Batch:
         infos: how each image was letterboxed; the identity for augmented images.
         masks: uint8 [T, H / 4, W / 4], the share of each cell that the object covers, 0 to 255; None where the loader
             was not asked for masks.
-        skipped: training images that could not be read any more, with the reason; others took their places.
+        skipped: training images that could no longer be read, with the reason; others are used instead.
     """
 
     images: Tensor

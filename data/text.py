@@ -30,7 +30,7 @@ def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
     """Read a text file: UTF-8, or UTF-8, UTF-16 or UTF-32 with a byte-order mark, or UTF-16 without one.
 
     Raises:
-        DataError: it cannot be read, is no regular file, has more than `max_bytes`, or is in another encoding; the
+        DataError: it cannot be read, is not a regular file, has more than `max_bytes`, or is in another encoding; the
             message names the first line that is.
     """
     try:

@@ -111,7 +111,7 @@ def only_with_images(files: Iterator[Path], folder: Path) -> Iterator[Path]:
         others += not is_image(path)
         if others > MAX_OTHER_FILES and others > OTHERS_PER_IMAGE * images:
             raise DataError(
-                f"{folder} has {others} files that are no images, and {images} that are: it is no folder of images. "
+                f"{folder} has {others} files that are not images and only {images} images. "
                 "Name the folder that holds the images."
             )
         yield path

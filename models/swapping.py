@@ -1,6 +1,6 @@
 """Replaces SiLU, which INT8 engines compute in float between two INT8 convolutions, by a cheaper activation.
 
-Behind a convolution ReLU costs an engine nothing, and hard-swish less than SiLU. hard-swish(x) = x relu6(x + 3) / 6 is
+After a convolution, ReLU costs an engine nothing, and hard-swish less than SiLU. hard-swish(x) = x relu6(x + 3) / 6 is
 the piecewise approximation of SiLU in Howard et al., "Searching for MobileNetV3", arXiv:1905.02244, section 5.2.
 """
 

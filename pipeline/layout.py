@@ -26,7 +26,7 @@ MEASURED_IMAGES = 4
 
 
 def layout_file(stage: str) -> str:
-    """Name in the run directory of what a stage trained in, for runs that go on."""
+    """Name in the run directory of what a stage trained in, for resumed runs."""
     return f"{stage}-layout.json"
 
 
@@ -101,4 +101,4 @@ def _remember(file: Path | None, content: dict[str, Any]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, content)
     except (OSError, WriteError) as error:
-        say(f"warning: the measured layout is not remembered: {error}")
+        say(f"warning: the measured layout could not be saved: {error}")

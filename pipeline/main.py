@@ -53,7 +53,7 @@ def _run_stages(config: Config, team: Team) -> float:
     say(f"run: {run.directory}")
     if team.size > 1:
         shared = ", ".join(stage.name for stage in stages if stage.is_shared) or "no stage"
-        say(f"{team.size} processes: they share {shared}; the first does the rest")
+        say(f"{team.size} processes share {shared}; the first process runs the other stages")
     try:
         run_stages(job, stages)
     except Stopped as stopped:
@@ -101,7 +101,7 @@ def run_stage(job: Job, stage: Stage, count: str = "", remark: str = "") -> floa
         job: the job.
         stage: one of its stages.
         count: text in front of the stage's line.
-        remark: text behind it.
+        remark: text after it.
 
     Returns:
         Seconds; None where the stage was done before.

@@ -78,7 +78,7 @@ def _check_paths(options: argparse.Namespace) -> None:
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
-    parser = command_parser(program, "Draw what a model detects in your pictures.", EXAMPLES)
+    parser = command_parser(program, "Run a model on images or videos and draw the detections.", EXAMPLES)
     parser.add_argument(
         "model", type=path_argument, help="run directory, .onnx, .xml, .engine, or a float checkpoint"
     )

@@ -1,4 +1,4 @@
-"""Names for export: each node of a graph runs in a module of its own, so that an exporter can tell the nodes apart.
+"""Names for export: each node of a graph runs in a separate module, so that an exporter can tell the nodes apart.
 
 Exporters name what they write after the modules that ran. A traced network calls its layers from one flat forward, and
 functions (concat, sum) run in no module at all: `conv_19`, `Concat_3`. The module made here has one numbered submodule

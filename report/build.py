@@ -70,7 +70,9 @@ def read_report(path: Path) -> ReportData:
             f"{path} cannot be read ({error.strerror or error}): expected a run in which the stage report ran."
         ) from error
     except ValueError as error:
-        raise ReportError(f"{path} is no JSON ({error}): run the stage report of this run again.") from error
+        raise ReportError(
+            f"{path} is not valid JSON ({error}): run the stage report of this run again."
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ReportError(
             f"{path} was written by another version of Octet: run the stage report of this run again "

@@ -52,7 +52,7 @@ class DetectionPanel:
     def check(self, num_classes: int) -> None:
         """Raise ReportError where it cannot be shown."""
         if not self.picture.startswith(JPEG_SIGNATURE):
-            raise ReportError(f"the picture '{self.title}' is no JPEG (starts with {self.picture[:8]!r}).")
+            raise ReportError(f"the picture '{self.title}' is not a JPEG (starts with {self.picture[:8]!r}).")
         for view in self.views:
             for box in view.boxes:
                 numbers = [value for value in box if value is not None]

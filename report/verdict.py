@@ -12,8 +12,8 @@ from report.data import reference_engine
 from report.tables import MASK_AP, MEGABYTE, MISSING, finite, score_heading
 
 LEGEND = (
-    f"Intervals: {LEVEL:.0%}, percentiles of the score on images drawn with replacement (bootstrap). Differences are "
-    "paired: both rows are drawn the same images. A difference whose interval holds 0 may be noise."
+    f"Intervals: {LEVEL:.0%}, percentiles of the score over bootstrap samples of the images. Differences are paired: "
+    "both rows use the same samples. A difference whose interval contains 0 may be noise."
 )
 
 
@@ -75,7 +75,7 @@ def gains(rows: Sequence[ResultRow]) -> list[str]:
             factor = base.latency_ms_median / row.latency_ms_median
             text += f": {factor:.2f} times as fast as {base.name} ({base.latency_ms_median:.2f} ms)"
         if row.size_bytes:
-            text += f". It has {row.size_bytes / MEGABYTE:.2f} MB"
+            text += f". Its size is {row.size_bytes / MEGABYTE:.2f} MB"
             if base is not None and base.size_bytes:
                 text += f", {row.size_bytes / base.size_bytes:.0%} of {base.size_bytes / MEGABYTE:.2f} MB"
         found.append(f"{text}.")
@@ -124,7 +124,7 @@ def _verdict(row: ResultRow, base: ResultRow, score: str, remark: str) -> Verdic
     found = difference_interval(row, base)
     if found is None:
         return Verdict(
-            row.name, f"{text} There is no interval: the rows were not resampled.", "unknown", remark
+            row.name, f"{text} There is no interval, because the rows were not resampled.", "unknown", remark
         )
     images = row.extras.get("images")
     over = f" over {images} images" if images else ""

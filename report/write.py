@@ -32,7 +32,7 @@ MOST_EXPENSIVE = 20  # layers listed in report.md; the other reports have all
 
 @dataclass(frozen=True)
 class ReportPaths:
-    """Where the reports lie."""
+    """Paths of the reports."""
 
     json: Path
     markdown: Path
@@ -43,7 +43,7 @@ def write_report(run_dir: Path, data: ReportData) -> ReportPaths:
     """Write report.json, report.md and report.html into the run directory, each whole or not at all.
 
     Raises:
-        ReportError: the data cannot be shown (a row named twice, a picture that is no PNG, a missing key), or
+        ReportError: the data cannot be shown (a row named twice, a picture that is not a JPEG, a missing key), or
             plotly is not installed; JSON and Markdown are written before HTML.
         OSError: the directory cannot be written.
     """

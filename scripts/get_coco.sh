@@ -25,7 +25,7 @@ for tool in curl md5sum unzip; do
     command -v "$tool" >/dev/null || { echo "$tool is needed: install it first." >&2; exit 2; }
 done
 
-# download ADDRESS FILE: go on with FILE until it is complete; without a connection give up at once.
+# download ADDRESS FILE: continue FILE until it is complete; without a connection stop immediately.
 download() {
     local attempt code
     for attempt in 1 2 3 4 5; do

@@ -60,6 +60,14 @@ PHRASES = {  # regular expression -> what to write
     r"\bup to scratch\b|\bby and large\b|\ball the same\b": "say it directly",
     r"\bsays? nothing (of|about) (it|them|that)\b": "does not cover",
     r"\bthe like\b|\band the rest\b|\band what not\b": "name them",
+    r"(?<!there )\b(is|are) no (?!longer|more\b|less\b|such\b|\w+er\b)[A-Za-z]": "is not a",
+    r"\bgo(es)? on\b": "continues, or: waits",
+    r"\bin (a|an) \w+ of (its|their) own\b|in \w+ of their own\b": "in a separate ...",
+    r"\bstrangers?\b": "untrusted, or: other people",
+    r"with the proof\b|shows the proof\b": "say what is measured",
+    r"\bbehind (a|an|the|each|it)\b": "after, or: below",
+    r"\bany more\b": "no longer",
+    r"\bthe height of the\b": "the values of the",
     r"\bunderneath\b|\bthereby\b|\bwhereby\b|\btherein\b|\bhereof\b|\bhereby\b": "use plain words",
 }
 COMPILED = [(re.compile(pattern, re.IGNORECASE), advice) for pattern, advice in PHRASES.items()]

@@ -38,10 +38,10 @@ source="${positional[0]}" data="${positional[1]}" size="${positional[2]}"
 [[ "$size" =~ ^([1-9][0-9]*)(x([1-9][0-9]*))?$ ]] ||
     fail 2 "IMGSZ '$size' is neither a positive multiple of 32 nor HEIGHTxWIDTH."
 height="${BASH_REMATCH[1]}" width="${BASH_REMATCH[3]:-${BASH_REMATCH[1]}}"
-if ((height % 32 || width % 32)); then fail 2 "IMGSZ '$size' is no multiple of 32 pixels."; fi
+if ((height % 32 || width % 32)); then fail 2 "IMGSZ '$size' is not a multiple of 32 pixels."; fi
 image_size="$size"
 [[ "$size" != *x* ]] || image_size="[$height,$width]"
-[[ "$batches" =~ ^[1-9][0-9]*(,[1-9][0-9]*)*$ ]] || fail 2 "--batch '$batches' is no list such as 1,4,8,12."
+[[ "$batches" =~ ^[1-9][0-9]*(,[1-9][0-9]*)*$ ]] || fail 2 "--batch '$batches' is not a list such as 1,4,8,12."
 [[ "$runtime" =~ ^tensorrt(_rtx)?$ ]] || fail 2 "--runtime '$runtime' is none of tensorrt, tensorrt_rtx."
 # without symbolic links `latest` is a text file that names the newest run
 [[ ! -f "$source" || "$(basename "$source")" != latest ]] || source="$(dirname "$source")/$(<"$source")"

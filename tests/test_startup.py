@@ -37,7 +37,7 @@ print(json.dumps({{"code": code, "heavy": found, "cpu": time.process_time()}}), 
 
 
 def start(*arguments: str | Path, cwd: Path = REPOSITORY) -> dict[str, object]:
-    """Run a command in a process of its own; its exit code, the heavy modules that it imported, and its CPU time."""
+    """Run a command in a separate process; its exit code, the heavy modules that it imported, and its CPU time."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [sys.executable, "-c", CHILD.format(heavy=HEAVY), *map(str, arguments)],

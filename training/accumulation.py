@@ -57,7 +57,7 @@ class Accumulation:
         return {"configured": self.configured, "micro_batch": self.micro_batch}
 
     def load_state_dict(self, state: dict[str, int | None]) -> None:
-        """Go on from what `state_dict` gave, unless another number has been configured since."""
+        """Restore what `state_dict` returned, unless another number has been configured since."""
         if state["configured"] == self.configured:
             self.micro_batch = state["micro_batch"]
 

@@ -39,7 +39,7 @@ class Faults:
         return {"skipped": self.skipped, "first": self._first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.skipped, self._first = state["skipped"], state["first"]
 
     def remember_buffers(self) -> None:

@@ -95,7 +95,7 @@ class Link:
         self.watch.start()
 
     def wait(self) -> None:
-        """Go on when all processes have come here; as long as it takes.
+        """Wait for all processes, without a time limit.
 
         Raises:
             TeamError: another process has failed or is gone.

@@ -149,7 +149,7 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave, for the same network; sets the random states of this process as well.
+        """Restore what `state_dict` returned, for the same network; sets the random states of this process as well.
 
         Learning rates and weight decay are those of this object's options, which may be others than those of the state;
         new learning rates are not lowered by the state's `rate_scale`.

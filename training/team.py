@@ -1,7 +1,7 @@
 """Processes that work on one run together: `torchrun --nproc-per-node N train_qat.py ...`.
 
 Each process runs the same shared stages. What they divide among them (images, units) they gather again, so that every
-process goes on with the same values; the first one writes and prints. See docs/distributed.md.
+process continues with the same values; the first one writes and prints. See docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Team:
         return self.share(compute() if self.first else None)  # type: ignore[return-value]
 
     def wait(self) -> None:
-        """Go on when all processes have come here, however long that takes.
+        """Wait for all processes, without a time limit.
 
         Raises:
             TeamError: another process has failed, or is gone.

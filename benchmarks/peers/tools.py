@@ -1,6 +1,6 @@
-"""What the comparisons share: finding a peer, letting it quantize in a process of its own, facts of the machine.
+"""What the comparisons share: finding a peer, letting it quantize in a separate process, facts of the machine.
 
-Peers are never installed beside Octet. Each has an environment of its own, given by `--nncf-python` and
+Peers are never installed beside Octet. Each has a separate environment, given by `--nncf-python` and
 `--modelopt-python` or by the variables OCTET_NNCF_PYTHON and OCTET_MODELOPT_PYTHON:
 
     python3.11 -m venv peers-nncf && peers-nncf/bin/pip install nncf openvino onnx torch
@@ -54,7 +54,7 @@ TAIL = 2000  # characters of a failed peer's output that are shown
 
 @dataclass(frozen=True)
 class Peer:
-    """A tool in an environment of its own.
+    """A tool in a separate environment.
 
     Attributes:
         name: "nncf", "modelopt" or "onnxruntime".

@@ -185,7 +185,7 @@ class _Reader:
                 for side in ("height", "width")
             )
             if name and not is_path(name):
-                self.inventory.fault(f"{place}: file_name is {shown(name)}, which is no path of a file.")
+                self.inventory.fault(f"{place}: file_name is {shown(name)}, which is not a file path.")
                 continue
             if key is None or not name:
                 continue
@@ -247,7 +247,7 @@ class _Reader:
         return known[value]
 
     def _entries(self, name: str, table: list[Any]) -> Iterator[tuple[int, str, dict[str, Any]]]:
-        """(index, place, entry) of a table; an entry that is no JSON object is a fault."""
+        """(index, place, entry) of a table; an entry that is not a JSON object is a fault."""
         for index, entry in enumerate(table):
             place = f"{self.file}: {name}[{index}]"
             if isinstance(entry, dict):

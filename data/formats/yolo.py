@@ -219,7 +219,7 @@ def _read_list(list_file: Path, yaml_folder: Path, inventory: Inventory, links: 
     for line in read_text(list_file, MAX_LIST_BYTES).splitlines():
         name = line.strip()
         if not is_path(name):
-            raise DataError(f"{list_file} holds {shown(name)}, which is no path of a file.")
+            raise DataError(f"{list_file} holds {shown(name)}, which is not a file path.")
         if not name:
             continue
         names = (name, name.replace("\\", "/"))  # a list made on Windows

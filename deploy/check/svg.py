@@ -32,7 +32,7 @@ def describe_graph(path: Path) -> list[dict[str, Any]]:
         nodes that it reads) and `output` (shape of the first output, None for an open dimension).
 
     Raises:
-        DeployError: the file is no ONNX graph.
+        DeployError: the file is not an ONNX graph.
     """
     view = View(load_onnx(path))
     return [

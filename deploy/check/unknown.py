@@ -63,7 +63,7 @@ def _unpaired_codes(view: View) -> Findings:
             if any(is_known_operator(reader) for reader in others):
                 yield Finding(
                     _name(node), f"its codes are read by {_counted(others)} without DQ: this check does not know what "
-                    "they are there", "put a DQ behind the Q", "codes-without-dq",
+                    "they are there", "put a DQ after the Q", "codes-without-dq",
                 )  # fmt: skip
         elif node.op_type == "DequantizeLinear" and node.input[0] not in view.fixed:
             for root in view.roots(node.input[0]):

@@ -33,7 +33,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     if not problem and any(not isinstance(value, str) for value in sidecar.get("metadata", {}).values()):
         problem = "metadata are not texts by name"
     if not problem and any(not isinstance(value, str) for value in sidecar.get("capabilities", [])):
-        problem = "capabilities are no list of texts"
+        problem = "capabilities are not a list of strings"
     if problem:
         raise DeployError(
             f"{sidecar_file} is not an engine's description ({problem}); build the engine again."

@@ -177,7 +177,7 @@ def _activation_of(graph: Graph, conv: NodeProto, tail: Container[int]) -> _Acti
 
 
 def _is_read_in_float(graph: Graph, tensor: str) -> bool:
-    """Whether an operator after a tensor, moving ones aside, is no Q."""
+    """Whether an operator after a tensor, moving ones aside, is not a Q."""
     for node in graph.consumers.get(tensor, []):
         if node.op_type in TRANSPARENT:
             if any(_is_read_in_float(graph, result) for result in node.output):

@@ -1,6 +1,6 @@
 """The strongly typed graph that TensorRT 11 needs (10.x too, with STRONGLY_TYPED): precision is what the file says.
 
-TensorRT 11 has no FP16 and INT8 flags any more. Q/DQ make the INT8 or FP8 part; everything else runs in the type the
+TensorRT 11 has no FP16 and INT8 flags. Q/DQ make the INT8 or FP8 part; everything else runs in the type the
 graph gives it. So the float part is written in FP16 here, and the tail after the last convs (DFL, boxes, sigmoid)
 stays FP32: FP16 steps are 0.5 px above 512. Scales come in two forms:
 

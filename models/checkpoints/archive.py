@@ -90,7 +90,7 @@ class TorchArchive:
                 or info.flag_bits & 1
             ):
                 raise CheckpointError(
-                    f"{self.path}: entry {info.filename!r} is compressed or encrypted; torch stores plainly"
+                    f"{self.path}: entry {info.filename!r} is compressed or encrypted; torch writes plain entries"
                 )
         declared = sum(info.file_size for info in infos)
         if declared > size:

@@ -18,7 +18,7 @@ EXAMPLES = ("%(prog)s yolov9-c.pt", "%(prog)s best.pt --convert best.safetensors
 @reports_errors
 def main(arguments: Sequence[str] | None = None, program: str = "python -m models.checkpoints") -> int:
     """Entry of `python -m models.checkpoints`; returns the exit code (0, or 3 for a problem with the checkpoint)."""
-    parser = command_parser(program, "Say what a checkpoint holds, without running anything in it.", EXAMPLES)
+    parser = command_parser(program, "Describe a checkpoint without running anything in it.", EXAMPLES)
     parser.add_argument("file", type=path_argument, help="a .pt, .safetensors or .npz checkpoint")
     parser.add_argument(
         "--convert", type=Path, metavar="OUT", help="write OUT (.safetensors) and its manifest"

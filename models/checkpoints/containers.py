@@ -66,7 +66,7 @@ def find_format(path: Path) -> str:
     """
     size = path.stat().st_size
     if size == 0:
-        raise _refusal(path, "empty (0 bytes)", "the download or the copy failed: get it again")
+        raise _refusal(path, "empty (0 bytes)", "the download or the copy failed: download or copy it again")
     with path.open("rb") as stream:
         head = stream.read(HEAD_BYTES)
     for signature in SIGNATURES:

@@ -62,9 +62,11 @@ class Finding:
 @reports_errors
 def main(arguments: Sequence[str] | None = None, program: str = "octet doctor") -> int:
     """Run the command; returns the exit code."""
-    parser = command_parser(program, "Check what a run needs, before hours are spent.", EXAMPLES)
+    parser = command_parser(
+        program, "Check the machine and, with settings, the weights and data of a run.", EXAMPLES
+    )
     parser.add_argument(
-        "settings", nargs="*", metavar="KEY=VALUE", help="those of the run, as `octet run` takes them"
+        "settings", nargs="*", metavar="KEY=VALUE", help="settings of the run, as for `octet run`"
     )
     parser.add_argument("--runs", default="runs", help="folder that runs are written to")
     parser.add_argument("--json", help="write the findings to this file")
@@ -115,7 +117,7 @@ def check_machine() -> Iterator[Finding]:
         yield Finding(
             WARNING,
             "INT8 on the CPU",
-            f"{listed}: without VNNI, INT8 engines of CPUs gain little; time them early",
+            f"{listed}: without VNNI, INT8 engines on this CPU are hardly faster than float; measure latency first",
         )
     memory = available_memory()
     if memory is not None:
@@ -168,7 +170,7 @@ def check_gpu() -> Iterator[Finding]:
         yield Finding(
             WARNING,
             "GPU",
-            f"the NVIDIA driver is there, torch sees no GPU ({reason}): install the torch of your driver",
+            f"an NVIDIA driver is installed, but torch finds no GPU ({reason}): install a torch build for this driver",
         )
         return
     yield Finding(NOTE, "GPU", "none: training runs on the CPU, TensorRT engines cannot be run here")

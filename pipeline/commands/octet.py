@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `octet`; returns the exit code: that of the subcommand, or 2 where there is no such command.
 
     Args:
-        arguments: what stands behind `octet`; None reads `sys.argv`.
+        arguments: the words after `octet`; None reads `sys.argv`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words:
@@ -99,7 +99,7 @@ def help_text() -> str:
     """The help of `octet`: commands by group, options, examples."""
     width = max(map(len, SUBCOMMANDS))
     lines = [
-        "Takes a trained float detector to an INT8 engine, and shows the proof.",
+        "Quantizes a trained object detector and measures accuracy and speed at every step.",
         "",
         f"usage: {NAME} COMMAND [ARGUMENTS]",
     ]
@@ -113,5 +113,8 @@ def help_text() -> str:
     }
     lines += ["", "options:", *(f"  {name:<{width + 5}}{text}" for name, text in options.items())]
     lines += ["", "examples:", *(f"  {example}" for example in EXAMPLES)]
-    lines += ["", "exit codes: 0 done, 2 configuration, 3 data, checkpoint or engine, 4 a gate is missed"]
+    lines += [
+        "",
+        "exit codes: 0 done, 2 wrong arguments or settings, 3 unusable data, checkpoint or engine, 4 gate not met",
+    ]
     return "\n".join(lines)

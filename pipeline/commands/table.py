@@ -13,7 +13,7 @@ class Subcommand:
     """A subcommand.
 
     Attributes:
-        name: what is typed behind `octet`.
+        name: the word after `octet`.
         group: heading in `octet --help`.
         summary: what it does, in one line.
         target: `module:function`, imported when it is called.
@@ -37,36 +37,41 @@ SUBCOMMANDS: Registry[Subcommand] = Registry(
         Subcommand(
             "doctor",
             PREPARE,
-            "check machine, libraries, GPU, disk, and with settings also weights and data",
+            "check machine, libraries, GPU and disk; with settings also weights and data",
             "pipeline.commands.doctor:main",
         ),
-        Subcommand("data", PREPARE, "say what is in a dataset, and what is wrong", "data.command:main"),
-        Subcommand("inspect", PREPARE, "say what a checkpoint holds", "models.checkpoints.command:main"),
         Subcommand(
-            "run", JOB, "quantize, fine-tune, export, build, report: train_qat.py", "train_qat:main", True
+            "data", PREPARE, "list what a dataset contains and what is wrong with it", "data.command:main"
         ),
         Subcommand(
-            "export", JOB, "write the ONNX of a finished run for a target: export.py", "export:main", True
+            "inspect",
+            PREPARE,
+            "describe a checkpoint without running anything in it",
+            "models.checkpoints.command:main",
+        ),
+        Subcommand("run", JOB, "quantize, fine-tune, export, build engines, report", "train_qat:main", True),
+        Subcommand(
+            "export", JOB, "write the ONNX file of a finished run for another target", "export:main", True
         ),
         Subcommand(
             "check",
             DEPLOY,
-            "check a Q/DQ ONNX graph for what makes it slow",
+            "check a Q/DQ ONNX graph for what reduces speed or accuracy",
             "deploy.check.command:main",
             opens_models=True,
         ),
-        Subcommand("compile", DEPLOY, "build an engine of an ONNX file", "deploy.engine:build_main"),
+        Subcommand("compile", DEPLOY, "build an engine from an ONNX file", "deploy.engine:build_main"),
         Subcommand(
             "benchmark",
             DEPLOY,
-            "time engines, alone or against others",
+            "measure the latency of engines",
             "pipeline.commands.benchmark:main",
             opens_models=True,
         ),
         Subcommand(
             "predict",
             LOOK,
-            "draw what a model detects in your pictures",
+            "run a model on images or videos and draw the detections",
             "pipeline.predict:main",
             opens_models=True,
         ),
@@ -78,10 +83,13 @@ SUBCOMMANDS: Registry[Subcommand] = Registry(
             opens_models=True,
         ),
         Subcommand(
-            "placement", LOOK, "print what a run quantizes, as a tree", "pipeline.commands.placement:main"
+            "placement",
+            LOOK,
+            "print which tensors and layers a run quantizes, as a tree",
+            "pipeline.commands.placement:main",
         ),
         Subcommand(
-            "report", LOOK, "build report.html of a run, or of several side by side", "report.__main__:main"
+            "report", LOOK, "build report.html from report.json, or compare runs", "report.__main__:main"
         ),
     ),
     error=ConfigError,

@@ -67,12 +67,12 @@ class Stopping:
         now = time.monotonic()
         if self.requested is not None:
             if now - self._time > ECHO:
-                os.write(2, b"Stopped at once; what was saved before is kept.\n")
+                os.write(2, b"Stopped immediately; the states saved before are kept.\n")
                 os._exit(EXIT_CODES[signal.Signals(number)])
             return
         self.requested, self._time = number, now
         if self.is_deferred:
-            os.write(2, b"Stopping after this step; a second signal stops at once.\n")
+            os.write(2, b"Stopping after this step; a second signal stops immediately.\n")
         else:
             self.check()
 

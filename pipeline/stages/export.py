@@ -173,7 +173,7 @@ def check_outputs(outputs: str, head: str) -> None:
     """
     if outputs == "end2end" and head != ONE2ONE:
         raise ConfigError(
-            f"outputs=end2end with the head {head}: it gives an object several boxes, which only NMS removes; use "
+            f"outputs=end2end with the head {head}: it predicts several boxes for an object and needs NMS; use "
             "outputs=onnx_nms or decoded, or model.head=one2one if the network has it"
         )
     if outputs in NMS_OUTPUTS and head == ONE2ONE:

@@ -67,7 +67,7 @@ def finetune_stage(job: Job) -> None:
             kept.offer_epoch(state)
             saved.save()
             if kept.exhausted:
-                say(f"no better epoch in {config.patience}: fine-tuning stops")
+                say(f"no improvement in {config.patience}: fine-tuning stops")
                 break
     model.load_state_dict(kept.weights)
     if config.both_heads:
@@ -147,7 +147,7 @@ class Kept:
         return {name: getattr(self, name) for name in names}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Go on from what `as_dict` gave."""
+        """Restore what `as_dict` returned."""
         for name, value in saved.items():
             setattr(self, name, value)
 

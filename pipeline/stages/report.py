@@ -1,4 +1,4 @@
-"""The stage that shows the proof: the table, the curves, and what each model sees, in one file."""
+"""The stage `report`: table, curves and detections of a run in one file."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def _notes(job: Job) -> list[str]:
     if job.run.path("qat.json").exists():
         notes.append(_fine_tuning_note(job.run.read_json("qat.json")))
     if job.run.path(FIXED_POINT).exists():
-        notes.append(f"INT8 graph against torch: {job.run.read_json(FIXED_POINT)['sentence']}.")
+        notes.append(f"INT8 graph compared with PyTorch: {job.run.read_json(FIXED_POINT)['sentence']}.")
     for row in job.run.rows():
         hint = row.extras.get("precision_hint", "f32")
         if row.key.is_quantized_engine and hint != "f32":

@@ -28,7 +28,7 @@ class Part(Protocol):
         """Tensors and plain data, for a file."""
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Go on from what `as_dict` gave."""
+        """Restore what `as_dict` returned."""
 
 
 class SavedTraining:
@@ -55,7 +55,7 @@ class SavedTraining:
         self.never_finite = not_finite(state.state_dict())  # masks, for example
 
     def restore(self) -> bool:
-        """Go on from the newest state that is whole; returns whether there is one.
+        """Restore the newest complete state; returns whether there is one.
 
         Raises:
             StateError: all states are damaged, or they are of another network.
@@ -129,7 +129,7 @@ class SavedTraining:
         STOPPING.check()
 
     def _roll_back(self, error: DivergenceError) -> None:
-        """Go on from the last saved state with half the learning rates; raises the error where that was tried twice."""
+        """Restore the last saved state and halve the learning rates; raises the error after two attempts."""
         scale = self.state.rate_scale / 2
         if scale < LEAST_RATE_SCALE:
             raise error

@@ -41,7 +41,7 @@ def open_own(reference: str, split: str) -> Dataset:
     if not len(dataset) or len(ids) != len(dataset) or len(set(ids)) < len(ids):
         raise DataError(
             f"{prefix}{len(dataset)} items and {len(ids)} ids, {len(set(ids))} of them different; expected at least "
-            "one image and an id of its own for each"
+            "one image and a unique id for each"
         )
     odd = [value for value in ids if not _is_id(value)]
     if odd:

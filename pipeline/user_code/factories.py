@@ -126,7 +126,7 @@ def _places(source: str) -> Iterator[Path | None]:
 
 
 def _refuse_outside(setting: str, reference: str, place: Path | None) -> None:
-    """Refuse code that does not lie under the working folder."""
+    """Refuse code that is not below the working directory."""
     roots = (Path.cwd().resolve(), EXAMPLES)
     installed = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib")}
     found = None if place is None else place.resolve()
@@ -136,9 +136,9 @@ def _refuse_outside(setting: str, reference: str, place: Path | None) -> None:
         and not any(found.is_relative_to(folder) for folder in installed)  # an environment may lie in a root
     )
     if not is_own:
-        remedy = _file_hint(reference) or "run the command where your code lies, or copy it there"
+        remedy = _file_hint(reference) or "run the command in the folder of your code, or copy the code here"
         raise ConfigError(
-            f"{setting}={reference}: {place or 'a built-in module'} does not lie under the working folder {roots[0]}; "
+            f"{setting}={reference}: {place or 'a built-in module'} is not below the working directory {roots[0]}; "
             f"{remedy}"
         )
 

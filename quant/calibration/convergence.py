@@ -107,14 +107,14 @@ class Convergence:
             return f"{self.counts[-1]} images are too few to judge whether the scales have converged"
         last = self.excess(-2)
         text = (
-            f"with the scales of {self.counts[-2]} of the {self.counts[-1]} images, tensors have at most "
-            f"{max(last):.1%} more squared error (median {median(last):.1%}); "
+            f"scales from {self.counts[-2]} instead of {self.counts[-1]} images increase the squared error of a "
+            f"tensor by at most {max(last):.1%} (median {median(last):.1%}); "
         )
         if self.enough < self.counts[-1]:
             return f"{text}{self.enough} images are enough to stay within {CLOSE:.0%}"
         return (
-            f"{text}more images may reduce the error of some tensors by another {CLOSE:.0%}: raise "
-            "quant.calibration_images to check"
+            f"{text}more images may still improve some tensors: raise quant.calibration_images if the dataset has "
+            "more"
         )
 
     def as_dict(self) -> dict[str, Any]:

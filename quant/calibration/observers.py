@@ -228,7 +228,7 @@ def _least_divergence(histogram: Histogram, levels: int, num_candidates: int = 5
     adds all outliers to the last; the approximation q spreads the count of each of `levels` equal parts evenly
     over the part's non-empty bins. Values in the lowest bin are zero on every grid: they count no more than those
     of the next bin, or a rectified tensor's zeros would hide the rest. i runs over 512 equally spaced ends, as far as
-    they leave out one per cent of the values at most: what is more is no outlier, and a reference that is all
+    they leave out one per cent of the values at most: a larger share is not an outlier, and a reference that is all
     outliers, in one bin, would be matched exactly.
 
     Within a part q is constant, so sum p log q needs only the parts' sums, which are differences of running sums.

@@ -92,7 +92,7 @@ class OscillationTracker:
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a saved state.
+        """Restore a saved state.
 
         Raises:
             ValueError: it is of a network with another number of quantized weights.

@@ -121,7 +121,7 @@ class QuantizationAware:
         return self.oscillation.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave; raises ValueError where it is of another network."""
+        """Restore what `state_dict` returned; raises ValueError where it is of another network."""
         self.oscillation.load_state_dict(state)
 
 

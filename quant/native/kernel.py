@@ -196,7 +196,7 @@ class Kernel:
         return grad_bias
 
     def _check(self) -> None:
-        """Compare one result with torch's: a compiler that was told to calculate loosely is noticed here."""
+        """Compare one result with torch's: this detects a compiler with options that change floating-point results."""
         scale = torch.tensor(0.0173)
         x = torch.arange(-400, 401) * (scale / 2)  # on codes, and half way between them
         y = torch.empty_like(x)

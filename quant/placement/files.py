@@ -137,7 +137,7 @@ def _sites(sites: Any, group: str) -> tuple[TensorSite, ...]:
 
 
 def _typed(value: Any, kind: type[Value], what: str) -> Value:
-    """The value where it is of that type (True and False are no numbers); TypeError that names it otherwise."""
+    """The value where it is of that type (True and False are not numbers); TypeError that names it otherwise."""
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise TypeError(f"{what} is {shown(value)}, expected {_KINDS[kind]}")
     return value

@@ -8,7 +8,7 @@ and with the diagonal of the Fisher information instead of the Hessian (FIT, arX
 The same sum is the expected square of the loss's first-order change g (Q(x) - x) where rounding errors are independent:
 it says how far the loss moves, up or down.
 
-The gradients are those of each image's own loss. Images pass through the network in batches all the same: a gradient
+The gradients are those of each image's own loss. Images still pass through the network in batches: a gradient
 for activations has the image as its first axis, and the gradient for a layer's weights is computed from the layer's
 input and the gradient of its output, image by image, instead of by autograd, which would add the images up.
 """
@@ -155,7 +155,7 @@ class _Weights(_Sums):
         self.leaves: list[Tensor] = []  # inputs that no gradient would reach
 
     def enter(self, _module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """The layer's forward pre-hook: an input behind a `detach`, say, gets a gradient, too."""
+        """The layer's forward pre-hook: an input without a gradient, such as one after `detach`, gets one."""
         if inputs[0].requires_grad:
             return None
         self.leaves.append(inputs[0].detach().requires_grad_())

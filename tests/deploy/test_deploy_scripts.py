@@ -213,7 +213,7 @@ def test_val_trt_without_tensorrt_names_the_container(world):
         (["RUN", "DATA"], 2, "Usage"),
         (["RUN", "DATA", "333"], 2, "multiple of 32"),
         (["RUN", "DATA", "0"], 2, "multiple of 32"),
-        (["RUN", "DATA", "320", "--batch", "1;4"], 2, "no list"),
+        (["RUN", "DATA", "320", "--batch", "1;4"], 2, "not a list"),
         (["RUN", "DATA", "320", "--fast"], 2, "--fast"),
         (["RUN", "DATA", "320", "--runtime", "openvino"], 2, "none of tensorrt, tensorrt_rtx"),
         (["none", "DATA", "320"], 3, "No run directory or checkpoint at 'none'"),

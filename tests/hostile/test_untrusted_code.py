@@ -76,7 +76,7 @@ def test_trust_does_not_reach_beyond_the_working_folder(stranger: Path, victim: 
         "torch:load",
         "pathlib:Path.unlink",
     ):
-        with pytest.raises(ConfigError, match="working folder"):
+        with pytest.raises(ConfigError, match="working directory"):
             load_factory("data.factory", reference)
     assert not victim.exists()
 
@@ -88,7 +88,7 @@ def test_code_of_the_working_folder_is_loaded(tmp_path: Path, monkeypatch: pytes
         assert load_factory("model.factory", reference)(["a", "b"]) == 2
     elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere.py"
     elsewhere.write_text("raise SystemExit('executed')\n")
-    with pytest.raises(ConfigError, match="does not lie under the working folder"):
+    with pytest.raises(ConfigError, match="is not below the working directory"):
         load_factory("model.factory", f"{elsewhere}:build")
 
 

@@ -82,7 +82,7 @@ def test_a_folder_that_holds_no_images_is_left_early(tree: Path, monkeypatch: py
     (tree / "usr").mkdir()
     for number in range(100):
         (tree / "usr" / f"{number}.so").touch()
-    with pytest.raises(DataError, match=r"usr has 51 files that are no images"):
+    with pytest.raises(DataError, match=r"usr has 51 files that are not images"):
         open_dataset(tree, "val")
 
 
@@ -107,7 +107,7 @@ def test_a_download_entry_is_not_followed(tree: Path) -> None:
 def test_odd_lines_of_a_list_are_refused(line: str, tree: Path) -> None:
     (tree / "data.yaml").write_text("val: list.txt\nnames: [cat, dog]\n")
     (tree / "list.txt").write_text(f"images/val/0.jpg\n{line}\n")
-    with pytest.raises(DataError, match="no path of a file"):
+    with pytest.raises(DataError, match="is not a file path"):
         open_dataset(tree, "val")
 
 

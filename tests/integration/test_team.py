@@ -55,7 +55,10 @@ def alone(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_processes_find_what_one_finds(alone: Path, shared_data: Path, tmp_path: Path, size: int) -> None:
     done = run_team(size, *SHORT, *of_data(shared_data), "run_dir=run", cwd=tmp_path)
     assert done.code == 0, done.err
-    assert f"{size} processes: they share float, calibrate, sensitivity; the first does the rest" in done.err
+    assert (
+        f"{size} processes share float, calibrate, sensitivity; the first process runs the other stages"
+        in done.err
+    )
     for name in ("--- calibrate", "calibration: ", "float: AP"):
         assert done.err.count(name) == 1
     for name in SAME:

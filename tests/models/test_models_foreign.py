@@ -43,7 +43,7 @@ def zip_of(**entries: bytes) -> bytes:
 
 HEADER = json.dumps({"task": "detect"}).encode()
 FILES = {
-    "empty": (b"", r"empty \(0 bytes\); .* get it again"),
+    "empty": (b"", r"empty \(0 bytes\); .* download or copy it again"),
     "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "git lfs pull"),
     "HTML page": (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "HTML page; .* download the file"),
     "HTML page with a mark": (b"\xef\xbb\xbf<html lang='en'>", "HTML page"),

@@ -217,7 +217,7 @@ def test_the_working_directory_is_searched_last(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "octet_own_module.py").write_text("def build(names):\n    return names\n")
     (tmp_path / "json.py").write_text("def build(names):\n    return names\n")
     assert load_factory("model.factory", "octet_own_module:build")("x") == "x"
-    with pytest.raises(ConfigError, match=r"not lie under the working folder.*write json\.py:build"):
+    with pytest.raises(ConfigError, match=r"is not below the working directory.*write json\.py:build"):
         load_factory("model.factory", "json:build")
     with pytest.raises(ConfigError, match="closest: build"):
         load_factory("model.factory", "octet_own_module:biuld")

@@ -196,8 +196,8 @@ def test_a_second_signal_stops_at_once_and_an_echo_does_not() -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
     assert process.returncode == 130
-    assert "Stopping after this step; a second signal stops at once." in err
-    assert "Stopped at once; what was saved before is kept." in err
+    assert "Stopping after this step; a second signal stops immediately." in err
+    assert "Stopped immediately; the states saved before are kept." in err
 
 
 @pytest.mark.exhaustive

@@ -59,7 +59,7 @@ def test_gains_are_told_for_each_engine_and_batch() -> None:
     ]
     assert gains(rows) == [
         "engine:openvino:int8 takes 8.00 ms for a batch of 4: 2.50 times as fast as engine:openvino:fp32 (20.00 ms). "
-        "It has 2.00 MB, 25% of 8.00 MB.",
+        "Its size is 2.00 MB, 25% of 8.00 MB.",
         "engine:onnxruntime:int8 takes 5.00 ms for a batch of 1.",
     ]
 

@@ -233,7 +233,7 @@ def test_a_report_json_without_a_part_gives_a_page_without_it(tmp_path: Path) ->
     ("text", "message"),
     [
         (None, "cannot be read"),
-        ("{", "is no JSON"),
+        ("{", "is not valid JSON"),
         ('{"rows": []}', "another version of Octet"),
         ('{"format": 2}', "is damaged"),
     ],
@@ -274,7 +274,7 @@ def test_a_full_report_lacks_nothing(written: tuple[dict, str, str]) -> None:
         ({"stages": [{"name": "float"}]}, "lacks seconds"),
         ({"model": {"parameters": 1, "macs": 2, "strides": [], "shares": {}}}, "lacks layers"),
         ({"sensitivity": [{"score": 1.0}]}, "lacks unit"),
-        ({"detections": [DetectionPanel("cells", b"GIF89a", (9, 9))]}, "no JPEG"),
+        ({"detections": [DetectionPanel("cells", b"GIF89a", (9, 9))]}, "not a JPEG"),
         ({"class_names": ["cell"]}, "class 1: expected one of 1 class names"),
         ({"commands": [{"title": "Again"}]}, "lacks command"),
     ],
