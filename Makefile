@@ -17,14 +17,17 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $
 help: ## List what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
 $(STAMP): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed, found $$("$(PYTHON)" --version); use make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(if $(HASHES),$(INSTALL) --require-hashes --no-deps --no-build-isolation --requirement hashes.txt)
+	$(INSTALL) $(if $(HASHES),--no-deps --no-build-isolation,--constraint constraints.txt) --editable '.[dev]'
 	@touch $@
 
-setup: $(STAMP) ## Make .venv with the pinned packages (again only when the pins change)
+setup: $(STAMP) ## Make .venv with the pinned packages (again only when they change); HASHES=1 also checks their hashes
 
 demo: $(STAMP) ## Train, quantize, fine-tune, export and time a small detector on the built-in set
 	$(BIN)/python train_qat.py +experiment=demo
@@ -62,7 +65,9 @@ $(AUDIT)/bin/pip-audit:
 	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
 
 audit: $(AUDIT)/bin/pip-audit ## Ask for known vulnerabilities of the pinned packages (needs the network)
-	$(AUDIT)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
+	@$(AUDIT)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off 2> $(AUDIT)/log \
+		|| { tail -n 1 $(AUDIT)/log >&2; grep -q Traceback $(AUDIT)/log \
+		&& echo "make audit: the service could not be asked. It needs the network (pypi.org)." >&2; exit 1; }
 
 licences: $(STAMP) ## List the licence of every installed package
 	@$(BIN)/python scripts/licences.py

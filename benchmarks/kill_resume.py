@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from configs import compose
@@ -85,7 +86,9 @@ def main() -> int:
     return 0
 
 
-def attempt(name: str, limit: float | None) -> tuple[int | None, float]:
+def attempt(
+    name: str, limit: float | None, before_kill: Callable[[], None] = lambda: None
+) -> tuple[int | None, float]:
     """Run or resume the job in a separate process; its exit code (None: killed) and CPU seconds."""
     resume = (Path(name) / "config.yaml").exists()
     if not resume:
@@ -93,7 +96,7 @@ def attempt(name: str, limit: float | None) -> tuple[int | None, float]:
     settings = [*SETTINGS, f"run_dir={name}", f"resume={str(resume).lower()}"]
     pid = os.fork()
     if pid == 0:
-        log = os.open(f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        log = os.open(f"{Path(name).name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
         code = 1
@@ -113,6 +116,7 @@ def attempt(name: str, limit: float | None) -> tuple[int | None, float]:
             return (None if code == -signal.SIGKILL else code), usage.ru_utime + usage.ru_stime
         used = cpu_seconds(pid)
         if limit is not None and used >= limit:
+            before_kill()
             os.kill(pid, signal.SIGKILL)
             limit = None
         time.sleep(0.02)

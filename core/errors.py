@@ -42,7 +42,7 @@ class PolicyError(ConfigError):
 
 
 class PlacementError(ConfigError):
-    """A saved placement cannot be read, or does not fit the network."""
+    """A placement cannot be read, or does not fit the network. It is edited by hand, as a setting is: exit code 2."""
 
 
 class RunError(ConfigError):

@@ -207,11 +207,19 @@ def _temporary_for(path: Path, folders: dict[Path, Path]) -> Path:
     """A path for a file that will replace `path`, in a temporary folder; one folder for all files of a folder."""
     try:
         if path.parent not in folders:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_on_disk(path.parent)
             folders[path.parent] = Path(tempfile.mkdtemp(dir=path.parent, prefix=_TEMPORARY))
     except OSError as error:
         raise write_failure(path, error) from error
     return folders[path.parent] / path.name
+
+
+def _make_on_disk(folder: Path) -> None:
+    """Make a folder and its parents, and bring their names to disk."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        _flush(path.parent)
 
 
 def _is_full(folders: dict[Path, Path]) -> bool:

@@ -11,9 +11,21 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+@contextmanager
+def holding_sigterm() -> Iterator[None]:
+    """Workers that start in the block have SIGTERM blocked: none is ended before it can tell who sent the signal."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_signals_to_parent() -> None:

@@ -40,6 +40,16 @@ def test_a_pin_is_exact_and_has_no_address(pin: str) -> None:
     assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.!+_-]*", pin), pin
 
 
+def test_every_pin_has_one_hash() -> None:
+    lines = [
+        line for line in (REPOSITORY / "hashes.txt").read_text().splitlines() if not line.startswith("#")
+    ]
+    matches = [re.fullmatch(r"(\S+)==(\S+) --hash=sha256:[0-9a-f]{64}", line) for line in lines]
+    assert all(matches)
+    found = [f"{normal(match[1])}=={match[2]}" for match in matches if match]
+    assert sorted(found) == sorted(f"{normal(pin.split('==')[0])}=={pin.split('==')[1]}" for pin in PINS)
+
+
 def test_everything_declared_is_pinned() -> None:
     declared = names(PROJECT["dependencies"])
     for extra in PROJECT["optional-dependencies"].values():

@@ -24,6 +24,7 @@ from core.errors import CheckpointError
 from models.checkpoints.inert_pickle import read_pickle
 from models.checkpoints.inert_records import StorageRecord, TensorRecord
 
+DAMAGED = "it is damaged: copy it again. If a run made it, remove it and resume the run, which makes it again"
 MAX_ENTRIES = 50_000  # one for each storage; the largest file tried has 1,500
 MAX_NPZ_BYTES = 2**29
 MAX_NPZ_ENTRIES = 50_000
@@ -197,7 +198,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     except CheckpointError:
         raise
     except ZIP_ERRORS as error:
-        raise CheckpointError(f"{path} is not a readable .npz file ({error})") from error
+        raise CheckpointError(f"{path} is not a readable .npz file ({error}); {DAMAGED}") from error
 
 
 def _read_npy(stream: IO[bytes], info: zipfile.ZipInfo, path: Path) -> Tensor:
@@ -242,7 +243,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as archive:
             return {key: archive.get_tensor(key) for key in archive.keys()}, dict(archive.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a readable .safetensors file ({error})") from error
+        raise CheckpointError(f"{path} is not a readable .safetensors file ({error}); {DAMAGED}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -254,7 +255,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = documents.read_json(path, MAX_JSON_BYTES)
     except (OSError, documents.DocumentError) as error:
-        raise CheckpointError(f"{path} is not a readable JSON file ({error})") from error
+        raise CheckpointError(f"{path} is not a readable JSON file ({error}); {DAMAGED}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a JSON object")
     return content

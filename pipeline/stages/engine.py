@@ -1,6 +1,7 @@
 """The stage `engine`: builds every engine, compares it with torch, evaluates it, and times all of them alternately.
 
-Engines that this machine can build but not run get rows without accuracy and latency.
+Engines that this machine can build but not run get rows without accuracy and latency. A stage that was stopped does not
+build again what it has built: `engines/built.json` has the hashes until the stage is done.
 """
 
 from __future__ import annotations
@@ -8,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from configs.schema import Config
 from core.choices import INT8
+from core.errors import StateError
+from core.machine import describe_machine, describe_versions
 from core.rows import ResultRow, engine_key
 from core.runtimes import PRECISION_NAMES, RUNTIMES
 from data import Predict
@@ -20,11 +25,17 @@ from deploy.runtimes.engines import runtime_class
 from pipeline.job import Job
 from pipeline.networks import QUANTIZED
 from pipeline.run.files import ENGINES, FLOAT_ONNX, model_name, target_of
+from pipeline.run.ledger import hash_files
 from pipeline.run.progress import say
 from pipeline.splits import VAL
 from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
 from pipeline.stages.parity import check_parity, engine_row, reader_of
 from pipeline.stages.stage import Stage
+
+BUILT = f"{ENGINES}/built.json"
+ENGINE_FILES = tuple(
+    f"{ENGINES}/{pattern}" for entry in RUNTIMES.values() for pattern in entry.engine_patterns
+)
 
 
 def check_runtimes(job: Job) -> None:
@@ -130,7 +141,28 @@ def build_engines(job: Job, runtime: str) -> Iterator[tuple[Path, EngineRequest]
         )
         say(f"building the {entry.title} engine of {graph.name}, {precision}")
         path = job.run.path(ENGINES) / entry.engine_name(graph.name, precision)
-        yield build_engine(runtime, graph, path.parent, request), request
+        yield _built(job, runtime, graph, path, request), request
+
+
+def _built(job: Job, runtime: str, graph: Path, path: Path, request: EngineRequest) -> Path:
+    """Build an engine, unless this stage has built it on this machine before it was stopped."""
+    run, name = job.run, path.relative_to(job.run.directory).as_posix()
+    try:
+        earlier = run.read_json(BUILT) if run.path(BUILT).exists() else {}
+    except StateError:  # of a stop in the middle; then it is built again
+        earlier = {}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    machine = {**describe_machine(), **describe_versions(), "gpu": gpu}
+    record = earlier.get(name, {"machine": None, "files": {}})
+    if record["machine"] == machine and hash_files(run.directory, record["files"]) == record["files"]:
+        say(f"{name}: built before")
+        return path
+    path = build_engine(runtime, graph, path.parent, request)
+    endings = (path.suffix, *RUNTIMES[runtime].companions)
+    files = [f"{name.removesuffix(path.suffix)}{ending}" for ending in endings]
+    entry = {"machine": machine, "files": hash_files(run.directory, files)}
+    run.write_json(BUILT, {**earlier, name: entry})
+    return path
 
 
 def engine_predictor(job: Job, engine: Runtime) -> Predict:
@@ -153,8 +185,9 @@ ENGINE = Stage(
     splits=(VAL,),
     reads=(*FLOAT_FILES, *QUANTIZED.values(), "model*.onnx", FLOAT_ONNX),
     writes=(
-        f"{ENGINES}/*.json",
-        *(f"{ENGINES}/{pattern}" for entry in RUNTIMES.values() for pattern in entry.engine_patterns),
+        f"{ENGINES}/parity.json",
+        *ENGINE_FILES,
         "rows/engine-*.json",
     ),
+    partial=(BUILT, *ENGINE_FILES),
 )

@@ -136,8 +136,9 @@ class Stage:
 
     def tidy(self, run: Run) -> None:
         """Remove what the finished stage needed to continue from."""
+        kept = set(find_files(run.directory, self.writes))
         for name in find_files(run.directory, self.partial):
-            if name not in self.writes:
+            if name not in kept:
                 run.path(name).unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # not empty
                     run.path(name).parent.rmdir()

@@ -60,7 +60,9 @@ def parse_placement(text: str, path: str) -> Placement:
     try:
         content = parse_yaml(text)
     except DocumentError as error:
-        raise PlacementError(f"{path} cannot be read: {error}") from error
+        raise PlacementError(
+            f"{path} cannot be read: {error}. Correct it, or remove it: the stage `place` of its run writes it again"
+        ) from error
     try:
         groups = tuple(_group(entry) for entry in _typed(content["groups"], list, "groups"))
         weights = tuple(_weight(entry) for entry in _typed(content["weights"], list, "weights"))

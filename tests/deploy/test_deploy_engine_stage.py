@@ -18,12 +18,14 @@ from torch import nn
 from configs import compose
 from core.errors import ConfigError, DeployError
 from core.rows import PTQ
-from deploy import OpenVINORuntime
+from deploy import OpenVINORuntime, build_engine
 from deploy.runtimes.tensorrt import TensorRTRuntime
 from pipeline import CustomDetector
 from pipeline.input_check import check_input
 from pipeline.job import Job
+from pipeline.main import run_stage
 from pipeline.run.directory import Run
+from pipeline.stages import engine
 from pipeline.stages.calibrate import calibrate_stage
 from pipeline.stages.engine import check_runtimes, engine_stage, open_engines
 from pipeline.stages.export import compare_with_torch, export_stage
@@ -166,6 +168,40 @@ def test_rows_name_the_precision_hint(tmp_path, decoded_rows):
         assert left.precision == "int8"
         assert floating.precision == {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}[left.precision_hint]
         assert json.loads(left.metadata["names"])["0"] == job.splits.val.names[0]
+
+
+def test_a_stopped_stage_does_not_build_its_engines_again(tmp_path, monkeypatch, capfd):
+    """Killed in the second build: the first engine stays as it is; one that was changed since is built again."""
+    job = make_job(tmp_path / "run", "deploy.runtimes=[openvino,onnxruntime]")
+    export_stage(job)
+    built, stop_at = [], [2]
+
+    def build(runtime, graph, folder, request):
+        built.append((runtime, graph.name))
+        if len(built) == stop_at[0]:
+            raise KeyboardInterrupt
+        return build_engine(runtime, graph, folder, request)
+
+    monkeypatch.setattr(engine, "build_engine", build)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(job, engine.ENGINE)
+    before = job.run.path("engines/model.xml").stat().st_mtime_ns
+    stop_at[0] = 4
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(job, engine.ENGINE)
+    assert job.run.path("engines/model.xml").stat().st_mtime_ns == before
+    assert "engines/model.xml: built before" in capfd.readouterr().err
+    job.run.path("engines/float.bin").write_bytes(b"damaged")
+    run_stage(job, engine.ENGINE)
+    openvino = [("openvino", name) for name in ("model.onnx", "float.onnx")]
+    assert built[:4] == [openvino[0], openvino[1], openvino[1], built[3]]
+    assert built[3][0] == "onnxruntime"
+    assert built[4:6] == [openvino[1], built[3]]
+    assert job.run.is_done("engine")
+    assert not job.run.path("engines/built.json").exists()
+    names = ("engines/model.xml", "engines/model.bin", "engines/float.xml", "engines/float.bin")
+    assert all(job.run.path(name).stat().st_size > 100 for name in names)
+    assert {"engines/model.bin", "engines/parity.json"} <= set(job.run.ledger.get("engine").outputs)
 
 
 def test_ranges_come_from_training_images(tmp_path):

@@ -257,3 +257,15 @@ def test_ranges_go_with_the_layers_through_folding(small: Detector, caplog: pyte
     assert float(folded.amax[f"{merged}.conv.input"]) == 3.0
     assert {key.rpartition(".")[0] for key in folded.amax} <= set(layers)
     assert f"ranges of merged kernels left out: {merged}.dense.conv.weight" in caplog.text
+
+
+@pytest.mark.parametrize("size", [100, 1000])
+def test_a_damaged_safetensors_file_says_what_to_do(folded: Detector, tmp_path: Path, size: int) -> None:
+    """Cut in the header, and behind it."""
+    save_detector(folded, tmp_path / "a.safetensors")
+    with (tmp_path / "a.safetensors").open("r+b") as stream:
+        stream.truncate(size)
+    with pytest.raises(
+        CheckpointError, match=r"not a readable .*: copy it again\. If a run made it, remove it"
+    ):
+        load_detector(tmp_path / "a.safetensors")

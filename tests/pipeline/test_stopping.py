@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from data.worker_signals import holding_sigterm
 from pipeline.run.commands import resume_command
 from pipeline.run.directory import Run
 from pipeline.run.stopping import STOPPING, Stopped
@@ -82,6 +83,22 @@ def test_the_command_that_goes_on_can_be_pasted(monkeypatch: pytest.MonkeyPatch)
     assert resume_command(Path("r"), ["train_qat.py"]) == (
         "torchrun --nproc-per-node 2 train_qat.py run_dir=r resume=true"
     )
+
+
+def test_workers_start_with_sigterm_blocked() -> None:
+    """A signal to the process group may come before a worker is able to tell who sent it."""
+
+    class Masks(torch.utils.data.Dataset[bool]):
+        def __getitem__(self, index: int) -> bool:
+            return signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+        def __len__(self) -> int:
+            return 1
+
+    with holding_sigterm():
+        held = iter(torch.utils.data.DataLoader(Masks(), num_workers=1, multiprocessing_context="fork"))
+    assert bool(next(held))
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 # -- real processes

@@ -26,6 +26,8 @@ def work(team: Team, what: str) -> None:
         raise DataError("the same in all")
     if team.rank == 1:
         print("pid", os.getpid(), flush=True)
+        if what == "kill once" and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+            what = "fine"
         if what == "raise":
             raise DataError("image 7 is missing")
         if what != "fine":

@@ -76,3 +76,23 @@ def test_one_that_ends_takes_the_others_with_it(what: str) -> None:
 @pytest.mark.slow
 def test_all_end_well() -> None:
     assert run_team("team_member.py", "fine")[0] == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_restart_by_torchrun_finds_the_new_processes() -> None:
+    """torchrun keeps its store: the addresses of the processes before, one of which was killed, are in it still."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            "--max-restarts", "1", "--monitor-interval", "0.1",
+            str(Path(__file__).with_name("team_member.py")), "kill once",
+        ],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines().count("done") == 2
+    assert len(lines_with([done.stdout], r"^pid \d+$")) == 2
