@@ -124,8 +124,9 @@ def make_folder(path: Path) -> bool:
         WriteError: it cannot be made.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_on_disk(path.parent)
         path.mkdir()
+        _flush(path.parent)
     except FileExistsError as error:
         if path.is_dir():
             return False

@@ -86,7 +86,9 @@ class Accumulation:
         if self._num_parts(num_images) <= before:
             raise ResourceError(
                 f"The memory does not suffice for step {step} with {-(-largest // before)} image(s) at a time "
-                f"({reason}): use smaller images (data.image_size), fewer data workers (data.workers), or more memory"
+                f"({reason}): resume with micro_batch=1 (train.micro_batch, qat.micro_batch), since a new process does "
+                "not have what the attempts with more images have left in memory; or use smaller images "
+                "(data.image_size), fewer data workers (data.workers), or more memory"
             )
         gc.collect()
         if torch.cuda.is_available():

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from main_job import REPOSITORY, Outcome, run_entry
 
+from benchmarks.kill_resume import fingerprints
+
 SHORT = (
     "+experiment=bccd", "data.image_size=96", "data.workers=0", "data.limit_val=12", "evaluate.batch_size=4",
     "quant.calibration_images=20", "quant.calibration_batch_size=4", "sensitivity.images=3",
@@ -19,18 +21,21 @@ SHORT = (
 SAME = ("rows/float.json", "rows/ptq.json", "calibration.json", "ptq.safetensors", "sensitivity.json")
 
 
-def run_team(size: int, *arguments: str, cwd: Path, restarts: int = 0) -> Outcome:
+ENTRY = REPOSITORY / "train_qat.py"
+
+
+def run_team(size: int, *arguments: str, cwd: Path, restarts: int = 0, entry: Path = ENTRY) -> Outcome:
     """Run `train_qat.py` in several processes that torchrun starts."""
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size),
-            "--max-restarts", str(restarts), str(REPOSITORY / "train_qat.py"), *arguments,
+            "--max-restarts", str(restarts), str(entry), *arguments,
         ],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=550,
+        timeout=1500,
         check=False,
     )  # fmt: skip
     return Outcome(done.returncode, done.stdout, done.stderr)
@@ -92,3 +97,28 @@ def test_a_failed_job_says_its_exit_code_and_restarts(shared_data: Path, tmp_pat
     assert len(re.findall(r"^error: ptq reaches AP", done.err, re.MULTILINE)) == 2
     assert len(re.findall("float: done before", done.err)) == 1
     assert re.search(r"exitcode +: 4", done.err)
+
+
+DRAWN = (
+    "+experiment=demo", "data.image_size=64", "data.synthetic.size=64", "data.synthetic.train=16",
+    "data.synthetic.val=4", "data.workers=0", "train.epochs=2", "train.batch_size=4", "qat.epochs=1",
+    "qat.batch_size=4", "quant.calibration_images=4", "threads=1", "checkpoint_minutes=0", "resume=auto",
+    "stages=[train,calibrate,finetune]", "train.layout=contiguous", "qat.layout=contiguous",
+)  # fmt: skip
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3000)
+def test_a_killed_process_and_a_restart_end_like_an_undisturbed_job(tmp_path: Path) -> None:
+    """`--max-restarts`: the second process is killed in float training, and all go on from the saved state."""
+    done = run_team(2, *DRAWN, "run_dir=whole", cwd=tmp_path)
+    assert done.code == 0, done.err
+    killer = Path(__file__).with_name("kill_member.py")
+    done = run_team(2, *DRAWN, "run_dir=killed", cwd=tmp_path, restarts=1, entry=killer)
+    assert done.code == 0, done.err
+    assert "has ended without a message: it was killed" in done.err or "Signal 9 (SIGKILL)" in done.err
+    assert len(re.findall("continuing after step [1-9]", done.err)) == 1
+    whole, killed = (fingerprints(tmp_path / name) for name in ("whole", "killed"))
+    logs = {name for name in whole if name.endswith(".jsonl")}  # with the speeds of the processes
+    assert {name for name in whole if killed.get(name) != whole[name]} <= logs
+    assert set(whole) == set(killed)

@@ -99,4 +99,5 @@ def test_a_memory_limit_below_one_image_ends_with_the_message() -> None:
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: The memory does not suffice for step 0 with 1 image(s) at a time (")
+    assert "resume with micro_batch=1 (train.micro_batch, qat.micro_batch)" in last
     assert "use smaller images (data.image_size)" in last

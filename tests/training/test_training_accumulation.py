@@ -162,7 +162,9 @@ def test_a_micro_batch_that_is_configured_anew_counts() -> None:
 
 def test_one_image_without_memory_ends_the_training_with_what_to_change() -> None:
     state = fresh()
-    message = r"does not suffice for step 3 with 1 image\(s\) at a time \(could not .*smaller images \(data.image_size"
+    message = (
+        r"does not suffice for step 3 with 1 image\(s\) at a time \(could not .*: resume with micro_batch=1"
+    )
     with pytest.raises(ResourceError, match=message) as caught:
         run(state, Memory(0, ERRORS[0], step=3))
     assert caught.value.exit_code == 3
