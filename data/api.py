@@ -11,16 +11,20 @@ from data.loader import DetectionLoader, build_loader
 from data.masks import Rle, decode_mask, outlines_of
 from data.metrics.detection import (
     DetectionMetrics,
+    compute_metrics,
+    evaluate,
+    measure_agreement,
+    measure_operating_point,
+    resample_score,
+)
+from data.metrics.detections import (
     Detections,
     Found,
     Predict,
     collect,
-    compute_metrics,
-    evaluate,
+    in_pictures,
+    join_batches,
     join_shares,
-    measure_agreement,
-    measure_operating_point,
-    resample_score,
     to_picture,
 )
 from data.samples import Batch, Dataset, Instances, Sample
@@ -46,6 +50,8 @@ __all__ = [
     "evaluate",
     "generate_synthetic",
     "ground_truth",
+    "in_pictures",
+    "join_batches",
     "join_shares",
     "letterbox",
     "list_images",

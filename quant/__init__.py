@@ -36,6 +36,7 @@ from quant.repair.reconstruction import LayerRepair, reconstruct
 from quant.sensitivity.budget import BudgetResult, search_budget, without_units
 from quant.sensitivity.fisher import Figures, measure_fisher
 from quant.sensitivity.scores import UnitScore, measure_sqnr
+from quant.sensitivity.switching import SwitchedUnits, switch_units
 from quant.sharing import ConcatDecision, SharingResult, measure_sharing
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "ScoreLine",
     "Share",
     "SharingResult",
+    "SwitchedUnits",
     "TensorSite",
     "TraceError",
     "UnitScore",
@@ -93,6 +95,7 @@ __all__ = [
     "reconstruct",
     "search_budget",
     "set_mode",
+    "switch_units",
     "trace",
     "with_named_nodes",
     "without_units",

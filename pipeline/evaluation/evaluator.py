@@ -21,9 +21,12 @@ from data import (
     collect,
     compute_metrics,
     evaluate,
+    in_pictures,
+    join_batches,
     join_shares,
     measure_operating_point,
     resample_score,
+    to_input,
 )
 from pipeline.evaluation.measuring import Metrics, describe, measure_custom
 from pipeline.evaluation.suppression import is_nms_free, suppress_overlaps
@@ -103,11 +106,35 @@ class Evaluator:
         """Images to detections through a torch network, which gets them in a memory format, and its decode."""
 
         def predict(images: Tensor) -> Sequence[Found]:
-            raw = network(images.contiguous(memory_format=memory_format))
-            contiguous = tree_map_only(Tensor, Tensor.contiguous, raw)  # a user's decode may rely on it
-            return self.detections(decode(contiguous), nms_free=is_nms_free(decode))
+            return self._decoded(network(images.contiguous(memory_format=memory_format)), decode)
 
         return predict
+
+    def _decoded(self, raw: Any, decode: nn.Module) -> Sequence[Found]:
+        contiguous = tree_map_only(Tensor, Tensor.contiguous, raw)  # a user's decode may rely on it
+        return self.detections(decode(contiguous), nms_free=is_nms_free(decode))
+
+    def measure_each(
+        self,
+        outputs: Callable[[Tensor], Iterable[Any]],
+        count: int,
+        decode: nn.Module,
+        limit: int | None = None,
+    ) -> list[Metrics]:
+        """COCO figures of several networks that look at the same batches of the validation split.
+
+        Args:
+            outputs: images on the device to the raw maps of each network, one after the other.
+            count: networks.
+            decode: their decode.
+            limit: images at most.
+        """
+        parts: list[list[Detections]] = [[] for _ in range(count)]
+        for batch in self.splits.val_batches(self.config.batch_size, limit):
+            with torch.inference_mode():
+                for part, raw in zip(parts, outputs(to_input(batch.images, self.device)), strict=True):
+                    part.append(in_pictures(self._decoded(raw, decode), batch))
+        return [self._coco(join_batches(part)) for part in parts]
 
     def measure(
         self, predict: Predict, label: str | None, batch_size: int | None = None, limit: int | None = None

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,21 @@ class Sweep:
 
     def run(self, items: Sequence[str], measure: Callable[[str], float]) -> Iterator[tuple[str, float]]:
         """Measure what is missing; yields (item, value) for every item as it becomes known."""
+        return self.run_groups([[item] for item in items], lambda group: {group[0]: measure(group[0])})
+
+    def run_groups(
+        self, groups: Sequence[Sequence[str]], measure: Callable[[list[str]], Mapping[str, float]]
+    ) -> Iterator[tuple[str, float]]:
+        """As `run`, where the items of a group are measured together: those of them that are missing."""
         later = []
-        for item in items:
-            value = self._measured(item, measure)
-            if value is None:
-                later.append(item)
-            else:
-                yield item, value
+        for group in groups:
+            values = self._measured(group, measure)
+            yield from values.items()
+            later += [item for item in group if item not in values]
         for item in later:
-            while (value := self._measured(item, measure)) is None:
+            while not (values := self._measured([item], measure)):
                 time.sleep(PAUSE)
-            yield item, value
+            yield from values.items()
 
     def known(self, item: str) -> float | None:
         """What was measured; None for an item that is missing, or whose file is damaged."""
@@ -63,21 +68,27 @@ class Sweep:
         """Keep a result: a number, or other plain data."""
         write_text(self._path(item), json.dumps({"item": item, "value": value}) + "\n")
 
-    def _measured(self, item: str, measure: Callable[[str], float]) -> float | None:
-        """The known value, or the measured one; None where another worker is measuring it."""
-        if (value := self.known(item)) is not None:
-            return value
-        lock = FileLock(self._path(item).with_suffix(".lock"))
-        if not lock.acquire():
-            return None
-        try:
-            value = self.known(item)  # another worker may have finished it meanwhile
-            if value is None:
-                value = float(measure(item))
-                self.keep(item, value)
-            return value
-        finally:
-            lock.release()
+    def _measured(
+        self, items: Sequence[str], measure: Callable[[list[str]], Mapping[str, float]]
+    ) -> dict[str, float]:
+        """The known values and the measured ones; without those that another worker is measuring."""
+        values = self._all_known(items)
+        with ExitStack() as locks:
+            mine = []
+            for item in items:
+                lock = FileLock(self._path(item).with_suffix(".lock"))
+                if item not in values and lock.acquire():
+                    locks.callback(lock.release)
+                    mine.append(item)
+            values |= self._all_known(mine)  # another worker may have finished them meanwhile
+            missing = [item for item in mine if item not in values]
+            for item, value in (measure(missing) if missing else {}).items():
+                values[item] = float(value)
+                self.keep(item, values[item])
+        return values
+
+    def _all_known(self, items: Sequence[str]) -> dict[str, float]:
+        return {item: value for item in items if (value := self.known(item)) is not None}
 
     def _path(self, item: str) -> Path:
         return self.directory / f"{_safe(item)}.json"

@@ -20,29 +20,15 @@ from pipeline.stages.plans import assemble
 from pipeline.stages.recalibration import recalibrate
 from quant import (
     BudgetResult,
-    Mode,
     Placement,
-    activation_quantizers,
     placement_of,
-    quantized_layers,
     search_budget,
-    set_mode,
+    switch_units,
     without_units,
 )
 
 BUDGET = "budget.json"
 REASON = "accuracy budget"
-
-
-def switch_units(model: fx.GraphModule, quantized: set[str]) -> None:
-    """Switch the given units on (activations and the weights that read them) and all others off."""
-    set_mode(model, Mode.OFF)
-    quantizers, layers = activation_quantizers(model), quantized_layers(model)
-    for group in placement_of(model).groups:
-        if group.name in quantized:
-            quantizers[group.name].mode = Mode.QUANTIZE
-            for layer in group.layers:
-                layers[layer].weight_quantizer.mode = Mode.QUANTIZE
 
 
 def keep_budget(job: Job, model: fx.GraphModule, ranking: list[str], max_drop: float, sweep: Sweep) -> None:

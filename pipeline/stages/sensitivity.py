@@ -10,11 +10,13 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from core.rows import FLOAT, MIXED, PTQ
+from data import to_input
 from models import SegmentTargets
 from pipeline.evaluation.measuring import value_of
 from pipeline.job import Job
@@ -22,11 +24,11 @@ from pipeline.networks import QUANTIZED
 from pipeline.run.progress import say, track
 from pipeline.run.sweep import Sweep
 from pipeline.splits import TRAIN, VAL
-from pipeline.stages.budget import BUDGET, keep_budget, switch_units
+from pipeline.stages.budget import BUDGET, keep_budget
 from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
 from pipeline.stages.recalibration import recalibration_file
 from pipeline.stages.stage import Stage
-from quant import Figures, UnitScore, measure_fisher, measure_sqnr, placement_of
+from quant import Figures, SwitchedUnits, UnitScore, measure_fisher, measure_sqnr, placement_of, switch_units
 
 BATCH = 4
 SENSITIVITY_FILE, POLICY = "sensitivity.json", "sensitivity-policy.yaml"
@@ -138,27 +140,62 @@ def score_map(ap: Mapping[str, float], units: Iterable[str]) -> list[UnitScore]:
 def measure_units(job: Job, model: fx.GraphModule) -> dict[str, float]:
     """AP with `all` units quantized, with `none`, and for each unit with it alone `off:UNIT` and alone `on:UNIT`.
 
-    The processes of a team share these items, each on all images; their results meet in the run directory.
+    The processes of a team share these items, each on all images; their results meet in the run directory. Units are
+    measured in groups, each with the values that the network computes before them (see `quant.SwitchedUnits`), but for
+    a metric of the user's own, which looks at one model at a time.
     """
     units = [group.name for group in placement_of(model).groups]
     items = ["all", "none", *(f"{kind}:{unit}" for unit in units for kind in ("off", "on"))]
-    sweep = kept_results(job, model)
+    sweep, team, images = kept_results(job, model), job.stage_team, job.config.sensitivity.images
+    predict = job.predictor(model)
 
     def measure(item: str) -> float:
         kind, _, unit = item.partition(":")
         quantized = set(units) if kind in {"all", "off"} else set()
         quantized ^= {unit} & set(units)
         switch_units(model, quantized)
-        images = job.config.sensitivity.images
-        return value_of(job.evaluator.measure(job.predictor(model), None, limit=images))
+        return value_of(job.evaluator.measure(predict, None, limit=images))
 
-    team = job.stage_team
-    share = items[team.rank :: team.size]
     with job.alone():
-        for _ in track(sweep.run(share, measure), "sensitivity (map)", len(share)):
+        share = items[team.rank :: team.size]
+        found = sweep.run(share, measure)
+        if job.evaluator.metric is None and any(sweep.known(item) is None for item in items):
+            groups, together = _grouped(job, model, units)
+            groups = [["all"], ["none"], *groups][team.rank :: team.size]
+            share = list(itertools.chain(*groups))
+            found = sweep.run_groups(
+                groups, lambda group: together(group) if ":" in group[0] else {group[0]: measure(group[0])}
+            )
+        for _ in track(found, "sensitivity (map)", len(share)):
             pass
         team.wait()
         return dict(sweep.run(items, measure))
+
+
+def _grouped(
+    job: Job, model: fx.GraphModule, units: list[str]
+) -> tuple[list[list[str]], Callable[[list[str]], dict[str, float]]]:
+    """The items of all units in groups, and what measures the items of a group."""
+    memory_format, limit = job.networks.memory_format, job.config.sensitivity.images
+    batch = next(iter(job.splits.val_batches(job.config.evaluate.batch_size, limit)))
+    images = to_input(batch.images, job.device).contiguous(memory_format=memory_format)
+    switched = {kind: SwitchedUnits(model, kind == "off", images) for kind in ("off", "on")}
+
+    def measure(items: list[str]) -> dict[str, float]:
+        kind = items[0].partition(":")[0]
+        chosen = [item.partition(":")[2] for item in items]
+
+        def outputs(images: Tensor) -> Iterator[Any]:
+            return switched[kind].outputs(chosen, images.contiguous(memory_format=memory_format))
+
+        decode = job.networks.detector.decode
+        metrics = job.evaluator.measure_each(outputs, len(items), decode, limit)
+        return dict(zip(items, map(value_of, metrics), strict=True))
+
+    groups = [
+        [f"{kind}:{unit}" for unit in group] for kind in switched for group in switched[kind].groups(units)
+    ]
+    return groups, measure
 
 
 def kept_results(job: Job, model: fx.GraphModule) -> Sweep:

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
+from quant.fake_quantize import Mode
 from quant.finetuning.distillation import distillation_loss, flatten_maps
-from quant.insertion import activation_quantizers, placement_of, quantized_layers, quantizers, set_mode
+from quant.insertion import placement_of, quantizers, set_mode
+from quant.sensitivity.switching import SwitchedUnits
 
 
 @dataclass(frozen=True)
@@ -44,31 +45,26 @@ def measure_sqnr(
 
     Args:
         model: inserted and calibrated; modes are restored at the end.
-        batches: images [B, C, H, W], used once for the reference and once per unit. How images are batched makes no
+        batches: images [B, C, H, W], the first batch no smaller than the others. How images are batched makes no
             difference: each is compared by itself.
         known: names of units to leave out.
     """
-    groups = activation_quantizers(model)
-    layers = quantized_layers(model)
     modes = [(quantizer, quantizer.mode) for quantizer in quantizers(model)]
     training = model.training
     model.eval()
     try:
+        switched = SwitchedUnits(model, False, batches[0])
         with torch.inference_mode():
             set_mode(model, Mode.OFF)
             references = [model(images) for images in batches]
-            for group in placement_of(model).groups:
-                if group.name in known:
-                    continue
-                parts: list[FakeQuantize | WeightFakeQuantize] = [groups[group.name]]
-                parts += [layers[name].weight_quantizer for name in group.layers]
-                for part in parts:
-                    part.mode = Mode.QUANTIZE
-                pairs = zip(batches, references, strict=True)
-                found = [error for images, wanted in pairs for error in _output_errors(model(images), wanted)]
-                for part in parts:
-                    part.mode = Mode.OFF
-                yield UnitScore(group.name, sum(found) / len(found))
+            units = [group.name for group in placement_of(model).groups if group.name not in known]
+            for group in switched.groups(units):
+                errors: dict[str, list[float]] = {unit: [] for unit in group}
+                for images, wanted in zip(batches, references, strict=True):
+                    for unit, outputs in zip(group, switched.outputs(group, images), strict=True):
+                        errors[unit] += _output_errors(outputs, wanted)
+                for unit, found in errors.items():
+                    yield UnitScore(unit, sum(found) / len(found))
     finally:
         for quantizer, mode in modes:
             quantizer.mode = mode

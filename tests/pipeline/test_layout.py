@@ -14,6 +14,8 @@ from torch import nn
 from configs.evaluate_schema import EvaluateConfig
 from configs.schema import QatConfig
 from core.image_size import ImageSize
+from data import Batch
+from data.letterbox import LetterboxInfo
 from pipeline import layout
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.job import Job
@@ -137,6 +139,28 @@ def test_images_are_laid_out_for_the_network_and_its_outputs_for_the_decode(
     found = evaluator.predictor(network, Decode(), memory_format)(images)
     assert len(found) == 2
     assert seen == [True]
+
+
+def test_several_networks_at_once_find_what_each_finds_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Decode(nn.Module):
+        def forward(self, raw: torch.Tensor) -> torch.Tensor:
+            return raw.sigmoid().flatten(2)
+
+    infos = [LetterboxInfo(1.0, 0, 0, 16, 16)] * 5
+    images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
+    parts = [slice(0, 3), slice(3, 5)]
+    batches = [Batch(images[p], torch.zeros(0, 6), list(range(5))[p], infos[p]) for p in parts]
+    splits = cast(Any, SimpleNamespace(val_batches=lambda *arguments: batches))
+    evaluator = Evaluator(EvaluateConfig(confidence=0.3), None, splits, torch.device("cpu"))
+    monkeypatch.setattr(evaluator, "_coco", lambda found: found)
+    networks = [nn.Conv2d(3, 6, 1).requires_grad_(False) for _ in range(2)]
+    together = evaluator.measure_each(lambda images: (network(images) for network in networks), 2, Decode())
+    for network, found in zip(networks, cast(Any, together), strict=True):
+        alone = evaluator.collect(evaluator.predictor(network, Decode()), None)
+        assert list(found.image_ids) == list(alone.image_ids) == list(range(5))
+        assert sum(map(len, alone.rows)) > 0
+        for own, other in zip(found.rows, alone.rows, strict=True):
+            assert (own == other).all()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,199 @@
+"""Times calibration and sensitivity in passes: each as a ratio to float inference on the same images.
+
+    python benchmarks/passes.py [--weights W] [--images FOLDER] [--size 320] [--num-images 16] [--rounds 5]
+        [--json FILE]
+
+All works run in one process, one after the other in each round, and a ratio is taken within a round: the median over
+the rounds, with the smallest and largest. Time is processor time of the process, so that other work on the machine
+counts little. The unit is one pass of the float network in contiguous layout, batches of 8.
+
+- `validation pass`: the quantized network, decode and suppression.
+- `counting`: float inference that fills the histograms of all activations.
+- `fisher`: forward, loss and backward of every image, with the scores; two made-up objects per image.
+- `map, ...`: the network alone, mean over every second unit and over both items of a unit, of the first batch: as whole
+  passes, and in groups that share what lies before their units. The unit is one float pass over that batch.
+
+Choosing scales happens once for any number of images: it is printed in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import torch
+from torch import Tensor, fx
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.training_step import detector_of
+from core.choices import OBSERVERS
+from models import Detector, detector_loss, non_max_suppression
+from quant import Mode, calibrate, insert, measure_fisher, place, placement_of, set_mode
+from quant.calibration.calibrate import apply_histograms, calibrate_weights, collect_histograms
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+BATCH, FISHER_BATCH = 8, 4
+FLOAT = "float pass"
+Work = Callable[[], object]
+
+
+def read_images(folder: Path | None, count: int, size: int) -> Tensor:
+    """Pictures of a folder, stretched to a square, or noise; float [count, 3, size, size]."""
+    if folder is None:
+        return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    pictures = [cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB) for path in files[:count]]  # type: ignore[arg-type]
+    stretched = [torch.from_numpy(cv2.resize(picture, (size, size))) for picture in pictures]
+    return torch.stack(stretched).permute(0, 3, 1, 2).float().div(255).contiguous()
+
+
+def one_target(size: int) -> Tensor:
+    """Two objects of one image, as the loss takes them."""
+    boxes = torch.tensor([[40.0, 40.0, 140.0, 120.0], [100.0, 150.0, 200.0, 260.0]]) * size / 320
+    return torch.cat([torch.zeros(2, 1), torch.tensor([[0.0], [1.0]]), boxes], 1)
+
+
+class Works:
+    """What is timed, by name; the float pass is the first, and each work says what it is divided by."""
+
+    def __init__(self, detector: Detector, images: Tensor) -> None:
+        self.detector = detector
+        self.network = detector.network.eval()
+        self.images = images
+        self.model: fx.GraphModule = insert(self.network, place(self.network)).eval()
+        calibrate(self.model, images.split(BATCH))
+        self.loss = detector_loss(detector)
+
+    def all(self) -> dict[str, tuple[Work, float]]:
+        """Name to the work, and how many passes over the images its time is divided by."""
+        found: dict[str, tuple[Work, float]] = {}
+        for name, layout in LAYOUTS.items():
+            batches = self._laid_out(BATCH, layout)
+            found[f"{FLOAT}, {name}"] = partial(self._inference, batches), 1
+            found[f"validation pass, {name}"] = partial(self._validation, batches), 1
+            found[f"counting, {name}"] = partial(collect_histograms, self.model, batches), 1
+            found[f"fisher, {name}"] = partial(self._fisher, self._laid_out(FISHER_BATCH, layout)), 1
+        return found | self._sweeps()
+
+    def _laid_out(self, size: int, layout: torch.memory_format) -> list[Tensor]:
+        return [batch.contiguous(memory_format=layout) for batch in self.images.split(size)]
+
+    @torch.inference_mode()
+    def _inference(self, batches: list[Tensor]) -> None:
+        for batch in batches:
+            self.network(batch)
+
+    @torch.inference_mode()
+    def _validation(self, batches: list[Tensor]) -> None:
+        set_mode(self.model, Mode.QUANTIZE)
+        for batch in batches:
+            non_max_suppression(self.detector.decode(self.model(batch)), 0.001, 0.7, 300)
+
+    def _fisher(self, batches: list[Tensor]) -> None:
+        target = one_target(self.images.shape[-1])
+        measure_fisher(self.model, [(batch, [target] * len(batch)) for batch in batches], self.loss)
+
+    def _sweeps(self) -> dict[str, tuple[Work, float]]:
+        units = [group.name for group in placement_of(self.model).groups][::2]
+        batch = self._laid_out(BATCH, torch.channels_last)[0]
+        share = len(batch) / len(self.images)
+        found: dict[str, tuple[Work, float]] = {
+            "map, whole passes": (partial(self._whole, batch), 2 * share),
+        }
+        try:
+            from quant import SwitchedUnits
+        except ImportError:  # a version that has none
+            return found
+        switched = [SwitchedUnits(self.model, quantized, batch) for quantized in (False, True)]
+        return found | {
+            "map, in groups": (partial(self._grouped, switched, units, batch), 2 * len(units) * share)
+        }
+
+    @torch.inference_mode()
+    def _whole(self, batch: Tensor) -> None:
+        for mode in (Mode.OFF, Mode.QUANTIZE):
+            set_mode(self.model, mode)
+            self.model(batch)
+
+    @torch.inference_mode()
+    def _grouped(self, switched: list[Any], units: list[str], batch: Tensor) -> None:
+        for state in switched:
+            for group in state.groups(units):
+                for _ in state.outputs(group, batch):
+                    pass
+
+
+def measure(works: Works, rounds: int) -> dict[str, dict[str, float]]:
+    """Median, least and largest ratio of every work, and the median of its seconds."""
+    named = works.all()
+    taken: dict[str, list[float]] = {name: [] for name in named}
+    for number in range(rounds + 1):
+        for name, (work, passes) in named.items():
+            start = time.process_time()
+            work()
+            if number > 0:
+                taken[name].append((time.process_time() - start) / passes)
+    table = {}
+    unit = taken[f"{FLOAT}, contiguous"]
+    for name, seconds in taken.items():
+        relative = sorted(own / other for own, other in zip(seconds, unit, strict=True))
+        table[name] = {
+            "seconds": statistics.median(seconds),
+            "ratio": statistics.median(relative),
+            "least": relative[0],
+            "largest": relative[-1],
+        }
+    return table
+
+
+def choosing(works: Works) -> dict[str, float]:
+    """Seconds of choosing the scales from the histograms, by method, and those of the weights."""
+    histograms, num_images = collect_histograms(works.model, works.images.split(BATCH))
+    found = {}
+    for method in OBSERVERS:
+        start = time.process_time()
+        apply_histograms(works.model, histograms, method, 99.99, num_images)
+        found[method] = time.process_time() - start
+    start = time.process_time()
+    calibrate_weights(works.model)
+    return found | {"weights": time.process_time() - start}
+
+
+def main() -> None:
+    """Print one line per work."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--weights", type=Path, help="checkpoint; default: YOLOv9-t with random weights")
+    parser.add_argument("--images", type=Path, help="folder of pictures; default: noise")
+    parser.add_argument("--size", type=int, default=320)
+    parser.add_argument("--num-images", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    works = Works(detector_of(options.weights), read_images(options.images, options.num_images, options.size))
+    table = measure(works, options.rounds)
+    for name, row in table.items():
+        print(
+            f"{name:<32} {row['seconds']:7.3f} s   {row['ratio']:.2f} ({row['least']:.2f} to {row['largest']:.2f})"
+        )
+    seconds = ", ".join(f"{name} {value:.2f} s" for name, value in choosing(works).items())
+    print(f"choosing the scales, once: {seconds}")
+    if options.json is not None:
+        options.json.write_text(json.dumps(table, indent=1))
+
+
+if __name__ == "__main__":
+    main()
