@@ -27,7 +27,7 @@ names, types and limits are checked before anything is loaded. Later values over
 group options, experiment, command line.
 
 ```bash
-python train_qat.py +experiment=demo qat.epochs=3 quant=w4a8
+python train_qat.py +experiment=demo qat.epochs=3 quant=w4a8 'stages=[train,float,calibrate,finetune,report]'
 python train_qat.py -m +experiment=demo seed=0,1,2
 ```
 
