@@ -2,7 +2,7 @@
 
 The native form takes dense tensors of float32 and bfloat16 on a CPU; everything else is torch's operators
 (quant/rounding.py), and so is all of it where the kernel cannot be built. Both give the same bits, but for the
-gradients of scales: their sums are in double here.
+gradients of scales, and of biases under autocast: their sums are in double here.
 """
 
 from __future__ import annotations
