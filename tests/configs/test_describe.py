@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from configs.deploy_schema import ExportConfig
 from configs.describe import page
-from configs.overrides import known_keys
+from configs.overrides import known_keys, open_keys
 from configs.schema import Config
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+REPOSITORY = Path(__file__).resolve().parents[2]
+DOCUMENT = REPOSITORY / "docs" / "configuration.md"
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -36,3 +40,15 @@ def test_a_few_lines_read_as_they_should() -> None:
     assert "| `data.image_size` | int or list | 640 | ≥ 32, ≤ 8192, multiple of 32 | Network input" in text
     assert "| `experiment` | str | required |" in text
     assert "| `quant.observer` | str | mse | minmax, percentile, mse, entropy |" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_documentation_names_settings_that_exist(page: Path) -> None:
+    """Of `section.key=value`, in the text and in commands."""
+    known = set(known_keys(Config)) | set(known_keys(ExportConfig))
+    free = open_keys(Config) | open_keys(ExportConfig)
+    sections = {key for key in known if any(other.startswith(f"{key}.") for other in known)}
+    top = "|".join(sorted(key for key in sections if "." not in key))
+    named = set(re.findall(rf"(?<![\w./-])((?:{top})\.[a-z_]+(?:\.[a-z_]+)*)(?==)", page.read_text("utf-8")))
+    unknown = {n for n in named - known if not any(n.startswith(f"{key}.") for key in free)}
+    assert unknown == set()
