@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-fast check docs format bench audit licences clean distclean
+.PHONY: help setup demo test test-all test-fast check docs format bench bench-all audit licences clean distclean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -55,8 +55,11 @@ format: $(STAMP) ## Sort imports and format
 	$(BIN)/ruff check --fix --quiet . || true
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## Run every script in benchmarks/
-	@shopt -s nullglob; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+bench: $(STAMP) ## Compare speed with the committed ratios (benchmarks/ratios.json); fails on a regression
+	$(BIN)/python benchmarks/regression.py
+
+bench-all: $(STAMP) ## Run every other script in benchmarks/
+	@shopt -s nullglob; for script in benchmarks/*.py; do [[ $$script == */regression.py ]] && continue; echo "== $$script"; $(BIN)/python "$$script"; done
 
 AUDIT := .venv-audit
 

@@ -1,7 +1,8 @@
-"""The comparisons with other tools end well where the tools are not there, as `make bench` has it."""
+"""The comparisons with other tools end well where the tools are not there; `make bench` fails on a regression."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ import onnx
 import pytest
 import torch
 
-from benchmarks import compare_ptq
+from benchmarks import compare_ptq, regression
 from benchmarks.peers import tools
 from deploy import export_onnx
 from models import build_detector
@@ -72,3 +73,52 @@ def test_names_that_peers_leave_float_are_those_of_the_files(tmp_path: Path) -> 
     last = [name for name in nodes if re.fullmatch(tools.LAST_CONVS, name)]
     assert last == [f"head.{part}.{level}.output" for level in range(3) for part in ("box", "cls")]
     assert sum(bool(re.fullmatch(tools.DECODE, name)) for name in nodes) > 10
+
+
+COMMITTED = {
+    "step": {"ratio": 1.10, "least": 1.05, "largest": 1.20},
+    "pass": {"ratio": 3.00, "least": 2.90, "largest": 3.10},
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0.50, []), (1.10, []), (1.25, []), (1.27, ["step: 1.27, committed 1.10 (1.05 to 1.20), margin 5%"])],
+)
+def test_a_work_is_slower_beyond_the_spread_and_the_margin(step: float, expected: list[str]) -> None:
+    measured = {
+        "step": {"ratio": step, "least": 0.1, "largest": 9.0},
+        "pass": COMMITTED["pass"],
+        "new": {"ratio": 99.0, "least": 99.0, "largest": 99.0},
+    }
+    assert regression.compare(COMMITTED, measured, 0.05) == expected
+
+
+def test_a_committed_work_that_is_not_measured_fails() -> None:
+    (line,) = regression.compare(COMMITTED, {"step": COMMITTED["step"]}, 0.05)
+    assert line.startswith("pass: not measured any more")
+
+
+@pytest.mark.parametrize(("pass_now", "code"), [(3.0, 0), (3.7, 1)])
+def test_the_exit_code_of_a_regression_is_1(
+    pass_now: float,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "ratios.json"
+    monkeypatch.setattr(regression, "FILE", file)
+    monkeypatch.setattr(regression, "measure", lambda: COMMITTED)
+    assert regression.main(["--write"]) == 0
+    now = {**COMMITTED, "pass": {"ratio": pass_now, "least": pass_now, "largest": pass_now}}
+    monkeypatch.setattr(regression, "measure", lambda: now)
+    assert regression.main([]) == code
+    assert ("slower: pass: 3.70, committed 3.00 (2.90 to 3.10)" in capsys.readouterr().out) == bool(code)
+
+
+def test_committed_ratios_have_their_spread() -> None:
+    committed = json.loads(regression.FILE.read_text())["ratios"]
+    assert {name.partition(":")[0] for name in committed} == {"training_step", "passes", "startup", "loader"}
+    for row in committed.values():
+        assert 0 < row["least"] <= row["ratio"] <= row["largest"]
