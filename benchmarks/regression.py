@@ -57,7 +57,7 @@ def compare(committed: Mapping[str, Mapping[str, float]], measured: Ratios, marg
     for name, before in committed.items():
         now = measured.get(name)
         if now is None:
-            found.append(f"{name}: not measured any more; run benchmarks/regression.py --write")
+            found.append(f"{name}: no longer measured; run benchmarks/regression.py --write")
         elif now["ratio"] > before["largest"] * (1 + margin):
             found.append(
                 f"{name}: {now['ratio']:.2f}, committed {before['ratio']:.2f} "
@@ -120,7 +120,7 @@ def measure() -> Ratios:
 
 
 def main(arguments: list[str]) -> int:
-    """Print every ratio beside the committed one; returns the exit code."""
+    """Print every ratio next to the committed one; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -96,7 +96,7 @@ def test_a_work_is_slower_beyond_the_spread_and_the_margin(step: float, expected
 
 def test_a_committed_work_that_is_not_measured_fails() -> None:
     (line,) = regression.compare(COMMITTED, {"step": COMMITTED["step"]}, 0.05)
-    assert line.startswith("pass: not measured any more")
+    assert line.startswith("pass: no longer measured")
 
 
 @pytest.mark.parametrize(("pass_now", "code"), [(3.0, 0), (3.7, 1)])
