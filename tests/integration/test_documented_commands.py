@@ -51,6 +51,7 @@ ELSEWHERE = {  # words of a command -> the test that runs it
     "+experiment=retinanet": "tests/integration/test_custom_network.py",
     "examples.ssdlite": "tests/integration/test_custom_network.py",
     "yolov9t_seg": "tests/integration/test_segmentation.py",
+    "run_dir=runs/mine resume=true": "tests/integration/test_main_job.py",
     "scripts/get_bccd.sh": "tests/data/test_get_bccd.py",
     "pip wheel": "tests/test_wheel.py",
     "python -c": "tests/test_readme.py",
