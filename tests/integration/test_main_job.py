@@ -228,7 +228,8 @@ def test_export_writes_every_target(finished_run: Path, target: str) -> None:
     assert types.count("QuantizeLinear") >= 100
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     kernels = [value for value in constants.values() if value.dtype == np.int8 and value.ndim == 4]
-    assert len(kernels) == 179
+    # ONNX Runtime's graph has yolov9t's five average-pools as depthwise convolutions
+    assert len(kernels) == 179 + 5 * (target == "onnxruntime")
     assert min(int(kernel.min()) for kernel in kernels) >= -127
     quantizers = [node for node in model.graph.node if node.op_type in {"QuantizeLinear", "DequantizeLinear"}]
     scales = [constants[node.input[1]].astype(np.float32) for node in quantizers]

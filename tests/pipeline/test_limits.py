@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from configs.schema import Config
 from pipeline.stages.place import calibration_images
@@ -25,8 +26,9 @@ def test_calibration_uses_no_more_than_the_training_images(
     splits = SimpleNamespace(
         train="the split",
         letterboxed=lambda dataset, batch, count, team, whole_batches: asked.append(count),
-        images=lambda loader, label: iter(()),
+        images=lambda loader, label, layout: iter(()),
     )
-    job: Any = SimpleNamespace(config=config, splits=splits, stage_team=ALONE)
+    networks = SimpleNamespace(memory_format=torch.contiguous_format)
+    job: Any = SimpleNamespace(config=config, splits=splits, stage_team=ALONE, networks=networks)
     calibration_images(job, limit)
     assert asked == [expected]
