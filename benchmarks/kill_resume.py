@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from configs import compose
@@ -71,8 +71,7 @@ def main() -> int:
             spent += seconds
             if code is None:
                 killed[stage_of(Path(f"run{number}"))] += 1
-        found = fingerprints(Path(f"run{number}"))
-        different = sorted(name for name in {*expected, *found} if found.get(name) != expected.get(name))
+        different = differences(expected, fingerprints(Path(f"run{number}")))
         print(
             f"run {number}: {killed.total() - before} kills, exit code {code}, "
             + (f"different: {', '.join(different)}" if different else f"all {len(expected)} artifacts equal"),
@@ -138,6 +137,11 @@ def stage_of(run: Path) -> str:
     except OSError:
         return "start"
     return next((name for name, entry in stages.items() if entry["status"] != "done"), "between stages")
+
+
+def differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """Names of the artifacts that are missing, added or changed."""
+    return sorted(name for name in {*expected, *found} if found.get(name) != expected.get(name))
 
 
 def fingerprints(run: Path) -> dict[str, str]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from torch import Tensor, fx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.training_step import detector_of
+from benchmarks.training_step import compared, detector_of
 from core.choices import OBSERVERS
 from models import Detector, detector_loss, non_max_suppression
 from quant import Mode, calibrate, insert, measure_fisher, place, placement_of, set_mode
@@ -142,17 +141,8 @@ def measure(works: Works, rounds: int) -> dict[str, dict[str, float]]:
             work()
             if number > 0:
                 taken[name].append((time.process_time() - start) / passes)
-    table = {}
     unit = taken[f"{FLOAT}, contiguous"]
-    for name, seconds in taken.items():
-        relative = sorted(own / other for own, other in zip(seconds, unit, strict=True))
-        table[name] = {
-            "seconds": statistics.median(seconds),
-            "ratio": statistics.median(relative),
-            "least": relative[0],
-            "largest": relative[-1],
-        }
-    return table
+    return {name: compared(seconds, unit) for name, seconds in taken.items()}
 
 
 def choosing(works: Works) -> dict[str, float]:

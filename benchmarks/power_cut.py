@@ -23,7 +23,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.kill_resume import LONGEST, attempt, fingerprints, stage_of
+from benchmarks.kill_resume import LONGEST, attempt, differences, fingerprints, stage_of
 from pipeline.run.ledger import Ledger, hash_files
 
 IMAGE_BYTES = 512 * 2**20
@@ -118,8 +118,7 @@ def main() -> int:
         while places.total() < options.cuts:
             before = places.total()
             code, lost = run_with_cuts(disk, f"run{number}", chance, places)
-            found = fingerprints(disk.mount / f"run{number}")
-            different = sorted(n for n in {*expected, *found} if found.get(n) != expected.get(n))
+            different = differences(expected, fingerprints(disk.mount / f"run{number}"))
             print(
                 f"run {number}: {places.total() - before} cuts, exit code {code}, lost: {lost or 'nothing'}, "
                 + (f"different: {different}" if different else f"all {len(expected)} artifacts equal"),

@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -233,14 +233,19 @@ def ratios(taken: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     table = {}
     for name, seconds in taken.items():
         reference = taken[EVALUATION if "evaluation" in name else FLOAT]
-        relative = sorted(own / other for own, other in zip(seconds, reference, strict=True))
-        table[name] = {
-            "seconds": statistics.median(seconds),
-            "ratio": statistics.median(relative),
-            "least": relative[0],
-            "largest": relative[-1],
-        }
+        table[name] = compared(seconds, reference)
     return table
+
+
+def compared(seconds: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """Median of the seconds; median, least and largest ratio to the reference of the same round."""
+    relative = sorted(own / other for own, other in zip(seconds, reference, strict=True))
+    return {
+        "seconds": statistics.median(seconds),
+        "ratio": statistics.median(relative),
+        "least": relative[0],
+        "largest": relative[-1],
+    }
 
 
 def teacher_share(
