@@ -17,6 +17,7 @@ torch.float8_e4m3fn.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,6 +51,22 @@ class _FakeQuantizeTensor(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
         return *gradients(outer[0], x, scale, ctx.grid, ctx.needs_input_grad[1]), None, None
+
+
+def rounding_again(y: Tensor) -> Callable[[], Tensor] | None:
+    """What computes a quantizer's float32 result again, from what it keeps for its backward pass.
+
+    None where `y` is not the result of a quantizer, or has no gradient. To be called before that backward pass.
+    """
+    if type(y.grad_fn) is not _FakeQuantizeTensor._backward_cls:  # type: ignore[attr-defined]
+        return None
+    node: Any = y.grad_fn
+
+    def again() -> Tensor:
+        x, scale = node.saved_tensors
+        return round_to_grid(x, scale, node.grid)
+
+    return again
 
 
 class _FakeQuantizeChannel(torch.autograd.Function):

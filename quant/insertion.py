@@ -30,7 +30,9 @@ def insert(network: nn.Module, placement: Placement, learn_scales: bool = True) 
         network: the module that `place` read.
         placement: what `place` decided for it.
         learn_scales: whether fine-tuning learns the scales of activations and weights (fixed ones never move).
-            Otherwise activation scales stay, and weight scales follow the largest weight of their channel.
+            Otherwise activation scales stay, and weight scales follow the largest weight of their channel. The scale
+            of the network's input is never learned: the range of images is known, and only this scale would need the
+            gradient for the images.
 
     Raises:
         PlacementError: the placement names a tensor, a reader or a layer that the network does not have, or one
@@ -73,7 +75,8 @@ def insert(network: nn.Module, placement: Placement, learn_scales: bool = True) 
 def _insert_group(
     model: fx.GraphModule, nodes: dict[str, fx.Node], index: int, group: Group, learn_scales: bool
 ) -> None:
-    quantizer = FakeQuantize(group.grid, learn_scales and group.scale is None)
+    of_input = all(nodes[site.node].op == "placeholder" for site in group.tensors if site.node in nodes)
+    quantizer = FakeQuantize(group.grid, learn_scales and group.scale is None and not of_input)
     if group.scale is not None:
         quantizer.set_scale(group.scale)
     target = f"{ACTIVATION_QUANTIZERS}.{index}"

@@ -17,7 +17,8 @@ FP8 codes are not whole numbers: layers with an FP8 grid multiply values in floa
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.grid import Grid
-from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
+from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize, rounding_again
 from quant.rounding import affine, affine_gradients, codes_of, scaled
 
 InputGrid = tuple[FakeQuantize, ...]  # a tuple, so that the quantizer is not a second submodule of the layer
@@ -62,19 +63,31 @@ class _Affine(torch.autograd.Function):
         return grad_sums, None, grad_bias, None
 
 
-def _keeping_codes(input: Tensor, quantizer: FakeQuantize) -> torch.autograd.graph.saved_tensors_hooks:
-    """Where the backward pass needs a layer's input, it keeps the codes: one byte for each value instead of four."""
-    scale, place = quantizer.scale, (input.data_ptr(), input.shape)
-    dtype = torch.int8 if quantizer.grid.signed else torch.uint8
+def _not_keeping(layer: QuantizedLayer, input: Tensor) -> AbstractContextManager[Any]:
+    """Where the backward pass of a layer does not keep the layer's input.
 
-    def pack(tensor: Tensor) -> Tensor:
-        found = (tensor.data_ptr(), tensor.shape)
-        return codes_of(tensor, scale, dtype=dtype) if found == place else tensor
+    It rounds again what the quantizer keeps for its own backward pass. Where the input comes by way of a concatenation
+    or of pooling, it keeps the codes: one byte for each value instead of four.
+    """
+    again, place = rounding_again(input), (input.data_ptr(), input.shape)
+    if again is None and not _on_codes(layer, input):
+        return nullcontext()
 
-    def unpack(kept: Tensor) -> Tensor:
-        return scaled(kept, scale) if kept.dtype == dtype else kept
+    def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
+        if (tensor.data_ptr(), tensor.shape) != place:
+            return tensor
+        return again or partial(scaled, *_compact(tensor, layer.input_grid[0]))
+
+    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept()
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _compact(values: Tensor, quantizer: FakeQuantize) -> tuple[Tensor, Tensor]:
+    """Values on a quantizer's grid as codes of one byte, and the scale."""
+    scale = quantizer.scale
+    return codes_of(values, scale, dtype=torch.int8 if quantizer.grid.signed else torch.uint8), scale
 
 
 def _on_codes(layer: QuantizedLayer, input: Tensor) -> bool:
@@ -131,7 +144,7 @@ def _compute(
         return operation(input, weights(layer.weight), layer.bias)
     if torch.is_grad_enabled() and not autocast:
         weight = weights(layer.weight)
-        with _keeping_codes(input, layer.input_grid[0]) if _on_codes(layer, input) else nullcontext():
+        with _not_keeping(layer, input):
             return operation(input, weight, layer.bias)
     if _on_codes(layer, input):
         codes, weight, steps = _operands(layer, input)

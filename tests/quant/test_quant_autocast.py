@@ -55,6 +55,8 @@ def one_conv(signed: bool = True, channels: int = 24) -> tuple[fx.GraphModule, T
     x = x if signed else x.abs().clamp(max=1)
     model = insert(network, place(network, PlacementOptions(quantize_outputs=True, unsigned=not signed)))
     calibrate(model, [x])
+    for quantizer in activation_quantizers(model).values():
+        quantizer.log_scale.requires_grad_()  # that of the input, too
     return model, x
 
 

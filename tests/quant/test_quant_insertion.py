@@ -241,6 +241,15 @@ def test_a_plan_survives_the_file(plan_path):
     assert load_placement(plan_path) == placement
 
 
+def test_every_scale_is_learned_but_that_of_the_input():
+    network = small_net()
+    quantizers = activation_quantizers(insert(network, place(network)))
+    assert {name for name, quantizer in quantizers.items() if not quantizer.log_scale.requires_grad} == {
+        "input.x"
+    }
+    assert len(quantizers) == 4
+
+
 def test_an_edited_plan_is_obeyed(plan_path):
     network = small_net()
     text = dump_placement(place(network))

@@ -1,4 +1,4 @@
-"""What fine-tuning keeps for the backward pass: codes in place of quantized inputs, and the same gradients."""
+"""What fine-tuning keeps for the backward pass: no quantized inputs of layers, and the same gradients."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from quant_networks import small_images, small_quantized
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from quant import FakeQuantize, Mode, layers, quantized_layers
+from quant import FakeQuantize, Mode, PlacementOptions, calibrate, insert, layers, place, quantized_layers
 
 
 def gradients(model: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
@@ -24,22 +24,43 @@ def gradients(model: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_gradients_from_kept_codes_are_those_from_kept_values(
+def test_gradients_are_those_from_kept_inputs(
     layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, images = small_quantized(), small_images(2, size=32).contiguous(memory_format=layout)
     found = gradients(model, images)
-    monkeypatch.setattr(layers, "_keeping_codes", lambda *_: nullcontext())
+    monkeypatch.setattr(layers, "_not_keeping", lambda *_: nullcontext())
     wanted = gradients(model, images)
     assert len(wanted) > 20
     for name, gradient in wanted.items():
         assert torch.equal(found[name], gradient), name
 
 
+def test_codes_are_kept_only_where_the_quantizer_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    convs = [nn.Conv2d(channels, 16, 3) for channels in (3, 16, 16)]
+    network = nn.Sequential(convs[0], nn.SiLU(), convs[1], nn.SiLU(), nn.MaxPool2d(2), convs[2]).eval()
+    model = insert(network, place(network, PlacementOptions(quantize_outputs=True)))
+    images, kept = small_images(2, size=32), []
+    calibrate(model, [images])
+    compact = layers._compact
+    monkeypatch.setattr(
+        layers, "_compact", lambda values, q: kept.append(tuple(values.shape)) or compact(values, q)
+    )
+    loss = model.train()(images).square().mean()
+    assert kept == [
+        (2, 3, 32, 32),
+        (2, 16, 14, 14),
+    ]  # the images, which need no gradient, and what was pooled
+    first, second = (
+        torch.autograd.grad(loss, model.get_parameter("2.weight"), retain_graph=True) for _ in range(2)
+    )
+    assert torch.equal(first[0], second[0])
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_the_quantized_input_of_a_layer_is_not_kept(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if kept:  # the check below sees the memory that torch itself would hold
-        monkeypatch.setattr(layers, "_keeping_codes", lambda *_: nullcontext())
+        monkeypatch.setattr(layers, "_not_keeping", lambda *_: nullcontext())
     model, alive = small_quantized().train(), {}
     for name, layer in quantized_layers(model).items():
         assert layer.input_grid

@@ -223,7 +223,7 @@ def test_a_network_trains_as_with_torch_operators(autocast: bool) -> None:
         output = step()
         grads.append((output, {n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}))
     assert torch.equal(grads[0][0], grads[1][0])
-    assert len(grads[0][1]) > 20
+    assert len(grads[0][1]) == 20
     for name, expected in grads[0][1].items():
         found = grads[1][1][name]
         if "log_scale" in name or (autocast and "bias" in name):  # float32 sums of another order
