@@ -137,7 +137,7 @@ class BatchSums:
     def share(self) -> None:
         """Between the passes: sums over this process's parts become those of all processes."""
         if self.shared is not None:
-            self.values = [self.shared.sum(value) for value in self.values]
+            self.values = [self.shared.exchanges.sum(value) for value in self.values]
 
     @contextmanager
     def giving(self) -> Iterator[None]:

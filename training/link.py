@@ -191,8 +191,9 @@ class _Watch(threading.Thread):
                 return
 
     def end(self) -> None:
-        """Stop looking."""
+        """Stop looking, and wait for the thread: Python aborts if it returns from the store while Python ends."""
         self._ended.set()
+        self.join(GRACE)
 
     def _look(self) -> Failure | None:
         """The failure that another process has told, or of one that is silent."""

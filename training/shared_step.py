@@ -7,8 +7,10 @@ process with the whole batch, but for the order of additions.
 
 from __future__ import annotations
 
+import gc
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +20,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from core.errors import ResourceError
 from core.processes import summing
+from training.exchanges import Exchanges
 from training.team import Team
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -33,7 +37,8 @@ class SharedStep:
         model: module whose BatchNorm layers are shared; contains or is contained in `network`.
 
     Attributes:
-        network: `network`, with gradients that are averaged during `backward`.
+        network: `network`, with gradients that are summed during `backward`.
+        exchanges: the sums of the current attempt at a step.
         seconds_alone: of a step without exchanges, once it was measured.
     """
 
@@ -42,23 +47,53 @@ class SharedStep:
         self.model = model
         self.device = next(model.parameters()).device
         self.group = team.training_group(self.device)
+        self.exchanges = Exchanges(self.group)
+        self._unshared = _WithUnused(network)
+        self.network = self._shared_network(is_first=True)
+        self.seconds_alone: float | None = None
+        self._num_images = 0
+        self._num_steps = 0
+        self._seconds = 0.0
+
+    def _shared_network(self, is_first: bool) -> DistributedDataParallel:
+        """The network with summed gradients; the first time, the processes compare their parameters."""
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore", FutureWarning
             )  # of a name that torch 2.10 does not know otherwise
             # Buckets change where no parameter may be unused. With buckets that never do, a resumed training adds
             # gradients in the order of one that was not stopped.
-            self.network = DistributedDataParallel(
-                _WithUnused(network),
+            network = DistributedDataParallel(
+                self._unshared,
                 process_group=self.group,
                 broadcast_buffers=False,
                 find_unused_parameters=True,
                 gradient_as_bucket_view=True,
+                init_sync=is_first,
             )
-        self.seconds_alone: float | None = None
-        self._num_images = 0
-        self._num_steps = 0
-        self._seconds = 0.0
+        network.register_comm_hook(None, lambda _, bucket: self.exchanges.sum_bucket(bucket))
+        return network
+
+    def repeat_attempt(self) -> None:
+        """Prepare to complete the exchanges of an attempt in which this process ran out of memory.
+
+        DistributedDataParallel does not survive an error in the middle of `backward`, so there is a new one.
+
+        Raises:
+            ResourceError: the old one is still referenced, and would take part in `backward`.
+        """
+        old = weakref.ref(self.network)
+        del self.network
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if old() is not None:
+            raise ResourceError(
+                "The memory of this process does not suffice for a step, and what the step had taken is still in use: "
+                "resume with a smaller micro_batch (train.micro_batch, qat.micro_batch)"
+            )
+        self.network = self._shared_network(is_first=False)
+        self.exchanges.repeat()
 
     def time_alone(self, step: Callable[[], None]) -> None:
         """Measure a step's forward and backward pass without exchanges; the model stays as it is.
@@ -101,12 +136,6 @@ class SharedStep:
         efficiency = {"scaling_efficiency": max(alone for _, _, alone, _ in found) / step} if step else {}
         return {**speeds, **efficiency}
 
-    def sum(self, value: Tensor) -> Tensor:
-        """The sum over all processes, without a gradient."""
-        total = value.detach().clone()
-        distributed.all_reduce(total, group=self.group)
-        return total
-
     def largest(self, number: int) -> int:
         """The largest of all processes' numbers."""
         found = torch.tensor([number], device=self.device)
@@ -117,9 +146,9 @@ class SharedStep:
     def together(self) -> Iterator[None]:
         """Let losses and BatchNorm layers in the block look at the whole batch."""
         norms = [module for module in self.model.modules() if isinstance(module, _NORMS)]
-        with summing(self.sum, self.team.size):
+        with summing(self.exchanges.sum, self.team.size):
             for norm in norms:
-                norm.forward = partial(_normalise, norm, self.group)  # type: ignore[method-assign]
+                norm.forward = partial(_normalise, norm, self.exchanges)  # type: ignore[method-assign]
             try:
                 yield
             finally:
@@ -143,20 +172,16 @@ class _SumWithGradient(torch.autograd.Function):
     """The sum over all processes; its gradient is the sum of theirs."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        total = value.clone()
-        distributed.all_reduce(total, group=group)
-        return total
+    def forward(ctx: Any, value: Tensor, exchanges: Exchanges) -> Tensor:
+        ctx.exchanges = exchanges
+        return exchanges.sum(value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[0].clone()
-        distributed.all_reduce(total, group=ctx.group)
-        return total, None
+        return ctx.exchanges.sum(gradients[0]), None
 
 
-def _normalise(norm: Any, group: Any, x: Tensor) -> Tensor:
+def _normalise(norm: Any, exchanges: Exchanges, x: Tensor) -> Tensor:
     """What a BatchNorm layer does, with mean and variance over the batches of all processes."""
     if not norm.training:
         return type(norm).forward(norm, x)
@@ -165,7 +190,7 @@ def _normalise(norm: Any, group: Any, x: Tensor) -> Tensor:
     count = x.numel() / x.shape[1]
     mean, variance = mean.double(), variance.double()
     sums = count * torch.cat([mean, variance + mean.square(), mean.new_ones(1)])
-    sums = _SumWithGradient.apply(sums, group)
+    sums = _SumWithGradient.apply(sums, exchanges)
     total = sums[-1].detach()
     mean, squares = (part / total for part in sums[:-1].chunk(2))
     variance = squares - mean.square()

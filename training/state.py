@@ -107,7 +107,6 @@ class TrainingState:
         self.options = options
         self.extension = FloatTraining(model) if extension is None else extension
         self.shared = SharedStep(team, self.extension.network, model) if team.size > 1 else None
-        self.network = self.extension.network if self.shared is None else self.shared.network
         groups = parameter_groups(model, options, self.extension.parameter_groups())
         self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.999), fused=True)
         self.average = (
@@ -120,6 +119,11 @@ class TrainingState:
         self.rate_scale = 1.0
         self.faults = Faults(model)
         self.accumulation = Accumulation(options.micro_batch, targets_of, self.shared)
+
+    @property
+    def network(self) -> nn.Module:
+        """What a step runs on the images."""
+        return self.extension.network if self.shared is None else self.shared.network
 
     @property
     def device(self) -> torch.device:

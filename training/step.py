@@ -18,6 +18,9 @@ from training.random_states import random_states, restore_random_states
 from training.schedule import rate_factor
 from training.state import StepRecord, TrainingState
 
+Found = tuple[dict[str, float], int]
+"""The terms of a batch's loss and `total`, and the number of images, over all processes."""
+
 
 def train_step(state: TrainingState, images: Tensor, targets: Any, task_loss: TaskLoss, total: int) -> None:
     """One step of the optimizer."""
@@ -65,43 +68,61 @@ def train_step(state: TrainingState, images: Tensor, targets: Any, task_loss: Ta
 
 def _losses_and_gradients(
     state: TrainingState, images: Tensor, targets: Any, task_loss: TaskLoss, progress: float
-) -> tuple[dict[str, float], int]:
-    """Gradients of the batch's loss, its terms and `total`, and the number of images, over all processes.
+) -> Found:
+    """Gradients of the batch's loss, and what `Found` says.
 
     The same batch is taken again in smaller parts, from the same random states, where memory does not suffice.
     """
     before = random_states()
     while True:
         parts = state.accumulation.parts(images, targets)
-        take = _in_one if len(parts) == 1 else _in_parts
-        try:
-            return take(state, parts, task_loss, progress)
-        except Exception as error:
-            reason = lack_of_memory(error)
-            if reason is None or state.shared is not None:  # the other processes wait for this one's numbers
-                raise
+        found, reason = _attempt(state, parts, task_loss, progress)
+        if found is not None:
+            return found
         state.optimizer.zero_grad(set_to_none=True)
         state.accumulation.halve(len(images), state.step, reason)
         state.faults.restore_buffers()
         restore_random_states(before)
 
 
-def _in_one(
+def _attempt(
     state: TrainingState, parts: list[Part], task_loss: TaskLoss, progress: float
-) -> tuple[dict[str, float], int]:
+) -> tuple[Found | None, str]:
+    """What `_losses_and_gradients` returns, or None and why, if the memory of one of the processes does not suffice."""
+    shared, reason, found = state.shared, None, None
+    take = _in_one if len(parts) == 1 else _in_parts
+    if shared is not None:
+        shared.exchanges.begin()
+    try:
+        found = take(state, parts, task_loss, progress)
+    except Exception as error:
+        reason = lack_of_memory(error)
+        if reason is None or not (shared is None or shared.exchanges.can_complete):
+            raise
+    if shared is not None:
+        if reason is not None:  # the others wait for this process: it completes the step with one image
+            state.optimizer.zero_grad(set_to_none=True)
+            shared.repeat_attempt()
+            images, targets = parts[0]
+            one = images[:1], state.accumulation.targets_of(targets, 0, 1)
+            take(state, [one] * len(parts), task_loss, progress)
+        if shared.largest(reason is not None):
+            return None, reason or "in another process"
+    return found, reason or ""
+
+
+def _in_one(state: TrainingState, parts: list[Part], task_loss: TaskLoss, progress: float) -> Found:
     images, targets = parts[0]
     terms = _loss_terms(state, images, targets, task_loss, progress)
     loss = _loss(terms)
     found = _summed(state, {name: term.detach() for name, term in terms.items()}, len(images))
     state.optimizer.zero_grad(set_to_none=True)
-    if math.isfinite(found[0]["total"]):  # gradients are averaged over the processes, and have to add up
-        (loss if state.shared is None else loss * state.shared.team.size).backward()
+    if math.isfinite(found[0]["total"]):
+        loss.backward()
     return found
 
 
-def _in_parts(
-    state: TrainingState, parts: list[Part], task_loss: TaskLoss, progress: float
-) -> tuple[dict[str, float], int]:
+def _in_parts(state: TrainingState, parts: list[Part], task_loss: TaskLoss, progress: float) -> Found:
     shared, before = state.shared, random_states()
     state.optimizer.zero_grad(set_to_none=True)
     sums = BatchSums(len(parts), shared)
@@ -118,7 +139,7 @@ def _in_parts(
         is_last = shared is None or number == len(parts)  # with its gradients go those of the parts before
         with sums.giving(), nullcontext() if is_last else shared.network.no_sync():  # type: ignore[union-attr]
             terms = _loss_terms(state, images, targets, task_loss, progress)
-            (_loss(terms) * (1 if shared is None else shared.team.size)).backward()
+            _loss(terms).backward()
         for name, term in terms.items():
             totals[name] = totals.get(name, 0) + term.detach()  # type: ignore[operator]
     return _summed(state, totals, sum(len(images) for images, _ in parts))
@@ -150,12 +171,12 @@ def _loss(terms: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(terms.values())).sum()
 
 
-def _summed(state: TrainingState, terms: dict[str, Tensor], num_images: int) -> tuple[dict[str, float], int]:
+def _summed(state: TrainingState, terms: dict[str, Tensor], num_images: int) -> Found:
     """The terms' values and `total`, and the number of images; those of the whole batch where processes share it."""
     values = {name: float(term) for name, term in terms.items()}
     if state.shared is None:
         return {**values, "total": float(_loss(terms))}, num_images
-    found = state.shared.sum(
+    found = state.shared.exchanges.sum(
         torch.tensor([*values.values(), num_images], dtype=torch.float64, device=state.device)
     )
     *numbers, count = found.tolist()

@@ -8,6 +8,8 @@ the micro-batch (0 for none), and LIMIT the images for which the last process ha
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,13 @@ def state_of(kind: str, team: Team, micro_batch: int | None) -> TrainingState:
     return TrainingState(student, options, QuantizationAware(student, added, small_net()), team)
 
 
+def batches(team: Team, epoch: int, samples: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """A process's share of images that are the same for any number of processes."""
+    for step in range(samples // BATCH, STEPS):
+        images = small_images(BATCH, seed=10 * epoch + step)[team.rank :: team.size]
+        yield images, images.mean(1, keepdim=True).repeat(1, 4, 1, 1)
+
+
 def train(
     kind: str,
     team: Team = ALONE,
@@ -62,12 +71,7 @@ def train(
     micro_batch: int | None = None,
     limit: int = BATCH,
 ) -> TrainingState:
-    """Train on images that are the same for any number of processes, up to a whole epoch."""
-
-    def batches(epoch: int, samples: int) -> Any:
-        for step in range(samples // BATCH, STEPS):
-            images = small_images(BATCH, seed=10 * epoch + step)[team.rank :: team.size]
-            yield images, images.mean(1, keepdim=True).repeat(1, 4, 1, 1)
+    """Train up to a whole epoch."""
 
     def limited(raw: Any, targets: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
         if team.rank == team.size - 1 and len(targets) > limit:
@@ -77,10 +81,21 @@ def train(
     state = state_of(kind, team, micro_batch)
     if earlier is not None:
         state.load_state_dict(earlier)
-    for _ in train_epochs(state, batches, STEPS, limited):
+    for _ in train_epochs(state, partial(batches, team), STEPS, limited):
         if state.epoch == last:
             break
     return state
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Bit for bit, in any nesting; seconds and speeds aside."""
+    if isinstance(a, dict):
+        return set(a) == set(b) and all(
+            equal(a[key], b[key]) for key in a if key not in ("seconds", "figures")
+        )
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def main() -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
+from contextlib import suppress
+from datetime import timedelta
 
 import torch
 from torch import distributed
 
 from core.errors import DataError, OctetError
 from training import link
-from training.team import Team, join_team
+from training.team import Team, _links, join_team
 
 link.PATIENCE = 3.0
 
@@ -22,6 +25,11 @@ def work(team: Team, what: str) -> None:
     assert team.share(f"of {team.rank}") == "of 0"
     assert team.collect(team.rank) == ([0, 1] if team.first else [1])
     assert team.from_first(lambda: team.rank) == 0
+    if what == "busy watch":
+        _links[0].watch._look = lambda: keep_busy(_links[0].watch.store)  # type: ignore[method-assign]
+        time.sleep(1.2)
+        _links[0].watch.end()
+        assert not _links[0].watch.is_alive()
     if what.startswith("all"):
         raise DataError("the same in all")
     if team.rank == 1:
@@ -30,11 +38,17 @@ def work(team: Team, what: str) -> None:
             what = "fine"
         if what == "raise":
             raise DataError("image 7 is missing")
-        if what != "fine":
+        if what not in ("fine", "busy watch"):
             os.kill(os.getpid(), signal.SIGSTOP if what.startswith("stop") else signal.SIGKILL)
     if what.endswith("exchange"):
         distributed.all_reduce(torch.ones(3))
     team.wait()
+
+
+def keep_busy(store: distributed.Store) -> None:
+    """A second at the store."""
+    with suppress(RuntimeError):
+        store.wait(["nothing"], timedelta(seconds=1))
 
 
 def main() -> None:

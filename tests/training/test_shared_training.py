@@ -7,21 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from shared_training import train
-from test_team_members import run_team
+from lacking_memory import CASES
+from shared_training import equal, train
+from test_team_members import lines_with, run_team
 
 TOLERANCE = 1e-5  # of the largest magnitude of each tensor: sums are taken in another order
-
-
-def equal(a: Any, b: Any) -> bool:
-    """Bit for bit, in any nesting; seconds and speeds aside."""
-    if isinstance(a, dict):
-        return set(a) == set(b) and all(
-            equal(a[key], b[key]) for key in a if key not in ("seconds", "figures")
-        )
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def train_pair(folder: Path, kind: str, stop: str = "all", *more: str, size: int = 2) -> list[dict[str, Any]]:
@@ -67,6 +57,16 @@ def test_processes_agree_on_a_smaller_micro_batch_where_one_lacks_memory(tmp_pat
     assert equal(*[{**state, "random": None} for state in states])
     assert states[0]["accumulation"] == {"configured": None, "micro_batch": 1}
     assert_close(states[0], train("quantized").state_dict())
+
+
+@pytest.mark.slow
+def test_processes_take_a_step_again_where_one_runs_out_of_memory() -> None:
+    """The others wait in an exchange: of BatchNorm, of the loss, or of some of the gradients."""
+    codes, errors, _ = run_team("lacking_memory.py")
+    assert [text.count("equal: ") for text in errors] == [len(CASES)] * 2, errors
+    assert codes == [3, 3]
+    assert len(lines_with(errors, "^error: The memory of the machine or container is used up")) == 1
+    assert not lines_with(errors, "Traceback"), errors
 
 
 @pytest.mark.exhaustive

@@ -74,8 +74,10 @@ def test_one_that_ends_takes_the_others_with_it(what: str) -> None:
 
 
 @pytest.mark.slow
-def test_all_end_well() -> None:
-    assert run_team("team_member.py", "fine")[0] == [0, 0]
+@pytest.mark.parametrize("what", ["fine", "busy watch"])
+def test_all_end_well(what: str) -> None:
+    codes, errors, _ = run_team("team_member.py", what)
+    assert codes == [0, 0], errors
 
 
 @pytest.mark.slow
