@@ -25,7 +25,7 @@ from data.delivery import PREFETCH, TICK, Packed, Pulse, choose_transport, deliv
 from data.letterbox import LetterboxInfo, letterbox, letterbox_boxes
 from data.masks import MASK_STRIDE, draw_masks
 from data.samples import Batch, Dataset
-from data.worker_signals import holding_sigterm, leave_signals_to_parent
+from data.worker_signals import holding_signals, leave_signals_to_parent
 
 SKIPPED_SHARE = 0.01  # of the training images that may become unreadable in a run; one may in any case
 MOST_TRIED = 10  # images instead of one
@@ -134,7 +134,7 @@ class DetectionLoader(DataLoader[Batch]):
         Raises:
             DataError: see `data.delivery.delivered`; or more training images than `SKIPPED_SHARE` cannot be read.
         """
-        with holding_sigterm():
+        with holding_signals():
             batches = super().__iter__()
         for batch in delivered(batches, self.dataset.pulse):
             self.dataset.account(batch.skipped)

@@ -19,13 +19,28 @@ _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 @contextmanager
-def holding_sigterm() -> Iterator[None]:
-    """Workers that start in the block have SIGTERM blocked: none is ended before it can tell who sent the signal."""
+def holding_signals() -> Iterator[None]:
+    """Handle signals that come in the block at its end; workers that start in it have SIGTERM blocked.
+
+    Python drops an exception that a handler raises within a fork, and prints it with a traceback. Other threads than
+    this one receive signals that it has blocked, so blocking alone does not hold them. A worker with SIGTERM blocked is
+    not ended before it can tell who sent the signal.
+    """
+    came: list[int] = []
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (*IGNORED, signal.SIGTERM):
+            if callable(signal.getsignal(number)):
+                handlers[number] = signal.signal(number, lambda number, _frame: came.append(number))
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for held in came:
+            signal.raise_signal(held)
 
 
 def leave_signals_to_parent() -> None:

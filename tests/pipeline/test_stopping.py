@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from data.worker_signals import holding_sigterm
+from data.worker_signals import holding_signals
 from pipeline.run.commands import resume_command
 from pipeline.run.directory import Run
 from pipeline.run.stopping import STOPPING, Stopped
@@ -95,10 +95,30 @@ def test_workers_start_with_sigterm_blocked() -> None:
         def __len__(self) -> int:
             return 1
 
-    with holding_sigterm():
+    with holding_signals():
         held = iter(torch.utils.data.DataLoader(Masks(), num_workers=1, multiprocessing_context="fork"))
     assert bool(next(held))
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def fork_holding_signals(forked: list[int]) -> None:
+    with holding_signals():
+        if (child := os.fork()) == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+        forked.append(child)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_within_a_fork_stops_after_it(number: signal.Signals) -> None:
+    """Python drops what a handler raises there: the run would go on until the next step, after a traceback."""
+    pending = [number]
+    os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), pending.pop()) if pending else None)
+    STOPPING.watch()
+    with pytest.raises(Stopped) as caught:
+        fork_holding_signals(forked := [])
+    assert forked
+    assert caught.value.code == CODES[number]
 
 
 # -- real processes
