@@ -249,7 +249,7 @@ def compared(seconds: Sequence[float], reference: Sequence[float]) -> dict[str, 
 
 
 def teacher_share(
-    detector: Detector, images: Tensor, rounds: int, **options: Any
+    detector: Detector, images: Tensor, rounds: int, form: str = "", **options: Any
 ) -> dict[str, dict[str, float]]:
     """Time of the teacher's forward as a share of the whole fine-tuning step."""
     network = detector.network.eval()
@@ -264,7 +264,7 @@ def teacher_share(
     taken = interleaved({name: partial(next, loop) for name, loop in loops.items()}, rounds, images.device)
     shares = sorted(1 - without / whole for without, whole in zip(*taken.values(), strict=True))
     return {
-        "teacher's share of a fine-tuning step": {
+        "teacher's share of a fine-tuning step" + form: {
             "seconds": statistics.median(taken["fine-tuning step"]),
             "ratio": statistics.median(shares),
             "least": shares[0],
@@ -345,6 +345,8 @@ def main() -> None:
     table = ratios(interleaved(works(detector, images, only), options.rounds, images.device))
     if not only or "teacher" in only:
         table |= teacher_share(detector, images, options.rounds)
+        form = ", channels-last, bfloat16"
+        table |= teacher_share(detector, images, options.rounds, form, channels_last=True, autocast=True)
     if images.device.type == "cpu" and (not only or "memory" in only):
         table |= memory(options)
     for name, row in table.items():

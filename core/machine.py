@@ -64,6 +64,11 @@ def describe_build() -> dict[str, str]:
     return build
 
 
+def computes_in_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself; others convert, which takes longer than float32."""
+    return bool({"avx512_bf16", "amx_bf16"} & set(describe_machine()["instructions"]))  # type: ignore[call-overload]
+
+
 def available_processors() -> set[int]:
     """Numbers of the processors this process may run on."""
     return set(os.sched_getaffinity(0))

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from core.choices import CHANNELS_LAST, CONTIGUOUS
+from core.choices import BFLOAT16, CHANNELS_LAST, CONTIGUOUS, FLOAT32
 
 log = logging.getLogger(__name__)
 FORMATS = {CONTIGUOUS: torch.contiguous_format, CHANNELS_LAST: torch.channels_last}
 GAIN = 0.03  # share of the time by which channels-last must be faster to be chosen
+PRECISION_GAIN = 0.1  # the same of bfloat16, which rounds
 
 
 def measure_layouts(
@@ -70,6 +71,11 @@ def _infer(network: nn.Module, images: Tensor) -> None:
 def faster_layout(seconds: dict[str, float]) -> str:
     """The layout to use: channels-last where it gains enough to count."""
     return CHANNELS_LAST if seconds[CHANNELS_LAST] < (1 - GAIN) * seconds[CONTIGUOUS] else CONTIGUOUS
+
+
+def faster_precision(float32: float, bfloat16: float) -> str:
+    """The precision to use, from the seconds of both: bfloat16 where it gains enough to round for."""
+    return BFLOAT16 if bfloat16 < (1 - PRECISION_GAIN) * float32 else FLOAT32
 
 
 def _now(images: Tensor) -> float:

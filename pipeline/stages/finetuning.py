@@ -13,7 +13,7 @@ from configs.schema import Config, QatConfig
 from core.rows import FLOAT, MIXED, PTQ, QAT
 from pipeline.evaluation.measuring import describe, measure_name, value_of
 from pipeline.job import Job, seed_everything
-from pipeline.layout import in_channels_last, layout_file, uses_autocast
+from pipeline.layout import layout_file, training_form
 from pipeline.networks import QUANTIZED, STAGE_OF
 from pipeline.run.progress import say
 from pipeline.splits import TRAIN, VAL, targets_of
@@ -48,8 +48,8 @@ def finetune_stage(job: Job) -> None:
     loader = job.splits.train_batches(config.batch_size, augments[config.augment], job.stage_team)
     extension = QuantizationAware(model, fine_tuning_options(config), teacher)
     team = job.stage_team
-    channels_last = team.from_first(lambda: in_channels_last(job, config, model, "finetune"))
-    options = loop_options(config, uses_autocast(config, job.device), channels_last, config.task_weight)
+    form = team.from_first(lambda: training_form(job, config, model, "finetune"))
+    options = loop_options(config, form, config.task_weight)
     state = TrainingState(model, options, extension, team, targets_of)
     seed_everything(job.config.seed)  # whatever stages ran before in this process
     kept = Kept(job)

@@ -8,7 +8,7 @@ from typing import Any
 from configs.schema import AugmentConfig, QatConfig, TrainConfig
 from data import AugmentOptions
 from pipeline.job import Job
-from pipeline.layout import in_channels_last, keep_inference_layout, layout_file, uses_autocast
+from pipeline.layout import Form, keep_inference_layout, layout_file, training_form
 from pipeline.run.progress import say
 from pipeline.splits import TRAIN, VAL, targets_of
 from pipeline.stages.load import FLOAT_FILES
@@ -49,8 +49,8 @@ def train_stage(job: Job) -> None:
     def batches(epoch: int, samples: int) -> Any:
         return (heavy_batches if epoch < last_heavy else light_batches)(epoch, samples)
 
-    channels_last = team.from_first(lambda: in_channels_last(job, config, detector.network, "train"))
-    options = loop_options(config, uses_autocast(config, job.device), channels_last)
+    form = team.from_first(lambda: training_form(job, config, detector.network, "train"))
+    options = loop_options(config, form)
     state = TrainingState(detector.network, options, team=team, targets_of=targets_of)
     saved = SavedTraining(job, STATES, LOG, state)
     saved.restore()
@@ -64,9 +64,7 @@ def train_stage(job: Job) -> None:
         keep_inference_layout(job)
 
 
-def loop_options(
-    config: TrainConfig | QatConfig, autocast: bool, channels_last: bool, task_weight: float = 1.0
-) -> TrainingOptions:
+def loop_options(config: TrainConfig | QatConfig, form: Form, task_weight: float = 1.0) -> TrainingOptions:
     """The section `train` or `qat` as the training loop expects it, with what was chosen for the machine."""
     return TrainingOptions(
         epochs=config.epochs,
@@ -76,8 +74,8 @@ def loop_options(
         ema_decay=config.ema_decay,
         clip_norm=config.clip_norm,
         task_weight=task_weight,
-        autocast=autocast,
-        channels_last=channels_last,
+        autocast=form.autocast,
+        channels_last=form.channels_last,
         micro_batch=config.micro_batch,
     )
 

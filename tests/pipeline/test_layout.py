@@ -1,8 +1,9 @@
-"""The layout of a stage: as set, measured once per machine and network, and kept for a run that goes on."""
+"""Layout and precision of a stage: as set, measured once per machine and network, and kept for a run that goes on."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,7 +20,7 @@ from data.letterbox import LetterboxInfo
 from pipeline import layout
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.job import Job
-from pipeline.layout import in_channels_last, keep_inference_layout, uses_autocast
+from pipeline.layout import Form, keep_inference_layout, training_form
 from pipeline.networks import Networks
 
 NETWORK = nn.Conv2d(3, 4, 1)
@@ -44,46 +45,107 @@ def job_in(folder: Path, cache: Path | None) -> Job:
     )
 
 
+@pytest.fixture(autouse=True)
+def processor(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Says whether the processor computes in bfloat16; it does not until then."""
+
+    def set_to(value: bool) -> None:
+        monkeypatch.setattr(layout, "computes_in_bfloat16", lambda: value)
+
+    set_to(False)
+    return set_to
+
+
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """Shapes of the images of every measurement; channels-last wins."""
-    shapes: list[torch.Size] = []
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Size, bool]]:
+    """Shapes and autocast of every measurement; channels-last wins, and bfloat16 gains most in contiguous layout."""
+    found: list[tuple[torch.Size, bool]] = []
 
     def measure(network: nn.Module, images: torch.Tensor, autocast: bool, backward: bool) -> dict[str, float]:
-        shapes.append(images.shape)
-        return {"contiguous": 1.0, "channels_last": 0.5}
+        found.append((images.shape, autocast))
+        return {"contiguous": 0.6 if autocast else 1.0, "channels_last": 0.48 if autocast else 0.5}
 
     monkeypatch.setattr(layout, "measure_layouts", measure)
-    return shapes
+    return found
 
 
-def test_it_is_measured_once_per_network(tmp_path: Path, measured: list[torch.Size], capsys: Any) -> None:
+SHAPE = torch.Size((2, 3, 32, 32))
+Measured = list[tuple[torch.Size, bool]]
+
+
+def test_it_is_measured_once_per_network(tmp_path: Path, measured: Measured, capsys: Any) -> None:
     config, cache = QatConfig(batch_size=2), tmp_path / "cache"
     for number in range(2):
-        assert in_channels_last(job_in(tmp_path / f"run{number}", cache), config, NETWORK, "finetune")
-        assert "layout channels_last" in capsys.readouterr().err
-    assert measured == [(2, 3, 32, 32)]
-    assert in_channels_last(job_in(tmp_path / "other", cache), config, nn.Conv2d(3, 5, 1), "finetune")
+        found = training_form(job_in(tmp_path / f"run{number}", cache), config, NETWORK, "finetune")
+        assert found == Form(channels_last=True, autocast=False)
+        text = capsys.readouterr().err
+        assert (
+            "finetune: forward and backward of 2 images in float32: contiguous 1000 ms, channels_last 500"
+            in text
+        )
+        assert "finetune: trains in channels_last, float32" in text
+    assert measured == [(SHAPE, False)]
+    training_form(job_in(tmp_path / "other", cache), config, nn.Conv2d(3, 5, 1), "finetune")
     assert len(measured) == 2
 
 
-def test_a_run_that_goes_on_keeps_its_layout(tmp_path: Path, measured: list[torch.Size]) -> None:
+@pytest.mark.parametrize(
+    ("layout_set", "expected"),
+    [
+        ("auto", Form(channels_last=True, autocast=False)),  # 0.48 s instead of 0.50 is no reason to round
+        ("contiguous", Form(channels_last=False, autocast=True)),  # 0.6 s instead of 1.0 is
+        ("channels_last", Form(channels_last=True, autocast=False)),
+    ],
+)
+def test_a_processor_with_bfloat16_uses_it_where_it_gains(
+    layout_set: str, expected: Form, tmp_path: Path, measured: Measured, processor: Callable[[bool], None]
+) -> None:
+    processor(True)
+    config = QatConfig(batch_size=2, layout=layout_set)
+    assert training_form(job_in(tmp_path / "run", tmp_path), config, NETWORK, "finetune") == expected
+    assert measured == [(SHAPE, False), (SHAPE, True)]
+    kept = json.loads((tmp_path / "run" / "finetune-layout.json").read_text())
+    assert kept["precision"] == ("bfloat16" if expected.autocast else "float32")
+    assert training_form(job_in(tmp_path / "run", None), config, NETWORK, "finetune") == expected
+    assert len(measured) == 2  # a run that goes on measures nothing
+
+
+def test_a_run_that_goes_on_keeps_its_form(
+    tmp_path: Path, measured: Measured, processor: Callable[[bool], None]
+) -> None:
+    processor(True)
     job = job_in(tmp_path / "run", None)
-    (tmp_path / "run" / "finetune-layout.json").write_text('{"layout": "contiguous"}')
-    assert not in_channels_last(job, QatConfig(), NETWORK, "finetune")
+    text = '{"layout": "contiguous", "precision": "bfloat16"}'
+    (tmp_path / "run" / "finetune-layout.json").write_text(text)
+    assert training_form(job, QatConfig(), NETWORK, "finetune") == Form(channels_last=False, autocast=True)
     assert measured == []
 
 
 @pytest.mark.parametrize("wanted", ["contiguous", "channels_last"])
-def test_a_layout_that_is_set_is_taken(wanted: str, tmp_path: Path, measured: list[torch.Size]) -> None:
+def test_a_layout_that_is_set_is_taken(wanted: str, tmp_path: Path, measured: Measured) -> None:
     job = job_in(tmp_path / "run", tmp_path)
-    assert in_channels_last(job, QatConfig(layout=wanted), NETWORK, "finetune") == (wanted == "channels_last")
+    found = training_form(job, QatConfig(layout=wanted), NETWORK, "finetune")
+    assert found == Form(channels_last=wanted == "channels_last", autocast=False)
     assert measured == []
 
 
-def test_a_damaged_cache_is_measured_again(tmp_path: Path, measured: list[torch.Size]) -> None:
+@pytest.mark.parametrize(
+    ("precision", "device", "expected"),
+    [("auto", "cpu", False), ("auto", "cuda", True), ("bfloat16", "cpu", True), ("float32", "cuda", False)],
+)
+def test_a_precision_that_is_set_is_taken(
+    precision: str, device: str, expected: bool, tmp_path: Path, measured: Measured
+) -> None:
+    job = job_in(tmp_path / "run", tmp_path)
+    job.device = torch.device(device)
+    config = QatConfig(precision=precision, layout="contiguous")
+    assert training_form(job, config, NETWORK, "finetune").autocast is expected
+    assert measured == []
+
+
+def test_a_damaged_cache_is_measured_again(tmp_path: Path, measured: Measured) -> None:
     (tmp_path / "layouts.json").write_text("{")
-    assert in_channels_last(job_in(tmp_path / "run", tmp_path), QatConfig(), NETWORK, "finetune")
+    assert training_form(job_in(tmp_path / "run", tmp_path), QatConfig(), NETWORK, "finetune").channels_last
     assert len(measured) == 1
     assert len(json.loads((tmp_path / "layouts.json").read_text())) == 1
 
@@ -93,15 +155,15 @@ def format_of(job: Job) -> torch.memory_format:
 
 
 def test_the_layout_of_evaluation_is_measured_once_and_kept(
-    tmp_path: Path, measured: list[torch.Size], capsys: Any
+    tmp_path: Path, measured: Measured, capsys: Any
 ) -> None:
     for number in range(2):
         job = job_in(tmp_path / f"run{number}", tmp_path / "cache")
         assert format_of(job) is torch.contiguous_format  # a run of before
         keep_inference_layout(job)
-        assert "evaluation: layout channels_last (forward of 4 images" in capsys.readouterr().err
+        assert "evaluation: layout channels_last" in capsys.readouterr().err
         assert format_of(job) is torch.channels_last
-    assert measured == [(4, 3, 32, 32)]
+    assert measured == [(torch.Size((4, 3, 32, 32)), False)]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +171,7 @@ def test_the_layout_of_evaluation_is_measured_once_and_kept(
     [("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)],
 )
 def test_a_layout_of_evaluation_that_is_set_is_taken(
-    wanted: str, expected: torch.memory_format, tmp_path: Path, measured: list[torch.Size]
+    wanted: str, expected: torch.memory_format, tmp_path: Path, measured: Measured
 ) -> None:
     job = job_in(tmp_path / "run", tmp_path)
     job.config.evaluate.layout = wanted
@@ -161,11 +223,3 @@ def test_several_networks_at_once_find_what_each_finds_alone(monkeypatch: pytest
         assert sum(map(len, alone.rows)) > 0
         for own, other in zip(found.rows, alone.rows, strict=True):
             assert (own == other).all()
-
-
-@pytest.mark.parametrize(
-    ("precision", "device", "expected"),
-    [("auto", "cpu", False), ("auto", "cuda", True), ("bfloat16", "cpu", True), ("float32", "cuda", False)],
-)
-def test_precision(precision: str, device: str, expected: bool) -> None:
-    assert uses_autocast(QatConfig(precision=precision), torch.device(device)) is expected

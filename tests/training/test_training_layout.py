@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from training import TrainingOptions, TrainingState, train_epochs
-from training.layout import faster_layout, measure_layouts
+from training.layout import faster_layout, faster_precision, measure_layouts
 
 
 class Small(nn.Module):
@@ -35,6 +35,11 @@ class Small(nn.Module):
 )
 def test_channels_last_must_gain(contiguous: float, channels_last: float, chosen: str) -> None:
     assert faster_layout({"contiguous": contiguous, "channels_last": channels_last}) == chosen
+
+
+@pytest.mark.parametrize(("bfloat16", "chosen"), [(0.8, "bfloat16"), (0.95, "float32"), (3.0, "float32")])
+def test_bfloat16_must_gain_more(bfloat16: float, chosen: str) -> None:
+    assert faster_precision(1.0, bfloat16) == chosen
 
 
 @pytest.mark.parametrize("autocast", [False, True])
