@@ -10,6 +10,7 @@ counts little. The unit is one pass of the float network in contiguous layout, b
 - `validation pass`: the quantized network, decode and suppression.
 - `counting`: float inference that fills the histograms of all activations.
 - `fisher`: forward, loss and backward of every image, with the scores; two made-up objects per image.
+- `backward`: the same without scores, as a bound: gradients for the image, none for weights.
 - `map, ...`: the network alone, mean over every second unit and over both items of a unit, of the first batch: as whole
   passes, and in groups that share what lies before their units. The unit is one float pass over that batch.
 
@@ -38,9 +39,10 @@ from core.choices import OBSERVERS
 from models import Detector, detector_loss, non_max_suppression
 from quant import Mode, calibrate, insert, measure_fisher, place, placement_of, set_mode
 from quant.calibration.calibrate import apply_histograms, calibrate_weights, collect_histograms
+from quant.sensitivity.fisher import image_of
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
-BATCH, FISHER_BATCH = 8, 4
+BATCH, FISHER_BATCH = 8, 8
 FLOAT = "float pass"
 Work = Callable[[], object]
 
@@ -80,7 +82,9 @@ class Works:
             found[f"{FLOAT}, {name}"] = partial(self._inference, batches), 1
             found[f"validation pass, {name}"] = partial(self._validation, batches), 1
             found[f"counting, {name}"] = partial(collect_histograms, self.model, batches), 1
-            found[f"fisher, {name}"] = partial(self._fisher, self._laid_out(FISHER_BATCH, layout)), 1
+            small = self._laid_out(FISHER_BATCH, layout)
+            found[f"backward, {name}"] = partial(self._backward, small), 1
+            found[f"fisher, {name}"] = partial(self._fisher, small), 1
         return found | self._sweeps()
 
     def _laid_out(self, size: int, layout: torch.memory_format) -> list[Tensor]:
@@ -100,6 +104,18 @@ class Works:
     def _fisher(self, batches: list[Tensor]) -> None:
         target = one_target(self.images.shape[-1])
         measure_fisher(self.model, [(batch, [target] * len(batch)) for batch in batches], self.loss)
+
+    def _backward(self, batches: list[Tensor]) -> None:
+        target, (height, width) = one_target(self.images.shape[-1]), self.images.shape[-2:]
+        for batch in batches:
+            images = batch.detach().requires_grad_()
+            outputs = self.network(images)
+            terms = [
+                term
+                for index in range(len(images))
+                for term in self.loss(image_of(outputs, index), target, (height, width)).values()
+            ]
+            torch.autograd.grad(torch.stack(terms).sum(), images)
 
     def _sweeps(self) -> dict[str, tuple[Work, float]]:
         units = [group.name for group in placement_of(self.model).groups][::2]

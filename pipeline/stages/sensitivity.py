@@ -31,6 +31,10 @@ from pipeline.stages.stage import Stage
 from quant import Figures, SwitchedUnits, UnitScore, measure_fisher, measure_sqnr, placement_of, switch_units
 
 BATCH = 4
+FISHER_BATCH = (
+    8  # where images are small: for each batch, hooks and losses take as long as an image of 320 pixels
+)
+FISHER_PIXELS = FISHER_BATCH * 320 * 320
 SENSITIVITY_FILE, POLICY = "sensitivity.json", "sensitivity-policy.yaml"
 
 
@@ -66,7 +70,9 @@ def rank_by_fisher(job: Job, model: fx.GraphModule) -> list[UnitScore]:
     The processes of a team share the batches; the figures of each are kept, for a run that is stopped.
     """
     splits, team, layout = job.splits, job.stage_team, job.networks.memory_format
-    masks, batch = splits.task == "segment", min(BATCH, job.config.evaluate.batch_size)
+    height, width = job.config.data.input_size
+    batch = max(BATCH, min(FISHER_BATCH, FISHER_PIXELS // (height * width)))
+    masks, batch = splits.task == "segment", min(batch, job.config.evaluate.batch_size)
     loader = splits.letterboxed(
         splits.train, batch, job.config.sensitivity.images, team, masks, whole_batches=True
     )
@@ -77,7 +83,7 @@ def rank_by_fisher(job: Job, model: fx.GraphModule) -> list[UnitScore]:
     sweep = kept_results(job, model)
 
     def kept(number: int, compute: Callable[[], Figures]) -> Figures:
-        item = f"fisher:{number * team.size + team.rank}"
+        item = f"fisher:{batch}:{number * team.size + team.rank}"
         figures: Figures | None = sweep.read(item)
         if figures is None:
             figures = compute()

@@ -21,12 +21,14 @@ from torch import Tensor
 
 from core.choices import OBSERVERS
 from core.grid import INT8, Grid
+from quant.native.statistics import count_magnitudes
 
 NO_ENTROPY = "entropy needs steps of equal size, which FP8 does not have: choose mse, minmax or percentile"
 BINS = 4096
 _CHUNK = 1 << 18  # values counted at a time on a CPU: their bin numbers stay in its cache
 _TINY = 2.0**-60  # smaller magnitudes count as zero
 _HUGE = 2.0**90  # larger ones as infinite
+_LOWEST = -59  # exponent of the smallest range: it holds _TINY
 
 
 class Histogram:
@@ -51,22 +53,17 @@ class Histogram:
         """Count the magnitudes of x, any shape and floating type."""
         if x.numel() == 0:
             return
-        values = _flat(x.detach().float())
-        largest = _largest(values)
-        if not largest < _HUGE:  # NaN compares false, too
-            finite = values[values.abs() < _HUGE]
-            self.num_ignored += values.numel() - finite.numel()
-            if finite.numel() == 0:
-                return
-            values, largest = finite, _largest(finite)
-        self.num_values += values.numel()
+        values = _flat(x.detach())
+        lowest = self.exponent if self.exponent is not None else _LOWEST
+        found = count_magnitudes(values, lowest, BINS) or _count_magnitudes(values.float(), lowest)
+        counts, exponent, largest, num_ignored = found
+        self.num_ignored += num_ignored
+        if values.numel() == num_ignored:
+            return
+        self.num_values += values.numel() - num_ignored
         self.maximum = max(self.maximum, largest)
-        if largest <= _TINY:
-            self._grow(self.exponent if self.exponent is not None else math.frexp(_TINY)[1])
-        else:
-            self._grow(math.frexp(largest)[1])
-        assert self.exponent is not None
-        self.counts += _count(values, math.ldexp(1.0, -self.exponent) * BINS)
+        self._grow(exponent)
+        self.counts += counts
 
     def merge(self, other: Histogram) -> None:
         """Add the counts of another histogram (of another process, say)."""
@@ -105,18 +102,30 @@ def _largest(values: Tensor) -> float:
     return float(torch.maximum(-lowest, highest))
 
 
+def _count_magnitudes(values: Tensor, exponent: int) -> tuple[Tensor, int, float, int]:
+    """`quant.native.statistics.count_magnitudes` by torch's operators, for float32 on any device."""
+    largest, num_values = _largest(values), values.numel()
+    if not largest < _HUGE:  # NaN compares false, too
+        values = values[values.abs() < _HUGE]
+        largest = _largest(values) if values.numel() else 0.0
+    if largest > _TINY:
+        exponent = max(exponent, math.frexp(largest)[1])
+    counts = _count(values, math.ldexp(1.0, -exponent) * BINS)
+    return counts, exponent, largest, num_values - values.numel()
+
+
 def _count(values: Tensor, bins_per_unit: float) -> Tensor:
-    """Counts of |values| in bins of width 1 / bins_per_unit; float64 [BINS] on the CPU.
+    """Counts of |values| in bins of width 1 / bins_per_unit; int64 [BINS] on the CPU.
 
     `bins_per_unit` is a power of two, so the product is exact and its truncation the true bin number. Counting
     small integers is several times faster than `torch.histc`, and it counts in int64, where histc's float32
     counts stop growing at 2 ** 24.
     """
     counts = torch.zeros(BINS, dtype=torch.int64, device=values.device)
-    chunk = _CHUNK if values.device.type == "cpu" else values.numel()
+    chunk = _CHUNK if values.device.type == "cpu" else max(values.numel(), 1)
     for part in values.split(chunk):
         counts += torch.bincount((part * bins_per_unit).to(torch.int16).abs_(), minlength=BINS)
-    return counts.double().cpu()
+    return counts.cpu()
 
 
 def _halve(counts: Tensor, times: int) -> Tensor:

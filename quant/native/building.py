@@ -1,4 +1,4 @@
-"""Builds the kernel of fake quantization at its first use, with the machine's C compiler, and keeps it for the user.
+"""Builds the native kernels, each at its first use, with the machine's C compiler, and keeps it for the user.
 
 A shared library is code, so the folder that keeps it must belong to the user, and nobody else may write into it.
 Otherwise, or where it cannot be written, each process builds the library for itself in a private temporary folder.
@@ -29,6 +29,8 @@ from core.machine import CPU_INFO
 
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("fake_quantize.c")
+STATISTICS = Path(__file__).with_name("statistics.c")
+HEADER = Path(__file__).with_name("blocks.h")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
     "-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared",
@@ -39,14 +41,19 @@ SECONDS = 120  # for the compiler, which takes less than one
 _DIGEST = hashlib.sha256().digest_size
 
 
-def load_library() -> ctypes.CDLL:
-    """The kernel's library: the kept one, or a new one.
+def load_library(source: Path | None = None, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """A kernel's library: the kept one, or a new one.
+
+    Args:
+        source: the C file; None for that of fake quantization.
+        flags: of the compiler, in addition to `FLAGS`.
 
     Raises:
         KernelError: it cannot be built or loaded here; the message says why, and what to do about it.
     """
-    command = compiler()
-    name = f"fake_quantize-{_key(command)}.so"
+    source = source or SOURCE
+    command, flags = compiler(), (*FLAGS, *flags)
+    name = f"{source.stem}-{_key(command, flags, source)}.so"
     folder = private_cache_folder()
     if folder is not None:
         library = _kept(folder / name)
@@ -54,7 +61,7 @@ def load_library() -> ctypes.CDLL:
             return library
     with tempfile.TemporaryDirectory(prefix="octet-kernel-") as temporary:  # of mode 0700
         built = Path(temporary) / name
-        _compile(command, built)
+        _compile(command, flags, source, built)
         if folder is not None:
             content = built.read_bytes()
             try:
@@ -113,7 +120,7 @@ def _is_private(found: os.stat_result) -> bool:
     return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def _key(command: list[str]) -> str:
+def _key(command: list[str], flags: tuple[str, ...], source: Path) -> str:
     """Hash of all that the library depends on."""
     try:
         version = subprocess.run(
@@ -125,7 +132,7 @@ def _key(command: list[str]) -> str:
     processor = re.findall(
         r"^(?:model name|flags|CPU part|Features)\s*:.*$", text.split("\n\n")[0], re.MULTILINE
     )
-    parts = (SOURCE.read_bytes(), FLAGS, command, version, platform.machine(), processor)
+    parts = (source.read_bytes(), HEADER.read_bytes(), flags, command, version, platform.machine(), processor)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
@@ -143,10 +150,10 @@ def _kept(path: Path) -> ctypes.CDLL | None:
     return _opened(path)
 
 
-def _compile(command: list[str], path: Path) -> None:
+def _compile(command: list[str], flags: tuple[str, ...], source: Path, path: Path) -> None:
     try:
         subprocess.run(
-            [*command, *FLAGS, str(SOURCE), "-o", str(path)],
+            [*command, *flags, f"-I{HEADER.parent}", str(source), "-o", str(path)],
             capture_output=True,
             text=True,
             errors="replace",

@@ -41,6 +41,11 @@ def choose_kernel(choice: str) -> None:
     _choice = choice
 
 
+def is_chosen() -> bool:
+    """Whether native code is to be used where it can be had."""
+    return _choice != TORCH
+
+
 def describe_kernel() -> str:
     """The form that tensors on a CPU get, with the reason where it is not the native one."""
     if _choice == TORCH:

@@ -29,8 +29,9 @@ from core.errors import ConfigError
 from core.types import TaskLoss
 from quant.calibration.calibrate import Gather
 from quant.fake_quantize import FakeQuantize, Mode
-from quant.insertion import activation_quantizers, placement_of, quantized_layers, quantizers, set_mode
+from quant.insertion import activation_quantizers, placement_of, quantized_layers, quantizers
 from quant.layers import QuantizedConv2d, QuantizedConvTranspose2d, QuantizedLayer, QuantizedLinear
+from quant.native.statistics import squared_changes, squared_weight_changes
 from quant.rounding import round_to_grid
 from quant.sensitivity.scores import UnitScore
 
@@ -124,8 +125,14 @@ class _Activations(_Sums):
             output.register_hook(lambda gradient: self.parts.append(self._sums(x, gradient)))
 
     def _sums(self, x: Tensor, gradient: Tensor) -> Tensor:
-        if gradient.stride() != x.stride():
+        scale, grid = float(self.quantizer.scale), self.quantizer.grid
+        found = squared_changes(x, gradient, scale, grid)
+        if found is None and gradient.stride() != x.stride():
             gradient = torch.empty_like(x).copy_(gradient)
+            found = squared_changes(x, gradient, scale, grid)
+        return self._sums_in_torch(x, gradient) if found is None else found
+
+    def _sums_in_torch(self, x: Tensor, gradient: Tensor) -> Tensor:
         order = [0, *sorted(range(1, x.ndim), key=x.stride, reverse=True)]  # as they lie in memory: no copies
         x, gradient = x.permute(order).flatten(1), gradient.permute(order).flatten(1)
         if x.device.type != "cpu" or x.numel() <= PIECE:
@@ -150,6 +157,7 @@ class _Weights(_Sums):
         self.layer = layer
         quantizer, weight = layer.weight_quantizer, layer.weight.detach()
         self.error = quantizer.grid.round(weight, quantizer.steps(weight.ndim)).sub_(weight)
+        self.error_channels_last = self.error.permute(0, 2, 3, 1).contiguous() if _is_plain(layer) else None
         self.num_calls = 0
         self.gradients: Tensor | None = None  # of each image, where the layer is called several times
         self.leaves: list[Tensor] = []  # inputs that no gradient would reach
@@ -169,11 +177,23 @@ class _Weights(_Sums):
             output.register_hook(lambda gradient: self._add(x, gradient))
 
     def _add(self, x: Tensor, gradient: Tensor) -> None:
+        if self.num_calls == 1 and (sums := self._sums_of_one_call(x, gradient)) is not None:
+            self.parts.append(sums)
+            return
         found = weight_gradients(self.layer, x, gradient)
         if self.num_calls == 1:
             self.parts.append(self._sum(found))
         else:
             self.gradients = found if self.gradients is None else self.gradients + found
+
+    def _sums_of_one_call(self, x: Tensor, gradient: Tensor) -> Tensor | None:
+        """The sums without a tensor of gradients; None where there is no kernel for it."""
+        layer = self.layer
+        if self.error_channels_last is None or x.ndim != 4:
+            return None
+        assert isinstance(layer, QuantizedConv2d)
+        assert not isinstance(layer.padding, str)
+        return squared_weight_changes(x, gradient, self.error_channels_last, layer.stride, layer.padding)
 
     def _sum(self, gradients: Tensor) -> Tensor:
         return gradients.mul_(self.error).square_().flatten(1).sum(1)
@@ -206,6 +226,13 @@ def weight_gradients(layer: QuantizedLayer, x: Tensor, gradient: Tensor) -> Tens
     return torch.bmm(outputs.transpose(1, 2), inputs).reshape(-1, *layer.weight.shape)
 
 
+def _is_plain(layer: QuantizedLayer) -> bool:
+    """Whether the kernel computes the layer's sums."""
+    if not isinstance(layer, QuantizedConv2d) or isinstance(layer.padding, str):
+        return False
+    return layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+
+
 def _is_pointwise(layer: QuantizedConv2d) -> bool:
     plain = layer.kernel_size == layer.stride == (1, 1) and layer.groups == 1
     return plain and layer.padding in ((0, 0), "valid", "same")
@@ -236,7 +263,8 @@ def _probing(model: fx.GraphModule) -> Iterator[_Measure]:
     modes = [(quantizer, quantizer.mode) for quantizer in quantizers(model)]
     training = model.training
     model.eval()
-    set_mode(model, Mode.OFF)
+    for quantizer, _ in modes:
+        quantizer.mode = Mode.OFF
     activations = [_Activations(quantizer) for quantizer in activation_quantizers(model).values()]
     weights = [_Weights(layer) for layer in quantized_layers(model).values()]
     watched: list[_Activations | _Weights] = [*activations, *weights]
@@ -248,7 +276,7 @@ def _probing(model: fx.GraphModule) -> Iterator[_Measure]:
             losses = [
                 term
                 for index, target in enumerate(targets)
-                for term in task_loss(_image_of(outputs, index), target, size).values()
+                for term in task_loss(image_of(outputs, index), target, size).values()
             ]
             leaves = [leaf for sums in weights for leaf in sums.leaves]
             torch.autograd.grad(torch.stack(losses).sum(), [images, *leaves], allow_unused=True)
@@ -268,6 +296,6 @@ def _probing(model: fx.GraphModule) -> Iterator[_Measure]:
         model.train(training)
 
 
-def _image_of(outputs: Any, index: int) -> Any:
+def image_of(outputs: Any, index: int) -> Any:
     """The outputs of one image of a batch."""
     return tree_map_only(Tensor, lambda values: values[index : index + 1], outputs)
