@@ -1,11 +1,16 @@
 r"""Speed of INT8 on CPUs: Octet's engines against float ones and against NNCF's, all timed alternately in one run.
 
     python benchmarks/compare_engines.py --nncf-python PYTHON [--architectures yolov9t yolov9s yolov9c] [--size 640] \
-        [--seconds 20] [--clock wall|cpu] [--runtimes openvino onnxruntime] [--folder FOLDER] [--json FILE]
+        [--seconds 20] [--clock wall|cpu] [--mode latency|throughput] [--batches 1 8] [--rounds 5] \
+        [--runtimes openvino onnxruntime] [--folder FOLDER] [--json FILE]
 
 Networks with attention have an engine more: with its matrix products in INT8 (`quant.attention=matmul`). `--clock cpu`
 takes the processor time of the process instead of wall time, with one thread: other work on the machine
 then slows an engine by its share of the caches only.
+
+`--mode throughput` keeps requests in flight instead of timing single calls (`peers/throughput.py`): in turns of
+`--seconds` for each engine, `--rounds` times, for each batch. Files then have a dynamic batch, which is fixed when they
+are compiled.
 
 One image per call; random weights cost the same time as trained ones, and four random images set the scales. YOLOv9's
 deployed forms t, s and c are the networks that their authors call gelan-t, -s and -c. NNCF quantizes the same float
@@ -32,6 +37,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.peers.naive import Whole
+from benchmarks.peers.throughput import CHOSEN_BY_OPENVINO, print_against, print_throughput, serve_in_turns
 from benchmarks.peers.tools import Peer, add_peer_options, circumstances, find_peers, write_result
 from deploy import ONNXRuntime, OpenVINORuntime, Runtime, benchmark_alternately, export_onnx
 from deploy.benchmark.timing import summarize
@@ -41,6 +47,7 @@ from quant import Mode, PlacementOptions, calibrate, insert, place, set_mode
 NUM_IMAGES = 4
 RUNTIMES = ("openvino", "onnxruntime")
 NNCF_FILES = {"openvino": "nncf.xml", "onnxruntime": "nncf.onnx"}
+RESULTS = {"latency": "median_ms", "throughput": "images_per_second"}  # key in the JSON
 MATMUL = "octet-matmul"  # our files with INT8 products, where there are any
 
 
@@ -57,6 +64,9 @@ def main() -> int:
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: one thread, processor time"
     )
+    parser.add_argument("--mode", choices=("latency", "throughput"), default="latency")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="of throughput")
+    parser.add_argument("--rounds", type=int, default=5, help="of throughput")
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=RUNTIMES)
     parser.add_argument("--folder", type=Path, help="keep the models here")
     parser.add_argument("--json", type=Path)
@@ -65,19 +75,30 @@ def main() -> int:
     if not peers:
         print("skipped: this comparison needs NNCF")
         return 0
-    results = {}
+    results: dict[str, Any] = {}
+    in_flight = options.mode == "throughput"
     with tempfile.TemporaryDirectory() as temporary:
         for architecture in options.architectures:
-            folder = (options.folder or Path(temporary)) / f"{architecture}-{options.size}"
-            build(architecture, options.size, peers["nncf"], folder, options.runtimes)
-            if options.seconds > 0:
+            name = f"{architecture}-{options.size}{'-dynamic' if in_flight else ''}"
+            folder = (options.folder or Path(temporary)) / name
+            build(architecture, options.size, peers["nncf"], folder, options.runtimes, in_flight)
+            if options.seconds > 0 and in_flight:
+                results[architecture] = throughput(architecture, folder, options)
+            elif options.seconds > 0:
                 results[architecture] = measure(folder, options)
                 print_table(architecture, options.size, results[architecture])
-    write_result(options.json, {**circumstances(peers), "size": options.size, "median_ms": results})
+    write_result(options.json, {**circumstances(peers), "size": options.size, RESULTS[options.mode]: results})
     return 0
 
 
-def build(architecture: str, size: int, nncf: Peer, folder: Path, runtimes: Sequence[str]) -> None:
+def build(
+    architecture: str,
+    size: int,
+    nncf: Peer,
+    folder: Path,
+    runtimes: Sequence[str],
+    dynamic_batch: bool = False,
+) -> None:
     """Write every model file of one network; those that are there are kept."""
     files = [NNCF_FILES[runtime] for runtime in runtimes]
     ours = ["float.onnx", *(f"octet-{runtime}.onnx" for runtime in runtimes)]
@@ -92,12 +113,12 @@ def build(architecture: str, size: int, nncf: Peer, folder: Path, runtimes: Sequ
         (size, size),
         "openvino",
         quantized=False,
-        dynamic_batch=False,
+        dynamic_batch=dynamic_batch,
     )
-    build_octet(detector, images, PlacementOptions(), folder, "octet", runtimes)
+    build_octet(detector, images, PlacementOptions(), folder, "octet", runtimes, dynamic_batch)
     with_products = PlacementOptions(attention="matmul")
     if place(detector.network, with_products).matmuls:
-        build_octet(detector, images, with_products, folder, MATMUL, runtimes)
+        build_octet(detector, images, with_products, folder, MATMUL, runtimes, dynamic_batch)
     for name in files:
         print(f"{architecture}: {nncf.name} writes {name}", flush=True)
         nncf.quantize(folder / "float.onnx", images.numpy(), folder / name)
@@ -110,6 +131,7 @@ def build_octet(
     folder: Path,
     name: str,
     runtimes: Sequence[str],
+    dynamic_batch: bool = False,
 ) -> None:
     """Quantize one network, and write its file for each runtime."""
     network: nn.Module = insert(detector.network, place(detector.network, options))
@@ -122,7 +144,7 @@ def build_octet(
             folder / f"{name}-{target}.onnx",
             (images.shape[2], images.shape[3]),
             target,
-            dynamic_batch=False,
+            dynamic_batch=dynamic_batch,
             images=[image.numpy() for image in images.split(1)],
         )
 
@@ -143,6 +165,20 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, An
         for engine in engines.values():
             engine.close()
     return {name: report.as_dict() for name, report in zip(engines, reports, strict=True)}
+
+
+def throughput(architecture: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Print the throughput of all engines of one network for every batch; returns images per second of each round."""
+    results = {}
+    for batch in options.batches:
+        engines = engines_of(folder, options.threads, batch, CHOSEN_BY_OPENVINO)
+        wanted = {n: e for n, e in engines.items() if n.split()[0] in options.runtimes}
+        found = serve_in_turns(wanted, batch, options.size, options.seconds, options.rounds)
+        print_throughput(f"{architecture}, {options.size} px, batch {batch}", found)
+        for runtime in options.runtimes:
+            print_against(f"{runtime} int8 octet", f"{runtime} int8 nncf", found)
+        results[f"batch {batch}"] = {name: vars(served) for name, served in found.items()}
+    return results
 
 
 def processor_time(
@@ -169,14 +205,16 @@ def call_times(
     return spent
 
 
-def engines_of(folder: Path, threads: int | None) -> dict[str, Callable[[], Runtime]]:
+def engines_of(
+    folder: Path, threads: int | None, batch: int = 1, streams: int = 1
+) -> dict[str, Callable[[], Runtime]]:
     """What opens each engine of one network; the name begins with its runtime."""
 
     def openvino(name: str, hint: str = "f32") -> Callable[[], Runtime]:
-        return lambda: OpenVINORuntime(folder / name, hint, threads, batch=1)
+        return lambda: OpenVINORuntime(folder / name, hint, threads, batch=batch, streams=streams)
 
     def onnxruntime(name: str) -> Callable[[], Runtime]:
-        return lambda: ONNXRuntime(folder / name, threads)
+        return lambda: ONNXRuntime(folder / name, threads if streams == 1 else 1)
 
     engines = {
         "openvino fp32": openvino("float.onnx"),
