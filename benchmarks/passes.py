@@ -1,7 +1,7 @@
 """Times calibration and sensitivity in passes: each as a ratio to float inference on the same images.
 
     python benchmarks/passes.py [--weights W] [--images FOLDER] [--size 320] [--num-images 16] [--rounds 5]
-        [--json FILE]
+        [--without-map] [--json FILE]
 
 All works run in one process, one after the other in each round, and a ratio is taken within a round: the median over
 the rounds, with the smallest and largest. Time is processor time of the process, so that other work on the machine
@@ -74,8 +74,8 @@ class Works:
         calibrate(self.model, images.split(BATCH))
         self.loss = detector_loss(detector)
 
-    def all(self) -> dict[str, tuple[Work, float]]:
-        """Name to the work, and how many passes over the images its time is divided by."""
+    def all(self, sweeps: bool = True) -> dict[str, tuple[Work, float]]:
+        """Name to the work, and how many passes over the images its time is divided by; those of `map` if wanted."""
         found: dict[str, tuple[Work, float]] = {}
         for name, layout in LAYOUTS.items():
             batches = self._laid_out(BATCH, layout)
@@ -85,7 +85,7 @@ class Works:
             small = self._laid_out(FISHER_BATCH, layout)
             found[f"backward, {name}"] = partial(self._backward, small), 1
             found[f"fisher, {name}"] = partial(self._fisher, small), 1
-        return found | self._sweeps()
+        return found | self._sweeps() if sweeps else found
 
     def _laid_out(self, size: int, layout: torch.memory_format) -> list[Tensor]:
         return [batch.contiguous(memory_format=layout) for batch in self.images.split(size)]
@@ -147,9 +147,9 @@ class Works:
                     pass
 
 
-def measure(works: Works, rounds: int) -> dict[str, dict[str, float]]:
+def measure(works: Works, rounds: int, sweeps: bool = True) -> dict[str, dict[str, float]]:
     """Median, least and largest ratio of every work, and the median of its seconds."""
-    named = works.all()
+    named = works.all(sweeps)
     taken: dict[str, list[float]] = {name: [] for name in named}
     for number in range(rounds + 1):
         for name, (work, passes) in named.items():
@@ -185,12 +185,13 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--without-map", action="store_true", help="leave out `map`, most of the time")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     works = Works(detector_of(options.weights), read_images(options.images, options.num_images, options.size))
-    table = measure(works, options.rounds)
+    table = measure(works, options.rounds, not options.without_map)
     for name, row in table.items():
         print(
             f"{name:<32} {row['seconds']:7.3f} s   {row['ratio']:.2f} ({row['least']:.2f} to {row['largest']:.2f})"

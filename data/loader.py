@@ -1,8 +1,7 @@
 """Turns a dataset into batches: in worker processes, in an order that depends on nothing but seed and epoch.
 
-The sampler yields (epoch, index) pairs rather than indices. So persistent workers learn the epoch with every item,
-augmentation is seeded by it, and a run that stopped inside an epoch continues at any batch with the batches that it
-would have had.
+Workers learn the epoch with every item (data/sampler.py), and augmentation is seeded by it. So a run that stopped
+inside an epoch continues at any batch with the batches that it would have had.
 """
 
 import logging
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from core.errors import DataError, OctetError
 from core.image_size import ImageSize, SizeLike
@@ -24,6 +23,7 @@ from data.augment import AugmentOptions, Fitted, augment, fit, move_outlines, ob
 from data.delivery import PREFETCH, TICK, Packed, Pulse, choose_transport, delivered, hand_over
 from data.letterbox import LetterboxInfo, letterbox, letterbox_boxes
 from data.masks import MASK_STRIDE, draw_masks
+from data.sampler import EpochSampler, Key
 from data.samples import Batch, Dataset
 from data.worker_signals import holding_signals, leave_signals_to_parent
 
@@ -33,93 +33,11 @@ KEPT_BYTES = 256 * 2**20  # memory of each worker for decoded training images
 
 _log = logging.getLogger(__name__)
 
-Key = tuple[int, int]  # epoch, position in the dataset
 # Image [3, H, W]; class and box [N, 5]; image id; placement; masks [N, H / 4, W / 4] where they are wanted; images that
 # could not be read, with the reason.
 Item = tuple[
     NDArray[np.uint8], NDArray[np.float32], int, LetterboxInfo, NDArray[np.uint8] | None, dict[str, str]
 ]
-
-
-class EpochSampler(Sampler[list[Key]]):
-    """Yields the batches of one epoch as lists of (epoch, index).
-
-    Args:
-        indices: dataset positions to draw from.
-        batch_size: images per batch.
-        shuffle: draw a new order each epoch from (seed, epoch).
-        seed: of the order.
-        drop_last: leave out an incomplete last batch.
-        rank: number of this process among `world_size`; it gets every `world_size`-th image. With
-            `shuffle` all ranks get equally many images, some of them twice.
-        world_size: number of processes.
-        whole_batches: give each process every `world_size`-th batch instead of every such image, so that the batches
-            are the same for any number of processes; one process may get none.
-        split_batches: give each process every `world_size`-th image of each batch; `batch_size` is that of all of them
-            together, and the batches are those of one process.
-    """
-
-    def __init__(
-        self,
-        indices: list[int],
-        batch_size: int,
-        shuffle: bool,
-        seed: int,
-        drop_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        whole_batches: bool = False,
-        split_batches: bool = False,
-    ) -> None:
-        self.indices = indices
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.drop_last = drop_last
-        self.rank = rank
-        self.world_size = world_size
-        self.whole_batches = whole_batches
-        self.split_batches = split_batches
-        self.epoch = 0
-        self.first_batch = 0
-
-    def order(self) -> list[int]:
-        """Dataset positions of this rank in the current epoch; with `split_batches`, those of all ranks."""
-        if self.whole_batches:
-            batches = [
-                self.indices[i : i + self.batch_size] for i in range(0, len(self.indices), self.batch_size)
-            ]
-            return [index for batch in batches[self.rank :: self.world_size] for index in batch]
-        if not self.shuffle:
-            return self.indices[self.rank :: self.world_size]
-        random = np.random.default_rng((self.seed, self.epoch))
-        shuffled = [self.indices[i] for i in random.permutation(len(self.indices)).tolist()]
-        if self.split_batches:
-            return shuffled
-        missing = -len(shuffled) % self.world_size
-        return (shuffled + shuffled[:missing])[self.rank :: self.world_size]
-
-    def num_batches(self) -> int:
-        """Batches of a whole epoch, wherever it begins."""
-        if self.whole_batches:
-            return len(range(self.rank, -(-len(self.indices) // self.batch_size), self.world_size))
-        if self.split_batches:
-            size, count = self.batch_size, len(self.indices)
-            return count // size if self.drop_last else -(-count // size)
-        count = len(self.indices) + (-len(self.indices) % self.world_size if self.shuffle else 0)
-        images = len(range(self.rank, count, self.world_size))
-        return images // self.batch_size if self.drop_last else -(-images // self.batch_size)
-
-    def __len__(self) -> int:
-        return max(self.num_batches() - self.first_batch, 0)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        order = self.order()
-        for batch in range(self.first_batch, self.num_batches()):
-            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            if self.split_batches:
-                chosen = chosen[self.rank :: self.world_size]
-            yield [(self.epoch, index) for index in chosen]
 
 
 class DetectionLoader(DataLoader[Batch]):
@@ -349,33 +267,12 @@ def build_loader(
         DataError: an empty dataset, or a number out of range.
     """
     size = ImageSize.of(image_size)
-    for name, value, smallest, least in (
-        ("image_size", size.plain, min(size), 1),
-        ("batch_size", batch_size, batch_size, 1),
-        ("workers", workers, workers, 0),
-    ):
-        if smallest < least:
-            raise DataError(f"{name} is {value}, expected at least {least}.")
-    if masks and any(side % MASK_STRIDE for side in size):
-        raise DataError(f"image_size is {size.plain}, expected a multiple of {MASK_STRIDE} for masks.")
-    if len(dataset) == 0:
-        raise DataError("The dataset has no images; a loader needs at least one.")
+    _check_numbers(dataset, size, batch_size, workers, masks)
     indices = choose_subset(len(dataset), limit)
     sampler = EpochSampler(
         indices, batch_size, shuffle, seed, drop_last, rank, world_size, whole_batches, split_batches
     )
-    smallest = batch_size if drop_last else len(indices) % batch_size or batch_size
-    if split_batches and smallest < world_size:
-        raise DataError(
-            f"A batch of {smallest} images cannot be shared by {world_size} processes: use larger batches, another "
-            f"number of images than {len(indices)}, or at most {smallest} processes."
-        )
-    if sampler.num_batches() == 0 and not whole_batches:
-        remedy = "smaller batches" if drop_last else f"at most {len(indices)} processes"
-        raise DataError(
-            f"{len(indices)} images over {world_size} processes make no full batch of {batch_size} for process {rank}: "
-            f"use more images, or {remedy}."
-        )
+    _check_shares(sampler)
     transport = choose_transport(workers, batch_size * size.height * size.width * (4 if masks else 3))
     is_parallel = transport.workers > 0
     return DetectionLoader(
@@ -390,6 +287,37 @@ def build_loader(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # an iteration draws nothing from torch's own
     )
+
+
+def _check_numbers(dataset: Dataset, size: ImageSize, batch_size: int, workers: int, masks: bool) -> None:
+    for name, value, smallest, least in (
+        ("image_size", size.plain, min(size), 1),
+        ("batch_size", batch_size, batch_size, 1),
+        ("workers", workers, workers, 0),
+    ):
+        if smallest < least:
+            raise DataError(f"{name} is {value}, expected at least {least}.")
+    if masks and any(side % MASK_STRIDE for side in size):
+        raise DataError(f"image_size is {size.plain}, expected a multiple of {MASK_STRIDE} for masks.")
+    if len(dataset) == 0:
+        raise DataError("The dataset has no images; a loader needs at least one.")
+
+
+def _check_shares(sampler: EpochSampler) -> None:
+    """Every process needs images, of each batch or in all, unless whole batches are shared."""
+    num_images, batch_size, num_processes = len(sampler.indices), sampler.batch_size, sampler.world_size
+    smallest = batch_size if sampler.drop_last else num_images % batch_size or batch_size
+    if sampler.split_batches and smallest < num_processes:
+        raise DataError(
+            f"A batch of {smallest} images cannot be shared by {num_processes} processes: use larger batches, another "
+            f"number of images than {num_images}, or at most {smallest} processes."
+        )
+    if sampler.num_batches() == 0 and not sampler.whole_batches:
+        remedy = "smaller batches" if sampler.drop_last else f"at most {num_images} processes"
+        raise DataError(
+            f"{num_images} images over {num_processes} processes make no full batch of {batch_size} for process "
+            f"{sampler.rank}: use more images, or {remedy}."
+        )
 
 
 def _start_worker(worker: int) -> None:

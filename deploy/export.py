@@ -27,6 +27,7 @@ from core.targets import SCALE_TYPES, TARGETS, Target
 from deploy.graph import passes
 from deploy.graph.model import opset_of, save_onnx
 from deploy.graph.passes import GraphPass, PassCount, PassRequest, TargetPasses, count_qdq, run_pass
+from deploy.graph.shape_folding import fold_shapes
 from deploy.naming import rename_scopes
 from deploy.parity.outputs import CompareReport, compare_arrays
 from deploy.runtimes.base import FloatArray
@@ -36,7 +37,7 @@ from deploy.targets.outputs import NMSOptions, output_pass
 COMMON_PASSES: tuple[GraphPass, ...] = (
     passes.drop_identities,
     passes.fold_constants,
-    passes.fold_shapes,
+    fold_shapes,
     passes.slices_to_split,
     passes.fold_weights(lowest=-127),
     passes.merge_identical,

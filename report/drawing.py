@@ -62,21 +62,8 @@ def paint_detections(
     Raises:
         ReportError: a wrong shape, type or number, or a class index outside `names`.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ReportError(f"image is {image.dtype} {image.shape}: expected uint8 [H, W, 3], RGB.")
-    boxes = np.asarray(detections, dtype=np.float64)
-    if boxes.size == 0:
-        boxes = boxes.reshape(0, 6)
-    if boxes.ndim != 2 or boxes.shape[1] != 6:
-        raise ReportError(f"detections are {boxes.shape}: expected [N, 6] (x1, y1, x2, y2, score, class).")
-    if not np.isfinite(boxes).all():
-        raise ReportError("detections hold NaN or infinity: expected finite boxes; evaluate the model first.")
+    boxes = _checked(image, detections, len(names))
     factor = max(1, -(-MIN_SIDE // min(image.shape[:2])))
-    for box in boxes:
-        if not 0 <= box[5] < len(names):
-            raise ReportError(
-                f"class index {int(box[5])}: expected 0 to {len(names) - 1}, as names has {len(names)} entries."
-            )
     picture = Image.fromarray(_tint(image, boxes, masks) if masks else image)
     if factor > 1:
         picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
@@ -95,6 +82,25 @@ def paint_detections(
             font,
         )
     return np.asarray(picture)
+
+
+def _checked(image: NDArray[np.uint8], detections: ArrayLike, num_names: int) -> NDArray[np.float64]:
+    """The detections, [N, 6]."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ReportError(f"image is {image.dtype} {image.shape}: expected uint8 [H, W, 3], RGB.")
+    boxes = np.asarray(detections, dtype=np.float64)
+    if boxes.size == 0:
+        boxes = boxes.reshape(0, 6)
+    if boxes.ndim != 2 or boxes.shape[1] != 6:
+        raise ReportError(f"detections are {boxes.shape}: expected [N, 6] (x1, y1, x2, y2, score, class).")
+    if not np.isfinite(boxes).all():
+        raise ReportError("detections hold NaN or infinity: expected finite boxes; evaluate the model first.")
+    for box in boxes:
+        if not 0 <= box[5] < num_names:
+            raise ReportError(
+                f"class index {int(box[5])}: expected 0 to {num_names - 1}, as names has {num_names} entries."
+            )
+    return boxes
 
 
 def _tint(

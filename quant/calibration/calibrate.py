@@ -128,14 +128,7 @@ def calibrate(
             values only, or such a weight.
         RangeError: an imported range does not fit.
     """
-    for name in (method, weight_method):
-        if name not in OBSERVERS:
-            raise CalibrationError(
-                f"unknown calibration method {name!r}: choose one of {', '.join(OBSERVERS)}"
-            )
-    for group in placement_of(model).groups:
-        if group.grid.is_fp8 and (group.observer or method) == "entropy":
-            raise CalibrationError(f"group {group.name!r} is FP8: {NO_ENTROPY}")
+    _check_methods(model, method, weight_method)
     imported = import_ranges(model, ranges) if ranges else ImportedRanges()
     calibrate_weights(model, weight_method, imported.weights)
     milestones = Milestones() if share is None else Milestones(share.batch_size, share.rank, share.size)
@@ -151,6 +144,17 @@ def calibrate(
     set_mode(model, Mode.QUANTIZE)
     convergence = _convergence(model, result, milestones, histograms, percentile) if num_images else None
     return replace(result, convergence=convergence, imported=imported if ranges else None)
+
+
+def _check_methods(model: fx.GraphModule, method: str, weight_method: str) -> None:
+    for name in (method, weight_method):
+        if name not in OBSERVERS:
+            raise CalibrationError(
+                f"unknown calibration method {name!r}: choose one of {', '.join(OBSERVERS)}"
+            )
+    for group in placement_of(model).groups:
+        if group.grid.is_fp8 and (group.observer or method) == "entropy":
+            raise CalibrationError(f"group {group.name!r} is FP8: {NO_ENTROPY}")
 
 
 def _convergence(
