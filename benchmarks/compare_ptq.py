@@ -39,8 +39,8 @@ from deploy import ONNXRuntime, OpenVINORuntime, Runtime, compare_arrays
 from pipeline.job import Job
 from pipeline.main import run_job
 from pipeline.run.directory import Run
+from pipeline.stages.calibration import calibration_images
 from pipeline.stages.engine import engine_predictor
-from pipeline.stages.place import calibration_images
 
 MAX_CALIBRATION_IMAGES = 300
 PARITY_IMAGES = 8

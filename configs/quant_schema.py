@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from configs.setting import setting
-from core.choices import ATTENTION, CHEAP_ACTIVATIONS, GRIDS, INTEGER, KERNELS, OBSERVERS
+from core.choices import ATTENTION, AUTO, CHEAP_ACTIVATIONS, GRIDS, INTEGER, KERNELS, OBSERVERS
 
 
 @dataclass
@@ -106,8 +106,8 @@ class QuantConfig:
     swap_activation: str | None = setting(
         None,
         "Replace SiLU in the network that is quantized, for a faster engine; the float network keeps SiLU and is the "
-        "teacher in the stage finetune",
-        choices=CHEAP_ACTIVATIONS,
+        "teacher in the stage finetune; auto measures accuracy and speed and decides (docs/faster.md)",
+        choices=(*CHEAP_ACTIVATIONS, AUTO),
     )
     kernel: str = setting(
         KERNELS[0],

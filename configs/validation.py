@@ -13,7 +13,7 @@ from typing import Any
 from configs.deploy_schema import DeployConfig
 from configs.quant_schema import PolicyRule
 from configs.schema import STAGES, Config
-from core.choices import FP8, FP8_CAPABILITIES
+from core.choices import AUTO, FP8, FP8_CAPABILITIES
 from core.documents import shown
 from core.errors import ConfigError
 from core.names import address_remedy, closest, is_address
@@ -191,6 +191,15 @@ def _quant_problems(config: Config) -> list[str]:
         problems.append(
             f"quant.swap_activation={quant.swap_activation} with qat.both_heads=true: "
             "the other head keeps SiLU; use qat.both_heads=false."
+        )
+    if (
+        quant.swap_activation == AUTO
+        and {"place", "calibrate"} & {*config.stages}
+        and "finetune" not in config.stages
+    ):
+        problems.append(
+            f"quant.swap_activation=auto with stages=[{','.join(config.stages)}]: it chooses an activation to "
+            "fine-tune with; add finetune to stages, or leave the setting out."
         )
     if quant.grid == FP8:
         problems += [

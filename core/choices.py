@@ -19,7 +19,8 @@ SENSITIVITY_METHODS = {  # quant.sensitivity and the stage
     "sqnr": "output error",
     "map": "AP of each unit",
 }
-ACTIVATIONS = ("silu", "relu")  # models.blocks
+SILU = "silu"
+ACTIVATIONS = (SILU, "relu")  # models.blocks
 BFLOAT16, FLOAT32 = "bfloat16", "float32"
 PRECISIONS = ("auto", FLOAT32, BFLOAT16)  # training.loop
 CONTIGUOUS, CHANNELS_LAST = LAYOUTS = ("contiguous", "channels_last")  # training.layout

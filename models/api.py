@@ -11,7 +11,7 @@ from models.losses.dual import DualLoss, detector_loss
 from models.losses.segmentation import SegmentationLoss, SegmentTargets
 from models.overlaps import pairwise_iou
 from models.segmentation import best_segments, soft_masks, suppress_segments
-from models.swapping import swap_activation
+from models.swapping import check_swappable, swap_activation
 
 __all__ = [
     "Decode",
@@ -23,6 +23,7 @@ __all__ = [
     "best_pairs",
     "best_segments",
     "build_detector",
+    "check_swappable",
     "detector_loss",
     "find_head",
     "find_names",

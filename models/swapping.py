@@ -29,16 +29,25 @@ def swap_activation(network: nn.Module, name: str) -> nn.Module:
     if name not in _MODULES:
         raise ConfigError(f"activation {name!r} cannot replace SiLU: choose {' or '.join(CHEAP_ACTIVATIONS)}")
     swapped = copy.deepcopy(network)
-    places = [
+    check_swappable(swapped, name)
+    for parent, child in _places(swapped):
+        setattr(parent, child, _MODULES[name]())
+    return swapped.train(network.training)
+
+
+def check_swappable(network: nn.Module, setting: str) -> None:
+    """Raise ConfigError for a network without an `nn.SiLU` module; `setting` is that of `quant.swap_activation`."""
+    if not _places(network):
+        raise ConfigError(
+            f"quant.swap_activation={setting}: the network has no SiLU module to replace; leave the setting out"
+        )
+
+
+def _places(network: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every SiLU of a network: the module that has it, and its name there."""
+    return [
         (parent, child)
-        for parent in swapped.modules()
+        for parent in network.modules()
         for child, module in parent.named_children()
         if isinstance(module, nn.SiLU)
     ]
-    if not places:
-        raise ConfigError(
-            f"quant.swap_activation={name}: the network has no SiLU module to replace; leave the setting out"
-        )
-    for parent, child in places:
-        setattr(parent, child, _MODULES[name]())
-    return swapped.train(network.training)

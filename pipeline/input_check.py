@@ -9,14 +9,16 @@ from pathlib import Path
 
 import torch
 
+from core.choices import AUTO
 from core.errors import CheckpointError, ConfigError, RunError
 from core.grid import Grid
 from core.names import listing
-from models import Detector, fold_detector, select_head
+from models import Detector, check_swappable, fold_detector, select_head
 from pipeline.evaluation.measuring import SETTING as METRIC
 from pipeline.job import Job
 from pipeline.networks import FLOAT_MODEL
 from pipeline.run.ledger import Inputs
+from pipeline.stages.activation import check_measurable
 from pipeline.stages.autotune import check_autotune
 from pipeline.stages.engine import check_runtimes
 from pipeline.stages.export import check_export, check_widths, targets
@@ -48,6 +50,8 @@ def check_input(job: Job) -> None:
         check_runtimes(job)
     if "autotune" in names:
         check_autotune(job)
+    if config.quant.swap_activation == AUTO and "place" in names and not job.run.is_done("place"):
+        check_measurable(job)
     if {"train", "place", "calibrate", "finetune"} & names:
         job.splits.train  # noqa: B018 - opening verifies it
     if len(job.splits.val) < config.deploy.batch and {"export", "engine"} & names:
@@ -61,6 +65,8 @@ def check_input(job: Job) -> None:
             "quantized; add weights=FILE, or train first with stages=[train,...]"
         )
     initial = None if job.run.path(FLOAT_MODEL).exists() else job.networks.initial()
+    if initial is not None and config.quant.swap_activation is not None:
+        check_swappable(initial.network, config.quant.swap_activation)
     if initial is not None and config.quant.recalibrate_scores:
         check_recalibration(initial)
     check_names_of_network(job, names, initial)

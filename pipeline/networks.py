@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from configs.schema import Config
-from core.choices import CONTIGUOUS, ONE2MANY
+from core.choices import AUTO, CONTIGUOUS, ONE2MANY
 from core.errors import CheckpointError, ConfigError, RunError, StateError
 from core.families import ARCHITECTURES, SEGMENTERS
 from core.files import written_atomically
@@ -43,6 +45,7 @@ from training.layout import FORMATS
 
 FLOAT_MODEL = "float.safetensors"
 INFERENCE_LAYOUT = "evaluation-layout.json"
+SWAPPED = "activation.json"  # what `quant.swap_activation=auto` has chosen
 QUANTIZED = {QAT: "qat.safetensors", MIXED: "mixed.safetensors", PTQ: "ptq.safetensors"}  # the best one first
 STAGE_OF = {QAT: "finetune", MIXED: "sensitivity", PTQ: "calibrate"}
 PLACEMENT_KEY = (
@@ -181,9 +184,35 @@ class Networks:
 
     @cached_property
     def student(self) -> nn.Module:
-        """The float network that is quantized: the detector's, or a copy with `quant.swap_activation`."""
-        network, activation = self.detector.network, self.config.quant.swap_activation
+        """The float network that is quantized: the detector's, or a copy with `swap` in place of SiLU."""
+        return self._student(self.swap)
+
+    def _student(self, activation: str | None) -> nn.Module:
+        network = self.detector.network
         return network if activation is None else swap_activation(network, activation)
+
+    @property
+    def swap(self) -> str | None:
+        """What replaces SiLU in the network that is quantized: as set, or as chosen with `auto`; None for nothing.
+
+        Raises:
+            RunError: `auto`, and the stage `place` has not run.
+        """
+        wanted = self.config.quant.swap_activation
+        if wanted == AUTO:
+            self.run.need(SWAPPED, "place")
+            chosen: str | None = self.run.read_json(SWAPPED)["activation"]
+            return chosen
+        return wanted
+
+    @contextmanager
+    def swapped(self, activation: str | None) -> Iterator[None]:
+        """Let `student` be the network with another activation in the block; None for the detector's own."""
+        vars(self)["student"] = self._student(activation)
+        try:
+            yield
+        finally:
+            vars(self).pop("student", None)
 
     @property
     def memory_format(self) -> torch.memory_format:

@@ -21,6 +21,7 @@ PLAIN = (  # fields of ReportData that are plain data, in the order of the file
     "versions", "build", "machine", "model", "findings", "fixed_point", "notes", "chosen", "gates", "commands",
     "hashes", "configuration", "changed", "sensitivity", "placement", "calibration", "curves",
     "histograms", "class_names", "graph", "autotune",
+    "activation",
 )  # fmt: skip
 
 

@@ -16,6 +16,8 @@ from report.panels import DetectionPanel
 
 MODEL_KEYS = ("parameters", "macs", "strides", "shares", "layers")
 AUTOTUNE_KEYS = ("latency", "subject", "front", "confirmed")
+ACTIVATION_KEYS = ("measure", "subject", "batch", "max_loss", "min_time_saved", "candidates")
+CANDIDATE_KEYS = ("activation", "ap", "milliseconds", "is_chosen")
 POINT_KEYS = ("milliseconds", "estimated_ap_loss", "units")
 PLAN_KEYS = (
     "name", "units", "expected_milliseconds", "milliseconds", "estimated_ap_loss", "measured_ap_loss", "ap",
@@ -63,6 +65,9 @@ class ReportData:
             "front": [{"milliseconds", "estimated_ap_loss", "units": precision -> count}], "confirmed": [the same of
             plans that were built again, with "name", "expected_milliseconds", "measured_ap_loss", "ap", "is_chosen",
             "layers" and "layers_not_as_planned"]}; None where the stage did not run.
+        activation: what was measured to choose one: {"measure": str, "subject": str, "batch": int, "max_loss": in the
+            measure, "min_time_saved": share, "candidates": [{"activation", "ap", "milliseconds", "is_chosen"}], SiLU
+            first}; None where nobody measured it.
         findings: of the graph check: [{"name", "hazard", "remedy", ...}].
         notes: sentences for the reader.
         chosen: row name -> what to add to its accuracy where its weights were chosen on the evaluation images.
@@ -91,6 +96,7 @@ class ReportData:
     graph: Mapping[str, Any] | None = None
     histograms: Sequence[Mapping[str, Any]] = ()
     autotune: Mapping[str, Any] | None = None
+    activation: Mapping[str, Any] | None = None
     findings: Sequence[Mapping[str, Any]] = ()
     fixed_point: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
@@ -118,6 +124,8 @@ class ReportData:
             ("sensitivity item", self.sensitivity or (), ("unit", "score")),
             ("placement item", self.placement or (), ("name", "kind")),
             ("autotune", (self.autotune,) if self.autotune is not None else (), AUTOTUNE_KEYS),
+            ("activation", (self.activation,) if self.activation is not None else (), ACTIVATION_KEYS),
+            ("candidate", (self.activation or {}).get("candidates", ()), CANDIDATE_KEYS),
             ("front point", (self.autotune or {}).get("front", ()), POINT_KEYS),
             ("plan", (self.autotune or {}).get("confirmed", ()), PLAN_KEYS),
             ("finding", self.findings, ("name", "hazard", "remedy")),

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from core.errors import ReportError
 from core.rows import FLOAT, ResultRow, find_row, shipped_rows
-from report import autotune, operating
+from report import activations, autotune, operating
 from report.charts import SECTIONS, Chart, all_charts
 from report.data import ReportData, reference_engine
 from report.graph import HEIGHT, WIDTH, draw
@@ -99,6 +99,7 @@ def render_html(data: ReportData) -> str:
         intervals=interval_table(data.rows),
         extras=extra_table(data.rows),
         operating=operating_view(data.rows),
+        activation=activations.view(data.activation),
         autotune={
             "title": autotune.TITLE,
             "caption": autotune.caption(data.autotune) if data.autotune else "",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import write_text
-from report import autotune
+from report import activations, autotune
 from report.build import FORMAT, PLAIN, render
 from report.data import ReportData
 from report.operating import markdown_operating
@@ -104,12 +104,7 @@ def to_markdown(data: ReportData) -> str:
     if data.notes:
         parts += ["## Notes", "\n".join(f"- {escape_markdown(note)}" for note in data.notes)]
     parts += _model_parts(data)
-    if data.autotune:
-        parts += [
-            f"## {autotune.TITLE}",
-            f"{escape_markdown(autotune.caption(data.autotune))}.",
-            markdown_table(list(autotune.HEADINGS), autotune.plan_lines(data.autotune), numbers_from=2),
-        ]
+    parts += _choice_parts(data)
     if data.findings:
         lines = [[item["name"], item["hazard"], item["remedy"]] for item in data.findings]
         parts += ["## Graph check", markdown_table(["Where", "Hazard", "Remedy"], lines, numbers_from=3)]
@@ -135,6 +130,26 @@ def to_markdown(data: ReportData) -> str:
             lines = [[key, cell_text(value)] for key, value in content.items()]
             parts += [f"## {title}", markdown_table(["", ""], lines, numbers_from=2)]
     return "\n\n".join(parts) + "\n"
+
+
+def _choice_parts(data: ReportData) -> list[str]:
+    """What was measured to choose the activation, and the plans of autotune."""
+    parts = []
+    if data.activation:
+        parts += [
+            f"## {activations.TITLE}",
+            f"{escape_markdown(activations.caption(data.activation))}.",
+            markdown_table(
+                activations.headings(data.activation), activations.activation_lines(data.activation)
+            ),
+        ]
+    if data.autotune:
+        parts += [
+            f"## {autotune.TITLE}",
+            f"{escape_markdown(autotune.caption(data.autotune))}.",
+            markdown_table(list(autotune.HEADINGS), autotune.plan_lines(data.autotune), numbers_from=2),
+        ]
+    return parts
 
 
 def _model_parts(data: ReportData) -> list[str]:

@@ -6,19 +6,19 @@ from dataclasses import asdict
 from statistics import median
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from core.errors import ConfigError
 from core.rows import PTQ
 from pipeline.job import Job
-from pipeline.networks import QUANTIZED
+from pipeline.networks import QUANTIZED, SWAPPED
 from pipeline.run.progress import say
 from pipeline.splits import TRAIN, VAL
+from pipeline.stages.calibration import calibrated, calibration_images
 from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
-from pipeline.stages.place import PLACEMENT, calibration_images, prepared_network, weight_method
+from pipeline.stages.place import PLACEMENT
 from pipeline.stages.recalibration import recalibrate, recalibration_file
 from pipeline.stages.stage import Stage
-from quant import CalibrationResult, Share, calibrate, insert, load_placement, reconstruct
+from quant import CalibrationResult, load_placement, reconstruct
 
 CALIBRATION, REPAIRS = "calibration.json", "repairs.json"
 REPAIR_IMAGES = 32  # for rounding and bias correction
@@ -35,12 +35,7 @@ def calibrate_stage(job: Job) -> None:
         f"placement: {len(placement.weights)} layers and {sum(len(g.tensors) for g in placement.groups)} tensors in "
         f"{len(placement.groups)} groups quantized, {len(placement.kept_float)} layers float"
     )
-    network = prepared_network(job)
-    model = insert(network, placement, job.config.qat.learn_scales).to(job.device).eval()
-    images, ranges = calibration_images(job), imported_ranges(job)
-    team = job.stage_team
-    share = Share(team.gather, team.rank, team.size, config.calibration_batch_size)
-    result = calibrate(model, images, config.observer, weight_method(job), config.percentile, share, ranges)
+    model, result = calibrated(job, placement)
     if job.stage_team.first:
         _finish(job, model, result)
     model = job.keep(model, placement, PTQ)
@@ -60,24 +55,6 @@ def _finish(job: Job, model: fx.GraphModule, result: CalibrationResult) -> None:
         _repair(job, model)
     recalibrate(job, model, PTQ)
     job.run.write_json(CALIBRATION, result.as_dict())
-
-
-def imported_ranges(job: Job) -> dict[str, Tensor]:
-    """Ranges that the float weights brought along from a quantized checkpoint, if the settings ask for them.
-
-    Raises:
-        ConfigError: equalisation would move the ranges.
-    """
-    ranges = job.networks.detector.amax
-    if ranges and job.config.quant.imported_ranges == "ignore":
-        say(f"imported ranges: {len(ranges)} ignored (quant.imported_ranges=ignore)")
-        return {}
-    if ranges and job.config.quant.equalize:
-        raise ConfigError(
-            f"quant.equalize=true moves ranges between channels, and the weights bring {len(ranges)} ranges of their "
-            "own: add quant.imported_ranges=ignore, or use quant.equalize=false"
-        )
-    return ranges
 
 
 def _repair(job: Job, model: fx.GraphModule) -> None:
@@ -104,7 +81,7 @@ CALIBRATE = Stage(
     settings=("quant", "data.limit_train", *MEASURED_BY),
     ignored=("quant.placement", "quant.policy", "quant.float_patterns", "quant.accuracy_budget"),
     splits=(TRAIN, VAL),
-    reads=(*FLOAT_FILES, PLACEMENT),
+    reads=(*FLOAT_FILES, SWAPPED, PLACEMENT),
     writes=(QUANTIZED[PTQ], CALIBRATION, REPAIRS, recalibration_file(PTQ), PTQ.path),
     is_shared=True,
 )

@@ -2,48 +2,57 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from configs.quant_schema import QuantConfig
 from configs.schema import Config
+from core.choices import AUTO
 from core.targets import TARGETS
 from pipeline.job import Job
+from pipeline.networks import SWAPPED
 from pipeline.run.progress import say
-from pipeline.splits import TRAIN
+from pipeline.splits import TRAIN, VAL
+from pipeline.stages.activation import MEASURED, decide_activation, timed_where
+from pipeline.stages.calibration import calibration_images, prepared_network, weight_method
 from pipeline.stages.export import targets
-from pipeline.stages.load import FLOAT_FILES
+from pipeline.stages.load import FLOAT_FILES, MEASURED_BY
 from pipeline.stages.stage import Stage
 from quant import (
     Placement,
     PlacementOptions,
     Rule,
     dump_placement,
-    equalize,
     load_placement,
     measure_sharing,
     place,
 )
-from training.team import ALONE
 
 PLACEMENT = "placement.yaml"
 SHARING = "sharing.json"
 COMPARED_IMAGES = 16  # for the outputs that decide about shared scales
+AFTER_CALIBRATION = ("accuracy_budget", "greedy_rounding", "bias_correction", "recalibrate_scores")
 
 
 def place_stage(job: Job) -> None:
-    """Decide the placement and save it, to be read and edited; a summary is printed where the stage was asked for."""
+    """Decide the placement and save it, to be read and edited; a summary is printed where the stage was asked for.
+
+    With `quant.swap_activation=auto` the activation is decided before, see `decide_activation`.
+    """
+    if job.config.quant.swap_activation == AUTO:
+        decide_activation(job, make_placement)
     placement = make_placement(job)
     text = dump_placement(placement)
     job.run.ledger.announce("place", {PLACEMENT: hashlib.sha256(text.encode()).hexdigest()})
     job.run.write_text(PLACEMENT, text)
     hint_at_unsigned(job, placement)
-    if job.config.quant.swap_activation is not None:
+    if job.networks.swap is not None:
         say(
-            f"SiLU is replaced by {job.config.quant.swap_activation}: the row ptq is measured before the network is "
+            f"SiLU is replaced by {job.networks.swap}: the row ptq is measured before the network is "
             "fine-tuned with it, the row qat afterwards"
         )
     if "place" in job.config.stages:
@@ -141,44 +150,12 @@ def hint_at_unsigned(job: Job, placement: Placement) -> None:
         )
 
 
-# -- what calibration needs as well
-
-
-def prepared_network(job: Job) -> nn.Module:
-    """The float network that is quantized: the run's, or its equalised copy."""
-    if not job.config.quant.equalize:
-        return job.networks.student
-    result = equalize(job.networks.student)
-    say(
-        f"equalised {len(result.pairs)} pairs of layers; {len(result.left_alone)} left alone, since the activation "
-        "between them is not homogeneous"
-    )
-    return result.network
-
-
-def weight_method(job: Job) -> str:
-    """How weight scales are chosen: the range for observer=minmax, else the least squared error."""
-    return "minmax" if job.config.quant.observer == "minmax" else "mse"
-
-
-def calibration_images(job: Job, limit: int | None = None) -> Iterator[Tensor]:
-    """Letterboxed training images, spread evenly over the split, on the device; in a shared stage this process's share.
-
-    At most `quant.calibration_images` and `data.limit_train` of them. With a limit at most as many, the same in every
-    process and without a progress bar.
-    """
-    config = job.config.quant
-    limits = (config.calibration_images, job.config.data.limit_train, limit)
-    count = min(number for number in limits if number is not None)
-    team = job.stage_team if limit is None else ALONE
-    loader = job.splits.letterboxed(
-        job.splits.train, config.calibration_batch_size, count, team, whole_batches=True
-    )
-    return job.splits.images(loader, "calibrate" if limit is None else None, job.networks.memory_format)
-
-
 def placement_settings(config: Config) -> Sequence[str]:
-    """What a placement depends on; with measured concats also what calibration does."""
+    """What a placement depends on; with measured concats or activations also what calibration does."""
+    if config.quant.swap_activation == AUTO:
+        names = (field.name for field in dataclasses.fields(QuantConfig))
+        kept = (f"quant.{name}" for name in names if name not in AFTER_CALIBRATION)
+        return (*kept, "data.limit_train", *MEASURED_BY)
     if config.quant.share_concat_scales == "measured":
         return ("quant", "data.image_size", "data.limit_train")
     return tuple(
@@ -194,9 +171,10 @@ PLACE = Stage(
     "place",
     place_stage,
     settings=placement_settings,
-    splits=(TRAIN,),
+    machine=timed_where,
+    splits=lambda config: (TRAIN, VAL) if config.quant.swap_activation == AUTO else (TRAIN,),
     files=("quant.placement",),
     reads=FLOAT_FILES,
-    writes=(PLACEMENT, SHARING),
+    writes=(PLACEMENT, SHARING, SWAPPED, MEASURED),
     editable=(PLACEMENT,),
 )

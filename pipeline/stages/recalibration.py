@@ -12,7 +12,7 @@ from core.rows import RowKey
 from models import Decode, Detector
 from pipeline.job import Job
 from pipeline.run.progress import say
-from pipeline.stages.place import calibration_images
+from pipeline.stages.calibration import calibration_images
 from quant import ScoreLine, fold_lines, recalibrate_scores, trace
 
 SETTING = "quant.recalibrate_scores"

@@ -16,6 +16,7 @@ from pipeline.job import Job
 from pipeline.networks import FLOAT_MODEL
 from pipeline.run.commands import changed_settings, flat_configuration, next_commands
 from pipeline.run.progress import say
+from pipeline.stages.activation import MEASURED
 from pipeline.stages.autotune import AUTOTUNE
 from pipeline.stages.fixed_point import FIXED_POINT
 from pipeline.stages.histograms import layer_histograms
@@ -57,6 +58,7 @@ def report_stage(job: Job) -> None:
         graph=_graph(job),
         histograms=layer_histograms(job),
         autotune=_autotune(job),
+        activation=run.read_json(MEASURED) if run.path(MEASURED).exists() else None,
         findings=_findings(job),
         fixed_point=job.run.read_json(FIXED_POINT)["tensors"] if job.run.path(FIXED_POINT).exists() else [],
         notes=_notes(job),

@@ -37,7 +37,7 @@ class Stage:
         function: does the work; reads and writes what is declared here and nothing else.
         settings: dotted keys that the result depends on, whole sections included; or a function that gives them.
         ignored: keys below these that it does not depend on.
-        splits: splits of the data that it reads.
+        splits: splits of the data that it reads; or a function that names them.
         files: settings that name files, whose content counts.
         machine: facts of the machine that the result depends on, by name.
         needs: stages that must have run before, or a function that names them.
@@ -55,7 +55,7 @@ class Stage:
     function: Callable[[Job], None]
     settings: tuple[str, ...] | Callable[[Config], Sequence[str]] = ()
     ignored: tuple[str, ...] = ()
-    splits: tuple[str, ...] = ()
+    splits: tuple[str, ...] | Callable[[Config], Sequence[str]] = ()
     files: tuple[str, ...] = ()
     machine: Callable[[Config], Mapping[str, str]] = lambda _: {}
     needs: tuple[str, ...] | Callable[[Config], Sequence[str]] = ()
@@ -78,7 +78,8 @@ class Stage:
 
     def inputs(self, job: Job) -> Inputs:
         """Values and hashes of everything that the stage reads, as it is now."""
-        hashes: dict[str, str | None] = {f"{split} split": job.splits.digest(split) for split in self.splits}
+        splits = self.splits(job.config) if callable(self.splits) else self.splits
+        hashes: dict[str, str | None] = {f"{split} split": job.splits.digest(split) for split in splits}
         hashes |= self.machine(job.config)
         for name in self.files:
             path = flat_settings(job.config, name)[name]

@@ -14,8 +14,12 @@ from core.grid import INT8 as INT8_GRID
 from pipeline.job import Job
 from pipeline.networks import Networks
 from pipeline.run.progress import say
-from pipeline.stages.calibrate import imported_ranges
-from pipeline.stages.place import calibration_images, prepared_network, weight_method
+from pipeline.stages.calibration import (
+    calibration_images,
+    imported_ranges,
+    prepared_network,
+    weight_method,
+)
 from pipeline.stages.plans import FLOATING
 from quant import Placement, PlacementOptions, calibrate, insert, place, placement_of
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs.schema import Config
-from pipeline.stages.place import calibration_images
+from pipeline.stages.calibration import calibration_images
 from training.team import ALONE
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -10,13 +13,18 @@ import torch
 from torch import nn
 
 from configs.compose import compose
+from configs.schema import Config
 from configs.validation import validate
-from core.errors import ConfigError
+from core.errors import ConfigError, DeployError, RunError
 from deploy import export_onnx
 from deploy.check.report import check_graph
+from deploy.runtimes.tensorrt import TensorRTRuntime
 from models import build_detector, fold_detector, swap_activation
+from pipeline.job import Job
+from pipeline.main import plan_job
 from pipeline.networks import Networks
 from pipeline.run.directory import Run
+from pipeline.stages.activation import Candidate, candidates_of, choose_candidate
 from pipeline.stages.export import Deployed
 from quant import Mode, activation_quantizers, place, quantized_layers, set_mode
 
@@ -94,3 +102,80 @@ def test_the_student_is_swapped_and_its_graph_has_no_finding(
     assert ("HardSwish" in operators) == (name == "hardswish")
     assert ("Relu" in operators) == (name == "relu")
     assert check_graph(path) == []
+
+
+BCCD = (("silu", 0.5985, 11.9), ("relu", 0.5020, 9.4), ("hardswish", 0.5844, 10.1))  # GELAN-t, OpenVINO
+
+
+@pytest.mark.parametrize(
+    ("figures", "chosen"),
+    [
+        (BCCD, "hardswish"),  # relu is faster, and loses more than fine-tuning recovers
+        ((("silu", 0.5, 10), ("relu", 0.4705, 8), ("hardswish", 0.5, 9)), "relu"),
+        ((("silu", 0.5, 10), ("relu", 0.4695, 8), ("hardswish", 0.5, 9)), "hardswish"),
+        ((("silu", 0.5, 10), ("relu", 0.5, 9.49), ("hardswish", 0.5, 9.6)), "relu"),
+        ((("silu", 0.5, 10), ("relu", 0.5, 9.51), ("hardswish", 0.5, 9.6)), "silu"),
+        ((("silu", 0.5, 10), ("relu", 0.4, 5), ("hardswish", 0.46, 6)), "silu"),
+        ((("silu", 0.5, 10), ("relu", math.nan, 5), ("hardswish", 0.5, math.nan)), "silu"),
+        ((("silu", 0.5, 10), ("relu", 0.49, 8)), "relu"),
+        ((("silu", 0.5, 10),), "silu"),
+    ],
+)
+def test_the_fastest_that_is_accurate_enough_and_clearly_faster_is_chosen(
+    figures: Sequence[tuple[str, float, float]], chosen: str
+) -> None:
+    """At most 0.03 AP below SiLU after calibration, and at least 5 % faster."""
+    assert choose_candidate([Candidate(*figure) for figure in figures]).activation == chosen
+
+
+def auto(*more: str) -> Config:
+    return compose(["+experiment=demo", "quant.swap_activation=auto", *more])
+
+
+def test_hard_swish_is_no_candidate_for_onnx_runtime(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    found = {
+        runtimes: candidates_of(Job(auto(f"deploy.runtimes=[{runtimes}]"), Run(tmp_path)))
+        for runtimes in ("openvino", "openvino,onnxruntime")
+    }
+    assert found["openvino"] == ["silu", "relu", "hardswish"]
+    assert found["openvino,onnxruntime"] == ["silu", "relu"]
+    assert "hardswish has no integer kernel in ONNX Runtime" in capsys.readouterr().err
+
+
+def test_auto_is_refused_where_it_cannot_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"auto with stages=\[calibrate,report\].*add finetune to stages"):
+        validate(auto("stages=[calibrate,report]"))
+    with pytest.raises(ConfigError, match=r"swap_activation=auto with qat\.both_heads=true"):
+        validate(auto("qat.both_heads=true"))
+    validate(auto("stages=[report]"))  # of a run that has decided
+    monkeypatch.setattr(TensorRTRuntime, "require", refuse)
+    with pytest.raises(
+        ConfigError,
+        match=r"auto times engines, and deploy\.runtimes=\[tensorrt\]: expected one that runs on this machine "
+        r"\(no GPU\); choose with quant\.swap_activation=relu or quant\.swap_activation=hardswish",
+    ):
+        plan_job(auto("deploy=trt10", "stages=[train,calibrate,finetune]"))
+    few = ("data.synthetic.train=4", "data.synthetic.val=4", "data.synthetic.size=96", "data.image_size=96")
+    for setting in ("auto", "relu"):
+        with pytest.raises(ConfigError, match=f"swap_activation={setting}: the network has no SiLU module"):
+            plan_job(auto("model.activation=relu", f"quant.swap_activation={setting}", *few))
+    assert not (tmp_path / "runs/demo").exists()
+
+
+def refuse(*_: object) -> None:
+    raise DeployError("no GPU")
+
+
+def test_the_student_follows_the_choice_of_the_run(tmp_path: Path) -> None:
+    networks = Networks(auto(), Run(tmp_path), None, torch.device("cpu"))  # type: ignore[arg-type]
+    with pytest.raises(RunError, match="`place` makes it"):
+        networks.swap  # noqa: B018
+    networks.keep(fold_detector(build_detector("yolov9t", 3)))
+    network = networks.detector.network
+    with networks.swapped("relu"):
+        assert kinds(networks.student)[nn.ReLU] > 100
+    for chosen, kind in ((None, nn.SiLU), ("hardswish", nn.Hardswish)):
+        (tmp_path / "activation.json").write_text(json.dumps({"activation": chosen}))
+        vars(networks).pop("student", None)
+        assert kinds(networks.student)[kind] == kinds(network)[nn.SiLU]

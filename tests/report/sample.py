@@ -199,10 +199,27 @@ def sample_data() -> ReportData:
         graph=sample_graph(),
         histograms=sample_histograms(),
         autotune=sample_autotune(),
+        activation=sample_activation(),
         findings=[{"name": "Conv_3", "hazard": "float conv & slow", "remedy": "quantize <it>"}],
         notes=["A note with <b>markup</b>."],
         chosen={"engine:openvino:int8": "Chosen on the images that it is reported on."},
     )
+
+
+def sample_activation() -> dict[str, Any]:
+    """Three activations, of which the second was chosen; one could not be measured in accuracy."""
+    figures = [("silu", 0.61, 12.0, False), ("relu", None, 9.0, False), ("hardswish", 0.6023, 10.125, True)]
+    return {
+        "measure": "AP",
+        "subject": EVIL,
+        "batch": 2,
+        "max_loss": 0.03,
+        "min_time_saved": 0.05,
+        "candidates": [
+            {"activation": name, "ap": ap, "milliseconds": milliseconds, "is_chosen": is_chosen}
+            for name, ap, milliseconds, is_chosen in figures
+        ],
+    }
 
 
 def sample_histograms() -> list[dict[str, Any]]:

@@ -317,3 +317,14 @@ def test_headline_shows_the_score_that_decides() -> None:
         "Float Mask AP": ("0.5000", "the reference"),
         "INT8 Mask AP": ("0.4900", "-0.0100 against float, engine:openvino:int8"),
     }
+
+
+def test_activations_that_were_measured_are_listed(written: tuple[dict, str, str], page: Page) -> None:
+    assert written[0]["activation"]["candidates"][2] == {
+        "activation": "hardswish", "ap": 0.6023, "milliseconds": 10.125, "is_chosen": True,
+    }  # fmt: skip
+    assert "| Activation | AP after calibration | Latency, median [ms] | Chosen |" in written[1]
+    assert "| hardswish | 0.6023 | 10.12 | yes |" in written[1]
+    assert "| relu | - | 9.00 |  |" in written[1]
+    assert "AP after calibration" in page.texts["th"]
+    assert "10.12" in page.texts["td"]
