@@ -57,7 +57,7 @@ class SmallJob:
     def __init__(
         self, directory: Path, values: list[float], checkpoint_minutes: float = 60.0, **qat: Any
     ) -> None:
-        settings = {"epochs": 4, "learning_rate": 1e-3, "layout": "contiguous", **qat}
+        settings = {"epochs": 4, "learning_rate": 1e-3, "layout": "contiguous", "precision": "float32", **qat}
         self.config = SimpleNamespace(
             qat=QatConfig(**settings),
             augment=Config(experiment="x").augment,
