@@ -184,7 +184,7 @@ class Networks:
 
     @cached_property
     def student(self) -> nn.Module:
-        """The float network that is quantized: the detector's, or a copy with `swap` in place of SiLU."""
+        """The float network that is quantized: the detector's, or a copy with `swap` instead of SiLU."""
         return self._student(self.swap)
 
     def _student(self, activation: str | None) -> nn.Module:

@@ -190,7 +190,7 @@ def _time(job: Job, runtime: str, paths: Sequence[Path]) -> list[float]:
 
 
 def timed_where(config: Config) -> Mapping[str, str]:
-    """What the times depend on beside the settings of calibration: a choice is made again for other engines."""
+    """What the times depend on in addition to the settings of calibration: a choice is made again for other engines."""
     if config.quant.swap_activation != AUTO:
         return {}
     return {"target and runtimes of deploy": " ".join([config.deploy.target, *config.deploy.runtimes])}
