@@ -8,7 +8,7 @@ Networks with attention have an engine more: with its matrix products in INT8 (`
 takes the processor time of the process instead of wall time, with one thread: other work on the machine
 then slows an engine by its share of the caches only.
 
-`--mode throughput` keeps requests in flight instead of timing single calls (`peers/throughput.py`): alternately of
+`--mode throughput` keeps requests in flight instead of timing single calls (`peers/throughput.py`): alternately,
 `--seconds` for each engine, `--rounds` times, for each batch. Files then have a dynamic batch, which is fixed when they
 are compiled.
 
