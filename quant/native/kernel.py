@@ -20,9 +20,9 @@ from core.grid import Grid
 from quant.native.building import load_library
 
 log = logging.getLogger(__name__)
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # as the C file numbers them
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # as the C file numbers them
 _CLASSES = (Tensor, nn.Parameter)
-_POINTER, _INT, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+POINTER, INT, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _choice = AUTO
 
 
@@ -92,7 +92,7 @@ def _reads(scale: Tensor, *tensors: Tensor) -> bool:
     for tensor in tensors:
         if (
             not tensor.is_cpu
-            or tensor.dtype not in _TYPES
+            or tensor.dtype not in TYPES
             or type(tensor) not in _CLASSES
             or tensor.stride() != strides
         ):
@@ -131,15 +131,15 @@ class Kernel:
         self._round, self._gradients = library.octet_round, library.octet_gradients
         self._codes, self._scaled = library.octet_codes, library.octet_scaled
         self._affine, self._affine_gradients = library.octet_affine, library.octet_affine_gradients
-        rows, channels = [_SIZE] * 2, [_SIZE] * 3
-        self._round.argtypes = [_POINTER, _INT, _POINTER, *rows, _POINTER, *[_FLOAT] * 2, _INT]
+        rows, channels = [SIZE] * 2, [SIZE] * 3
+        self._round.argtypes = [POINTER, INT, POINTER, *rows, POINTER, *[FLOAT] * 2, INT]
         self._gradients.argtypes = [
-            _POINTER, _POINTER, _INT, _POINTER, *rows, _POINTER, *[_FLOAT] * 4, _POINTER, _INT
+            POINTER, POINTER, INT, POINTER, *rows, POINTER, *[FLOAT] * 4, POINTER, INT
         ]  # fmt: skip
-        self._codes.argtypes = [_POINTER, _POINTER, _INT, *rows, _POINTER, _FLOAT, _INT]
-        self._scaled.argtypes = [_POINTER, _INT, _POINTER, *rows, _POINTER, _INT]
-        self._affine.argtypes = [_POINTER, _INT, _POINTER, *channels, *[_POINTER] * 2, _INT]
-        self._affine_gradients.argtypes = [_POINTER, _POINTER, _INT, *channels, *[_POINTER] * 2, _INT]
+        self._codes.argtypes = [POINTER, POINTER, INT, *rows, POINTER, FLOAT, INT]
+        self._scaled.argtypes = [POINTER, INT, POINTER, *rows, POINTER, INT]
+        self._affine.argtypes = [POINTER, INT, POINTER, *channels, *[POINTER] * 2, INT]
+        self._affine_gradients.argtypes = [POINTER, POINTER, INT, *channels, *[POINTER] * 2, INT]
         for name in vars(self).values():
             name.restype = None
         self._check()
@@ -147,7 +147,7 @@ class Kernel:
     def round(self, x: Tensor, scale: Tensor, grid: Grid, y: Tensor) -> None:
         """`quant.rounding.round_to_grid`."""
         self._round(
-            x.data_ptr(), _TYPES[x.dtype], y.data_ptr(), *_rows(scale, x), scale.data_ptr(),
+            x.data_ptr(), TYPES[x.dtype], y.data_ptr(), *_rows(scale, x), scale.data_ptr(),
             grid.low, grid.high, torch.get_num_threads(),
         )  # fmt: skip
 
@@ -164,7 +164,7 @@ class Kernel:
         """`quant.rounding.gradients`; returns the gradient for the logarithm of the scale, in its shape."""
         sums = torch.empty_like(scale) if learned else None
         self._gradients(
-            g.data_ptr(), x.data_ptr(), _TYPES[x.dtype], grad_x.data_ptr(), *_rows(scale, x),
+            g.data_ptr(), x.data_ptr(), TYPES[x.dtype], grad_x.data_ptr(), *_rows(scale, x),
             scale.data_ptr(), grid.low, grid.high, *bounds,
             None if sums is None else sums.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
@@ -173,21 +173,21 @@ class Kernel:
     def codes(self, values: Tensor, scale: Tensor, unit: float, codes: Tensor) -> None:
         """`quant.rounding.codes_of`."""
         self._codes(
-            values.data_ptr(), codes.data_ptr(), _TYPES[codes.dtype], *_rows(scale, values), scale.data_ptr(), unit,
+            values.data_ptr(), codes.data_ptr(), TYPES[codes.dtype], *_rows(scale, values), scale.data_ptr(), unit,
             torch.get_num_threads(),
         )  # fmt: skip
 
     def scaled(self, codes: Tensor, scale: Tensor, values: Tensor) -> None:
         """`quant.rounding.scaled`."""
         self._scaled(
-            codes.data_ptr(), _TYPES[codes.dtype], values.data_ptr(), *_rows(scale, codes), scale.data_ptr(),
+            codes.data_ptr(), TYPES[codes.dtype], values.data_ptr(), *_rows(scale, codes), scale.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
 
     def affine(self, sums: Tensor, steps: Tensor, bias: Tensor, axis: int, values: Tensor) -> None:
         """`quant.rounding.affine`."""
         self._affine(
-            sums.data_ptr(), _TYPES[sums.dtype], values.data_ptr(), *_channels(sums, axis), steps.data_ptr(),
+            sums.data_ptr(), TYPES[sums.dtype], values.data_ptr(), *_channels(sums, axis), steps.data_ptr(),
             bias.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
 
@@ -195,7 +195,7 @@ class Kernel:
         """The gradients of `quant.rounding.affine`; returns that for the bias."""
         grad_bias = torch.empty_like(steps)
         self._affine_gradients(
-            g.data_ptr(), grad_sums.data_ptr(), _TYPES[grad_sums.dtype], *_channels(g, axis), steps.data_ptr(),
+            g.data_ptr(), grad_sums.data_ptr(), TYPES[grad_sums.dtype], *_channels(g, axis), steps.data_ptr(),
             grad_bias.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return grad_bias

@@ -12,11 +12,10 @@ from torch import Tensor
 from core.errors import KernelError
 from core.grid import Grid
 from quant.native.building import STATISTICS, load_library
-from quant.native.kernel import is_chosen
+from quant.native.kernel import FLOAT, INT, POINTER, SIZE, TYPES, is_chosen
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_COUNTED = (torch.float32, torch.bfloat16)
 _NUM_BINS, _NO_MEMORY = 4096, -(2**31)  # as in the C file
-_POINTER, _INT, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 
 
 def count_magnitudes(values: Tensor, exponent: int, num_bins: int) -> tuple[Tensor, int, float, int] | None:
@@ -32,13 +31,13 @@ def count_magnitudes(values: Tensor, exponent: int, num_bins: int) -> tuple[Tens
     Returns:
         Counts, int64 [num_bins]; the exponent; the largest magnitude; the number of values left out.
     """
-    library = _library() if values.is_cpu and values.dtype in _TYPES and num_bins == _NUM_BINS else None
+    library = _library() if values.is_cpu and values.dtype in _COUNTED and num_bins == _NUM_BINS else None
     if library is None:
         return None
     counts = torch.zeros(num_bins, dtype=torch.int64)
     largest, num_ignored = ctypes.c_float(), ctypes.c_int64()
     exponent = library.octet_count(
-        values.data_ptr(), _TYPES[values.dtype], values.numel(), exponent, counts.data_ptr(),
+        values.data_ptr(), TYPES[values.dtype], values.numel(), exponent, counts.data_ptr(),
         ctypes.byref(largest), ctypes.byref(num_ignored), torch.get_num_threads(),
     )  # fmt: skip
     if exponent == _NO_MEMORY:
@@ -94,7 +93,7 @@ def squared_weight_changes(
     )
     sums = torch.empty(len(x))
     library.octet_weights(
-        x.data_ptr(), gradient.data_ptr(), error.data_ptr(), len(x), (_SIZE * len(shape))(*shape),
+        x.data_ptr(), gradient.data_ptr(), error.data_ptr(), len(x), (SIZE * len(shape))(*shape),
         sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return sums
@@ -140,8 +139,8 @@ def _loaded() -> ctypes.CDLL | None:
         library = load_library(STATISTICS, ("-ffp-contract=fast",))
     except KernelError:
         return None
-    library.octet_count.argtypes = [_POINTER, _INT, _SIZE, _INT, *[_POINTER] * 3, _INT]
-    library.octet_changes.argtypes = [_POINTER, _POINTER, *[_SIZE] * 7, *[_FLOAT] * 3, _POINTER, _INT]
-    library.octet_weights.argtypes = [*[_POINTER] * 3, _SIZE, *[_POINTER] * 2, _INT]
+    library.octet_count.argtypes = [POINTER, INT, SIZE, INT, *[POINTER] * 3, INT]
+    library.octet_changes.argtypes = [POINTER, POINTER, *[SIZE] * 7, *[FLOAT] * 3, POINTER, INT]
+    library.octet_weights.argtypes = [*[POINTER] * 3, SIZE, *[POINTER] * 2, INT]
     library.octet_changes.restype = library.octet_weights.restype = None
     return library

@@ -29,7 +29,7 @@ from core.errors import ConfigError
 from core.types import TaskLoss
 from quant.calibration.calibrate import Gather
 from quant.fake_quantize import FakeQuantize, Mode
-from quant.insertion import activation_quantizers, placement_of, quantized_layers, quantizers
+from quant.insertion import activation_quantizers, placement_of, quantized_layers, quantizers, set_mode
 from quant.layers import QuantizedConv2d, QuantizedConvTranspose2d, QuantizedLayer, QuantizedLinear
 from quant.native.statistics import squared_changes, squared_weight_changes
 from quant.rounding import round_to_grid
@@ -263,8 +263,7 @@ def _probing(model: fx.GraphModule) -> Iterator[_Measure]:
     modes = [(quantizer, quantizer.mode) for quantizer in quantizers(model)]
     training = model.training
     model.eval()
-    for quantizer, _ in modes:
-        quantizer.mode = Mode.OFF
+    set_mode(model, Mode.OFF)
     activations = [_Activations(quantizer) for quantizer in activation_quantizers(model).values()]
     weights = [_Weights(layer) for layer in quantized_layers(model).values()]
     watched: list[_Activations | _Weights] = [*activations, *weights]
