@@ -107,6 +107,41 @@ def test_average_without_warmup_and_of_integer_buffers():
     assert not average.model.training
 
 
+class Shared(nn.Module):
+    """Two layers with one weight, a buffer that is not saved, and one of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        self.second.weight = self.first.weight
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_parameter("absent", None)
+        self.register_buffer("offset", torch.zeros(2), persistent=False)
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+
+def test_average_of_what_is_saved_each_tensor_once():
+    """average <- (average + value) / 2 for a weight that two layers share, and for one that replaces another."""
+    model = Shared()
+    average = ModelAverage(model, decay=0.5, warmup=0.0)
+    first = model.first.weight.detach().clone()
+    with torch.no_grad():
+        model.first.weight.copy_(first + 4.0)
+        model.offset.fill_(8.0)
+        model.count.fill_(3)
+    model.scale = nn.Parameter(torch.tensor(3.0))
+    average.update(model)
+    kept = average.model
+    torch.testing.assert_close(kept.first.weight, first + 2.0)
+    assert kept.second.weight is kept.first.weight
+    assert (float(kept.scale), int(kept.count)) == (2.0, 3)
+    assert kept.offset.tolist() == [0.0, 0.0]
+    other = Shared()  # another model of the same form
+    average.update(other)
+    torch.testing.assert_close(kept.first.weight, (first + 2.0 + other.first.weight) / 2)
+    assert (float(kept.scale), int(kept.count)) == (1.5, 0)
+
+
 def test_a_step_by_hand():
     """AdamW's first step on one weight: w (1 - rate * decay) - rate * sign(gradient), for a gradient far above eps."""
     model = nn.Linear(1, 1)
