@@ -39,6 +39,7 @@ def check_input(job: Job) -> None:
     names = {stage.name for stage in stages_of(config, job.run)}
     check_settings_of_others(job, names)
     check_needs(job, names)
+    check_fine_tuned(job, names)
     if config.metric.factory is not None:
         load_factory(METRIC, config.metric.factory)
     check_weights(job, names)
@@ -105,6 +106,22 @@ def check_needs(job: Job, names: set[str]) -> None:
                 f"the stage `{stage.name}` needs what `{missing}` makes, which has not run: use "
                 f"stages=[{','.join(order)}], or continue a run that has it (run_dir=DIRECTORY resume=true)"
             )
+
+
+def check_fine_tuned(job: Job, names: set[str]) -> None:
+    """Refuse to export a network with another activation that has not been fine-tuned, and is not to be.
+
+    Raises:
+        ConfigError: it would be exported.
+    """
+    swap = job.config.quant.swap_activation
+    if swap is None or "export" not in names or "finetune" in names or job.run.is_done("finetune"):
+        return
+    raise ConfigError(
+        f"quant.swap_activation={swap} with stages=[{','.join(job.config.stages)}]: a network with another activation "
+        "loses accuracy until it is fine-tuned, and would be exported without that; add finetune to stages, leave the "
+        "setting out, or leave export out to measure the loss alone"
+    )
 
 
 def check_names_of_network(job: Job, names: set[str], initial: Detector | None) -> None:

@@ -20,10 +20,12 @@ from deploy import export_onnx
 from deploy.check.report import check_graph
 from deploy.runtimes.tensorrt import TensorRTRuntime
 from models import build_detector, fold_detector, swap_activation
+from pipeline.input_check import check_fine_tuned
 from pipeline.job import Job
 from pipeline.main import plan_job
 from pipeline.networks import Networks
 from pipeline.run.directory import Run
+from pipeline.run.ledger import Inputs
 from pipeline.stages.activation import Candidate, candidates_of, choose_candidate
 from pipeline.stages.export import Deployed
 from quant import Mode, activation_quantizers, place, quantized_layers, set_mode
@@ -161,6 +163,29 @@ def test_auto_is_refused_where_it_cannot_decide(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(ConfigError, match=f"swap_activation={setting}: the network has no SiLU module"):
             plan_job(auto("model.activation=relu", f"quant.swap_activation={setting}", *few))
     assert not (tmp_path / "runs/demo").exists()
+
+
+@pytest.mark.parametrize("name", ["relu", "hardswish"])
+def test_a_swapped_network_is_not_exported_without_fine_tuning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    few = ("data.synthetic.train=4", "data.synthetic.val=4", "data.synthetic.size=96", "data.image_size=96")
+    base = ("+experiment=demo", f"quant.swap_activation={name}", *few)
+    with pytest.raises(
+        ConfigError,
+        match=rf"swap_activation={name} with stages=\[train,calibrate,export\].*add finetune to stages",
+    ):
+        plan_job(compose([*base, "stages=[train,calibrate,export]"]))
+    assert not (tmp_path / "runs").exists()  # found before the images are made
+    for stages in ("train,calibrate,report", "train,calibrate,finetune,export"):
+        plan_job(compose([*base, f"stages=[{stages}]"]))
+    run = Run.create(tmp_path / "run", "demo")
+    job = Job(compose([*base, "stages=[export]"]), run)
+    with pytest.raises(ConfigError, match=r"with stages=\[export\]"):
+        check_fine_tuned(job, {"export"})
+    run.ledger.finish("finetune", Inputs({}, {}), {}, 1.0)
+    check_fine_tuned(job, {"export"})
 
 
 def refuse(*_: object) -> None:
