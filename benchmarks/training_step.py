@@ -38,6 +38,7 @@ from torch import Tensor, fx, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from configs.schema import QatConfig
 from core.grid import Grid
 from models import Detector, build_detector, detector_loss, fold_detector, load_detector
 from quant import (
@@ -249,17 +250,16 @@ def compared(seconds: Sequence[float], reference: Sequence[float]) -> dict[str, 
 
 
 def teacher_share(
-    detector: Detector, images: Tensor, rounds: int, form: str = "", **options: Any
+    detector: Detector, images: Tensor, rounds: int, share: float, form: str = "", **options: Any
 ) -> dict[str, dict[str, float]]:
-    """Time of the teacher's forward as a share of the whole fine-tuning step."""
+    """Time of distillation (the teacher's forward and the loss) as a share of the whole fine-tuning step."""
     network = detector.network.eval()
     model = insert(network, place(network))
     calibrate(model, [images])
     loops = {}
     for name, weight in (("without a teacher", 0.0), ("fine-tuning step", 1.0)):
-        extension = QuantizationAware(
-            copy.deepcopy(model), FineTuningOptions(distill_weight=weight), copy.deepcopy(network)
-        )
+        added = FineTuningOptions(distill_weight=weight, distill_images=share)
+        extension = QuantizationAware(copy.deepcopy(model), added, copy.deepcopy(network))
         loops[name] = training(detector, extension.model, extension, images, rounds + 1, **options)
     taken = interleaved({name: partial(next, loop) for name, loop in loops.items()}, rounds, images.device)
     shares = sorted(1 - without / whole for without, whole in zip(*taken.values(), strict=True))
@@ -295,7 +295,8 @@ def memory_of(kind: str, options: argparse.Namespace) -> None:
     if kind == "fine-tuning":
         network = insert(detector.network, place(detector.network))
         calibrate(network, [images[:2]])
-        extension = QuantizationAware(network, FineTuningOptions(), copy.deepcopy(detector.network))
+        added = FineTuningOptions(distill_images=options.distill_images)
+        extension = QuantizationAware(network, added, copy.deepcopy(detector.network))
     for _ in training(detector, network, extension, images, MEMORY_STEPS):
         pass
     peak = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
@@ -308,6 +309,7 @@ def memory(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     for kind in ("float training", "fine-tuning"):
         command = [sys.executable, __file__, "--memory-of", kind, "--size", str(options.size)]
         command += ["--threads", str(options.threads), "--memory-batch", str(options.memory_batch)]
+        command += ["--distill-images", str(options.distill_images)]
         command += [] if options.weights is None else ["--weights", str(options.weights)]
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
         peaks[kind] = float(lines[-1]) / 1024
@@ -331,6 +333,12 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", help="parts of names, separated by commas; also teacher, memory"
     )
+    parser.add_argument(
+        "--distill-images",
+        type=float,
+        default=QatConfig().distill_images,
+        help="share of the images that the teacher sees (default: that of qat.distill_images)",
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -344,9 +352,12 @@ def main() -> None:
     images = torch.rand(options.batch, 3, options.size, options.size, device=options.device)
     table = ratios(interleaved(works(detector, images, only), options.rounds, images.device))
     if not only or "teacher" in only:
-        table |= teacher_share(detector, images, options.rounds)
+        share = options.distill_images
+        table |= teacher_share(detector, images, options.rounds, share)
         form = ", channels-last, bfloat16"
-        table |= teacher_share(detector, images, options.rounds, form, channels_last=True, autocast=True)
+        table |= teacher_share(
+            detector, images, options.rounds, share, form, channels_last=True, autocast=True
+        )
     if images.device.type == "cpu" and (not only or "memory" in only):
         table |= memory(options)
     for name, row in table.items():

@@ -167,6 +167,13 @@ class QatConfig:
         "Weight of feature distillation: tensors inside the network compared with those of the float copy",
         minimum=0,
     )
+    distill_images: float = setting(
+        0.25,
+        "Share of the images of each batch that are compared with the float copy, other ones in each step",
+        unit="0..1",
+        above=0,
+        maximum=1,
+    )
     distill_feature_names: list[str] = setting(
         [], "Name patterns of the tensors compared, e.g. neck.*; empty selects the inputs of the head"
     )

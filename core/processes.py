@@ -9,11 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor
 
 Sum = Callable[[Tensor], Tensor]
 _active: list[tuple[Sum, int]] = []
+
+
+@dataclass(frozen=True)
+class BatchPart:
+    """Which images of a step's batch are in memory: those of one process, or fewer.
+
+    Attributes:
+        step: number of the step, from 0.
+        places: of the images, in their order, among those of the whole batch.
+        num_images: of the whole batch, over all processes.
+    """
+
+    step: int
+    places: range
+    num_images: int
 
 
 def sum_over_processes(value: Tensor) -> Tensor:

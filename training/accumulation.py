@@ -22,7 +22,6 @@ from core.errors import ResourceError
 from core.processes import summing
 from training.shared_step import SharedStep
 
-Part = tuple[Tensor, Any]
 TargetsOf = Callable[[Any, int, int], Any]
 """(targets of a batch, begin, end) -> the targets of its images begin..end, as those of a batch of their own."""
 _log = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ class Accumulation:
         if state["configured"] == self.configured:
             self.micro_batch = state["micro_batch"]
 
-    def parts(self, images: Tensor, targets: Any) -> list[Part]:
+    def parts(self, images: Tensor, targets: Any) -> list[tuple[Tensor, Any]]:
         """A batch in parts of at most `micro_batch` images that differ by one image at most."""
         bounds = [0]
         for sizes in torch.arange(len(images)).tensor_split(self._num_parts(len(images))):

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from core.processes import BatchPart
+
 
 class Extension(Protocol):
     """Methods that the loop calls. By default they add nothing, which is float training.
@@ -27,13 +29,16 @@ class Extension(Protocol):
         """
         return []
 
-    def losses(self, outputs: Any, images: Tensor, progress: float) -> tuple[Any, dict[str, Tensor]]:
+    def losses(
+        self, outputs: Any, images: Tensor, progress: float, part: BatchPart
+    ) -> tuple[Any, dict[str, Tensor]]:
         """Raw maps for the task loss, and further scalar terms by name, already weighted.
 
         Args:
             outputs: what `network` returned.
             images: float [B, C, H, W].
             progress: share of all steps that are done, 0..1.
+            part: which images of the batch these are.
         """
         return outputs, {}
 

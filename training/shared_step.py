@@ -138,8 +138,15 @@ class SharedStep:
 
     def largest(self, number: int) -> int:
         """The largest of all processes' numbers."""
+        return self._reduce(number, distributed.ReduceOp.MAX)
+
+    def total(self, number: int) -> int:
+        """The sum of all processes' numbers."""
+        return self._reduce(number, distributed.ReduceOp.SUM)
+
+    def _reduce(self, number: int, operation: Any) -> int:
         found = torch.tensor([number], device=self.device)
-        distributed.all_reduce(found, distributed.ReduceOp.MAX, group=self.group)
+        distributed.all_reduce(found, operation, group=self.group)
         return int(found)
 
     @contextmanager

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from core.failures import lack_of_memory
+from core.processes import BatchPart
 from core.types import TaskLoss
-from training.accumulation import BatchSums, Part
+from training.accumulation import BatchSums
 from training.divergence import bad_layer, bad_parameter
 from training.random_states import random_states, restore_random_states
 from training.schedule import rate_factor
 from training.state import StepRecord, TrainingState
 
-Found = tuple[dict[str, float], int]
-"""The terms of a batch's loss and `total`, and the number of images, over all processes."""
+Found = dict[str, float]
+"""The terms of a batch's loss and `total`, over all processes."""
+Part = tuple[Tensor, Any, BatchPart]
+"""Images, their targets, and which of the batch they are."""
 
 
 def train_step(state: TrainingState, images: Tensor, targets: Any, task_loss: TaskLoss, total: int) -> None:
@@ -27,8 +30,9 @@ def train_step(state: TrainingState, images: Tensor, targets: Any, task_loss: Ta
     options, shared = state.options, state.shared
     if options.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
+    num_images = len(images) if shared is None else shared.total(len(images))
     if shared is not None:
-        _time_alone(state, images, targets, task_loss)
+        _time_alone(state, images, targets, task_loss, num_images)
     started = time.perf_counter()
     factor = rate_factor(state.step, total, options.warmup_fraction, options.final_fraction)
     for group in state.optimizer.param_groups:
@@ -36,7 +40,7 @@ def train_step(state: TrainingState, images: Tensor, targets: Any, task_loss: Ta
     state.faults.remember_buffers()
     progress = min(state.step / total, 1.0)
     with nullcontext() if shared is None else shared.together():
-        values, num_images = _losses_and_gradients(state, images, targets, task_loss, progress)
+        values = _losses_and_gradients(state, images, targets, task_loss, progress, num_images)
     state.samples += num_images
     if not math.isfinite(values["total"]):
         parts = state.accumulation.parts(images, targets)
@@ -66,8 +70,20 @@ def train_step(state: TrainingState, images: Tensor, targets: Any, task_loss: Ta
     state.step += 1
 
 
+def _parts(state: TrainingState, images: Tensor, targets: Any, num_images: int) -> list[Part]:
+    """A process's share of a batch of `num_images`, in parts that fit into memory."""
+    rank, size = (0, 1) if state.shared is None else (state.shared.team.rank, state.shared.team.size)
+    parts, begin = [], 0
+    for some, theirs in state.accumulation.parts(images, targets):
+        end = begin + len(some)
+        places = range(rank + begin * size, rank + end * size, size)
+        parts.append((some, theirs, BatchPart(state.step, places, num_images)))
+        begin = end
+    return parts
+
+
 def _losses_and_gradients(
-    state: TrainingState, images: Tensor, targets: Any, task_loss: TaskLoss, progress: float
+    state: TrainingState, images: Tensor, targets: Any, task_loss: TaskLoss, progress: float, num_images: int
 ) -> Found:
     """Gradients of the batch's loss, and what `Found` says.
 
@@ -75,7 +91,7 @@ def _losses_and_gradients(
     """
     before = random_states()
     while True:
-        parts = state.accumulation.parts(images, targets)
+        parts = _parts(state, images, targets, num_images)
         found, reason = _attempt(state, parts, task_loss, progress)
         if found is not None:
             return found
@@ -103,8 +119,8 @@ def _attempt(
         if reason is not None:  # the others wait for this process: it completes the step with one image
             state.optimizer.zero_grad(set_to_none=True)
             shared.repeat_attempt()
-            images, targets = parts[0]
-            one = images[:1], state.accumulation.targets_of(targets, 0, 1)
+            images, targets, batch = parts[0]
+            one = images[:1], state.accumulation.targets_of(targets, 0, 1), batch
             take(state, [one] * len(parts), task_loss, progress)
         if shared.largest(reason is not None):
             return None, reason or "in another process"
@@ -112,12 +128,11 @@ def _attempt(
 
 
 def _in_one(state: TrainingState, parts: list[Part], task_loss: TaskLoss, progress: float) -> Found:
-    images, targets = parts[0]
-    terms = _loss_terms(state, images, targets, task_loss, progress)
+    terms = _loss_terms(state, parts[0], task_loss, progress)
     loss = _loss(terms)
-    found = _summed(state, {name: term.detach() for name, term in terms.items()}, len(images))
+    found = _summed(state, {name: term.detach() for name, term in terms.items()})
     state.optimizer.zero_grad(set_to_none=True)
-    if math.isfinite(found[0]["total"]):
+    if math.isfinite(found["total"]):
         loss.backward()
     return found
 
@@ -126,34 +141,36 @@ def _in_parts(state: TrainingState, parts: list[Part], task_loss: TaskLoss, prog
     shared, before = state.shared, random_states()
     state.optimizer.zero_grad(set_to_none=True)
     sums = BatchSums(len(parts), shared)
-    for images, targets in parts:
+    for part in parts:
         with sums.finding():
-            _loss_terms(state, images, targets, task_loss, progress)
+            _loss_terms(state, part, task_loss, progress)
         if not sums.values:  # the loss depends on each image alone
             break
     sums.share()
     state.faults.restore_buffers()
     restore_random_states(before)
     totals: dict[str, Tensor] = {}
-    for number, (images, targets) in enumerate(parts, 1):
+    for number, part in enumerate(parts, 1):
         is_last = shared is None or number == len(parts)  # with its gradients go those of the parts before
         with sums.giving(), nullcontext() if is_last else shared.network.no_sync():  # type: ignore[union-attr]
-            terms = _loss_terms(state, images, targets, task_loss, progress)
+            terms = _loss_terms(state, part, task_loss, progress)
             _loss(terms).backward()
         for name, term in terms.items():
             totals[name] = totals.get(name, 0) + term.detach()  # type: ignore[operator]
-    return _summed(state, totals, sum(len(images) for images, _ in parts))
+    return _summed(state, totals)
 
 
-def _time_alone(state: TrainingState, images: Tensor, targets: Any, task_loss: TaskLoss) -> None:
+def _time_alone(
+    state: TrainingState, images: Tensor, targets: Any, task_loss: TaskLoss, num_images: int
+) -> None:
     """Measure the step without exchanges, once, in parts that fit into the memory of every process."""
     shared = state.shared
     while shared is not None and shared.seconds_alone is None:
-        parts = state.accumulation.parts(images, targets)
+        parts = _parts(state, images, targets, num_images)
 
         def step(parts: list[Part] = parts) -> None:
-            for some, theirs in parts:
-                _loss(_loss_terms(state, some, theirs, task_loss, 0.0)).backward()
+            for part in parts:
+                _loss(_loss_terms(state, part, task_loss, 0.0)).backward()
 
         reason = None
         try:
@@ -171,24 +188,21 @@ def _loss(terms: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(terms.values())).sum()
 
 
-def _summed(state: TrainingState, terms: dict[str, Tensor], num_images: int) -> Found:
-    """The terms' values and `total`, and the number of images; those of the whole batch where processes share it."""
+def _summed(state: TrainingState, terms: dict[str, Tensor]) -> Found:
+    """The terms' values and `total`; those of the whole batch where processes share it."""
     values = {name: float(term) for name, term in terms.items()}
     if state.shared is None:
-        return {**values, "total": float(_loss(terms))}, num_images
-    found = state.shared.exchanges.sum(
-        torch.tensor([*values.values(), num_images], dtype=torch.float64, device=state.device)
-    )
-    *numbers, count = found.tolist()
-    return {**dict(zip(values, numbers, strict=True)), "total": sum(numbers)}, int(count)
+        return {**values, "total": float(_loss(terms))}
+    found = torch.tensor(list(values.values()), dtype=torch.float64, device=state.device)
+    numbers = state.shared.exchanges.sum(found).tolist()
+    return {**dict(zip(values, numbers, strict=True)), "total": sum(numbers)}
 
 
-def _loss_terms(
-    state: TrainingState, images: Tensor, targets: Any, task_loss: TaskLoss, progress: float
-) -> dict[str, Tensor]:
+def _loss_terms(state: TrainingState, part: Part, task_loss: TaskLoss, progress: float) -> dict[str, Tensor]:
+    images, targets, batch = part
     terms: dict[str, Tensor] = {}
     with torch.autocast(images.device.type, torch.bfloat16, enabled=state.options.autocast):
-        raw, added = state.extension.losses(state.network(images), images, progress)
+        raw, added = state.extension.losses(state.network(images), images, progress, batch)
         if state.options.task_weight > 0:
             height, width = int(images.shape[-2]), int(images.shape[-1])
             for name, term in task_loss(raw, targets, (height, width)).items():

@@ -88,6 +88,7 @@ def fine_tuning_options(config: QatConfig) -> FineTuningOptions:
         scale_learning_rate=config.scale_learning_rate,
         distill_weight=config.distill_output,
         feature_weight=config.distill_features,
+        distill_images=config.distill_images,
         feature_patterns=tuple(config.distill_feature_names),
         dampen_weight=config.dampen_weight if config.oscillation == "dampen" else 0.0,
         freeze_threshold=config.freeze_threshold if config.oscillation == "freeze" else None,

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from core.errors import DistillationError
 from core.names import closest_hint
 from core.operators import Kind
-from core.processes import num_processes, sum_over_processes
+from core.processes import BatchPart, num_processes, sum_over_processes
 from quant.graph import inputs_of, kind_of, paths_of, trace
 
 _EPSILON = 1e-8
@@ -39,7 +39,33 @@ def flatten_maps(raw: Any) -> list[Tensor]:
     return [tensor for value in values for tensor in flatten_maps(value)]
 
 
-def distillation_loss(student: Any, teacher: Any, floor: float = VARIANCE_FLOOR) -> Tensor:
+class SeenValues:
+    """Number, sum and sum of squares of each map's values, over the images that a training has compared.
+
+    A few images can be too few for a variance: a map varies where objects are, and most of them may have none. Where a
+    step compares a part of its batch, variances are therefore those of its images and of all images before.
+
+    Attributes:
+        earlier: the three sums of the steps that are done, float64 [maps, 3]; None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.earlier: Tensor | None = None
+        self._latest: Tensor | None = None
+
+    def and_those_of(self, step: Tensor) -> Tensor:
+        """The sums with those of the current step; a step that is taken again counts once."""
+        self._latest = step if self.earlier is None else self.earlier + step
+        return self._latest
+
+    def after_step(self) -> None:
+        """Keep those of the step that is done."""
+        self.earlier = self._latest
+
+
+def distillation_loss(
+    student: Any, teacher: Any, floor: float = VARIANCE_FLOOR, seen: SeenValues | None = None
+) -> Tensor:
     """Unexplained variance of the teacher's maps, averaged over maps; a scalar, 0 where they agree.
 
     For each map: mean((s - t)^2) / var(t). A student that answers the teacher's mean everywhere gets 1.
@@ -48,25 +74,26 @@ def distillation_loss(student: Any, teacher: Any, floor: float = VARIANCE_FLOOR)
         student: maps in any nesting, [B, C, ...] each.
         teacher: as many maps of the same shapes.
         floor: least var(t), as a share of the mean variance of the teacher's maps with as many channels.
+        seen: the teacher's values on the images of earlier steps, which its variances are to include.
 
     Where several processes share the batch, variances are of the whole batch, and the results add up to its loss.
     """
     wanted = [target.detach().float() for target in flatten_maps(teacher)]
-    variances, shares = _variances(wanted)
+    variances, counts = _variances(wanted, seen)
     terms = []
-    for s, t, own, share in zip(flatten_maps(student), wanted, variances, shares, strict=True):
+    for s, t, own, count in zip(flatten_maps(student), wanted, variances, counts, strict=True):
         alike = [
             var for other, var in zip(wanted, variances, strict=True) if other.shape[1:2] == t.shape[1:2]
         ]
         variance = torch.maximum(own, floor * torch.stack(alike).mean()).clamp(min=_EPSILON)
-        terms.append((s.float() - t).square().mean() * share / variance)
+        terms.append((s.float() - t).square().sum() / count / variance)
     return torch.stack(terms).mean()
 
 
-def _variances(maps: list[Tensor]) -> tuple[list[Tensor], list[float]]:
-    """Variance of each map's values, and the share of the values that is here: 1, or less among processes."""
-    if num_processes() == 1:
-        return [values.var() for values in maps], [1.0] * len(maps)
+def _variances(maps: list[Tensor], seen: SeenValues | None) -> tuple[list[Tensor], list[float]]:
+    """Variance of each map's values, and the number of those of this step, at least 1; over all processes."""
+    if num_processes() == 1 and seen is None:
+        return [values.var() for values in maps], [float(values.numel()) for values in maps]
     moments = [
         torch.stack(
             [
@@ -77,12 +104,35 @@ def _variances(maps: list[Tensor]) -> tuple[list[Tensor], list[float]]:
         )
         for values in maps
     ]
-    totals = sum_over_processes(torch.stack(moments))
-    counts, sums, squares = totals.unbind(dim=1)
-    variances = ((squares - sums.square() / counts) / (counts - 1)).float()
-    return list(variances), [
-        values.numel() / float(count) for values, count in zip(maps, counts, strict=True)
-    ]
+    step = sum_over_processes(torch.stack(moments))
+    counts, sums, squares = (step if seen is None else seen.and_those_of(step)).unbind(dim=1)
+    variances = ((squares - sums.square() / counts.clamp(min=1)) / (counts - 1).clamp(min=1)).float()
+    return list(variances), step[:, 0].clamp(min=1).tolist()
+
+
+def images_compared(share: float, batch: BatchPart) -> slice:
+    """Which images of a part of a batch distillation compares in a step.
+
+    Of a batch of B images these are n = round(share * B) in successive places, at least one; the places move on from
+    step to step, so that B / n steps, rounded up, have been at all of them. In a shuffled batch they are a random
+    sample. Processes that share a batch have its images in turn: their numbers of compared images differ by one at
+    most.
+
+    Args:
+        share: of the images of the whole batch, above 0 and at most 1.
+        batch: step, and places of the part's images in the whole batch.
+    """
+    total = batch.num_images
+    num_compared = max(1, round(share * total))
+    num_windows = -(-total // num_compared)
+    window = batch.step % num_windows
+    begin = round(window * (total - num_compared) / max(num_windows - 1, 1))
+    places = batch.places
+    first, last = (
+        len(range(places.start, min(bound, places.stop), places.step))
+        for bound in (begin, begin + num_compared)
+    )
+    return slice(first, last)
 
 
 def feature_nodes(network: nn.Module, patterns: Sequence[str] = ()) -> list[str]:

@@ -12,6 +12,7 @@ own: a step of 0.001 is a relative change of 0.1 per cent for every scale.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.processes import num_processes
+from core.processes import BatchPart, num_processes
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
-from quant.finetuning.distillation import distillation_loss, feature_nodes, with_features
+from quant.finetuning.distillation import (
+    SeenValues,
+    distillation_loss,
+    feature_nodes,
+    flatten_maps,
+    images_compared,
+    with_features,
+)
 from quant.finetuning.oscillation import OscillationTracker, dampening_loss
 from quant.insertion import quantized_layers
+
+log = logging.getLogger(__name__)
+_SEEN = "seen_"  # before the names of sums in a saved state
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,8 @@ class FineTuningOptions:
         scale_learning_rate: peak rate of the logarithms of scales.
         distill_weight: weight of output distillation (needs a teacher).
         feature_weight: weight of feature distillation (needs a teacher); 0 costs nothing.
+        distill_images: share of the images of each batch that distillation compares, above 0 and at most 1. The
+            teacher runs on these alone; another share of the batch's places follows in the next step.
         feature_patterns: names of the tensors to compare; none takes what enters the head (see distillation.py).
         dampen_weight: strength of oscillation dampening at the last step, risen to along a cosine; 0 is none.
         freeze_threshold: flips per step above which a weight is frozen in the end, fallen to from four times as
@@ -43,6 +56,7 @@ class FineTuningOptions:
     scale_learning_rate: float = 1e-3
     distill_weight: float = 1.0
     feature_weight: float = 0.0
+    distill_images: float = 1.0
     feature_patterns: tuple[str, ...] = ()
     dampen_weight: float = 0.0
     freeze_threshold: float | None = None
@@ -75,6 +89,8 @@ class QuantizationAware:
             names = feature_nodes(self.teacher, options.feature_patterns)
             self.network, self.teacher = with_features(model, names), with_features(self.teacher, names)
         self.oscillation = OscillationTracker(model)
+        self.seen = {"distillation": SeenValues(), "features": SeenValues()}
+        self._has_warned = False
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The logarithms of learned scales, each once, without weight decay."""
@@ -84,19 +100,15 @@ class QuantizationAware:
         rate = self.options.scale_learning_rate
         return [{"name": "scales", "params": learned, "peak": rate, "weight_decay": 0.0}]
 
-    def losses(self, outputs: Any, images: Tensor, progress: float) -> tuple[Any, dict[str, Tensor]]:
+    def losses(
+        self, outputs: Any, images: Tensor, progress: float, part: BatchPart
+    ) -> tuple[Any, dict[str, Tensor]]:
         """The student's raw maps, and the terms of distillation and dampening."""
         raw, features = outputs if self.with_features else (outputs, ())
         options = self.options
         terms: dict[str, Tensor] = {}
         if self.teacher is not None:
-            with torch.no_grad():
-                answers = self.teacher(images)
-            reference, wanted = answers if self.with_features else (answers, ())
-            if options.distill_weight > 0:
-                terms["distillation"] = options.distill_weight * distillation_loss(raw, reference)
-            if self.with_features:
-                terms["features"] = options.feature_weight * distillation_loss(features, wanted)
+            terms |= self._distillation(raw, features, images, part)
         if options.dampen_weight > 0:
             weight = (
                 options.dampen_weight * _rise(progress) / num_processes()
@@ -104,8 +116,48 @@ class QuantizationAware:
             terms["dampening"] = weight * dampening_loss(self.model)
         return raw, terms
 
+    def _distillation(self, raw: Any, features: Any, images: Tensor, part: BatchPart) -> dict[str, Tensor]:
+        """The terms of the images that are compared; the student's pass was over all, and theirs is cut out of it."""
+        assert self.teacher is not None
+        options, terms = self.options, {}
+        raw, features = flatten_maps(raw), flatten_maps(features)
+        if options.distill_images < 1 and self._are_of_images([*raw, *features], images):
+            compared = images_compared(options.distill_images, part)
+            images = images[compared]
+            raw, features = ([values[compared] for values in maps] for maps in (raw, features))
+        seen = self.seen if options.distill_images < 1 else {}
+        reference, wanted = raw, features
+        if len(images) > 0:
+            with torch.no_grad():
+                answers = self.teacher(images)
+            reference, wanted = answers if self.with_features else (answers, ())
+        if options.distill_weight > 0:
+            terms["distillation"] = options.distill_weight * distillation_loss(
+                raw, reference, seen=seen.get("distillation")
+            )
+        if self.with_features:
+            terms["features"] = options.feature_weight * distillation_loss(
+                features, wanted, seen=seen.get("features")
+            )
+        return terms
+
+    def _are_of_images(self, maps: list[Tensor], images: Tensor) -> bool:
+        """Whether the first axis of every map is that of the images; says so once where it is not."""
+        if all(values.shape[:1] == images.shape[:1] for values in maps):
+            return True
+        if not self._has_warned:
+            log.warning(
+                "distillation compares all images of each batch (distill_images=%g would be faster): the first axis of "
+                "an output of the network is not that of the images",
+                self.options.distill_images,
+            )
+            self._has_warned = True
+        return False
+
     def after_step(self, progress: float) -> None:
         """Count the weights that flipped, and freeze those that flip too often."""
+        for values in self.seen.values():
+            values.after_step()
         limit = self.options.freeze_threshold
         self.oscillation.update(None if limit is None else limit * (4.0 - 3.0 * _rise(progress)))
 
@@ -117,12 +169,21 @@ class QuantizationAware:
         return self.oscillation.shares()
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts of oscillations."""
-        return self.oscillation.state_dict()
+        """The counts of oscillations, and the sums of the teacher's values so far."""
+        seen = {
+            _SEEN + name: values.earlier for name, values in self.seen.items() if values.earlier is not None
+        }
+        return {**self.oscillation.state_dict(), **seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; raises ValueError where it is of another network."""
-        self.oscillation.load_state_dict(state)
+        self.oscillation.load_state_dict(
+            {name: value for name, value in state.items() if not name.startswith(_SEEN)}
+        )
+        device = next(self.model.parameters()).device
+        for name, values in self.seen.items():
+            earlier = state.get(_SEEN + name)
+            values.earlier = None if earlier is None else earlier.to(device)
 
 
 def _rise(progress: float) -> float:

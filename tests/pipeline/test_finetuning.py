@@ -21,7 +21,7 @@ from pipeline.networks import QUANTIZED
 from pipeline.run.directory import Run
 from pipeline.stages.finetuning import finetune_stage
 from pipeline.stages.saved_training import SavedTraining
-from quant import calibrate, insert, place
+from quant import FineTuningOptions, QuantizationAware, calibrate, insert, place
 from training.team import ALONE, Team
 
 STEPS = 3
@@ -257,3 +257,18 @@ def test_the_gate_needs_both_rows(tmp_path: Path) -> None:
     job.run.write_row(ResultRow.of(PTQ, {"metric": 0.5}))
     with pytest.raises(RunError, match="stage `float`"):
         stage(job)
+
+
+@pytest.mark.parametrize(("settings", "share"), [({}, 0.25), ({"distill_images": 0.5}, 0.5)])
+def test_distillation_compares_the_share_that_is_set(
+    tmp_path: Path, settings: dict[str, float], share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def noted(model: nn.Module, options: FineTuningOptions, teacher: nn.Module) -> QuantizationAware:
+        found.append(options.distill_images)
+        return QuantizationAware(model, options, teacher)
+
+    monkeypatch.setattr("pipeline.stages.finetuning.QuantizationAware", noted)
+    stage(SmallJob(tmp_path, [0.1] * 9, epochs=1, **settings))
+    assert found == [share]

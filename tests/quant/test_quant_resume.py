@@ -14,6 +14,7 @@ OPTIONS = {
     "epochs": 3,
     "distill_weight": 1.0,
     "feature_weight": 0.5,
+    "distill_images": 0.5,
     "dampen_weight": 0.01,
     "freeze_threshold": 0.001,
     "ema_warmup": 3.0,

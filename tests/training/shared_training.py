@@ -1,8 +1,9 @@
 """One of several processes that train together: python shared_training.py KIND FOLDER STOP [MICRO LIMIT].
 
-KIND is `float` (with BatchNorm) or `quantized` (learned scales, a teacher, dampening). The state is saved in FOLDER as
-RANK.pt; STOP is a number of epochs after which the process ends, `all`, or `resume` to go on from FOLDER/0.pt. MICRO is
-the micro-batch (0 for none), and LIMIT the images for which the last process has memory.
+KIND is `float` (with BatchNorm), `quantized` (learned scales, a teacher, dampening), or `sampled`, where the teacher
+sees three of the eight images of a batch. The state is saved in FOLDER as RANK.pt; STOP is a number of epochs after
+which the process ends, `all`, or `resume` to go on from FOLDER/0.pt. MICRO is the micro-batch (0 for none),
+and LIMIT the images for which the last process has memory.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from training import TrainingOptions, TrainingState, train_epochs
 from training.team import ALONE, Team, join_team
 
 BATCH, STEPS, EPOCHS = 8, 3, 3
-SEED = 100  # of images on which no value lies so near between two codes that the order of sums decides
+SEED = 1200  # of images on which no value lies so near between two codes that the order of sums decides
 
 
 def with_norm() -> nn.Module:
@@ -53,7 +54,9 @@ def state_of(kind: str, team: Team, micro_batch: int | None) -> TrainingState:
                 model[0].weight.zero_()
         return TrainingState(model, options, team=team)
     student = small_quantized()
-    added = FineTuningOptions(scale_learning_rate=1e-3, distill_weight=1.0, dampen_weight=0.1)
+    added = FineTuningOptions(
+        scale_learning_rate=1e-3, distill_images=3 / BATCH if kind == "sampled" else 1.0, dampen_weight=0.1
+    )
     return TrainingState(student, options, QuantizationAware(student, added, small_net()), team)
 
 

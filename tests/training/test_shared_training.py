@@ -36,7 +36,7 @@ def assert_close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["float", "quantized"])
+@pytest.mark.parametrize("kind", ["float", "quantized", "sampled"])
 def test_two_processes_train_as_one(tmp_path: Path, kind: str) -> None:
     """Weights, learned scales, BatchNorm statistics, average, losses and gradient norms."""
     states = train_pair(tmp_path, kind)
@@ -53,10 +53,10 @@ def test_two_processes_train_as_one(tmp_path: Path, kind: str) -> None:
 @pytest.mark.slow
 def test_processes_agree_on_a_smaller_micro_batch_where_one_lacks_memory(tmp_path: Path) -> None:
     """The second one has memory for one image of its four: in both, four parts; the step is that of the batch."""
-    states = train_pair(tmp_path, "quantized", "all", "0", "1")
+    states = train_pair(tmp_path, "sampled", "all", "0", "1")
     assert equal(*[{**state, "random": None} for state in states])
     assert states[0]["accumulation"] == {"configured": None, "micro_batch": 1}
-    assert_close(states[0], train("quantized").state_dict())
+    assert_close(states[0], train("sampled").state_dict())
 
 
 @pytest.mark.slow
@@ -73,8 +73,9 @@ def test_processes_take_a_step_again_where_one_runs_out_of_memory() -> None:
 @pytest.mark.parametrize("size", [2, 3])  # 3 processes: shares of 3, 3 and 2 images
 def test_processes_in_parts_train_as_one(tmp_path: Path, size: int) -> None:
     """BatchNorm layers look at the parts of all processes that are taken at the same time."""
-    states = train_pair(tmp_path, "quantized", "all", "1", "8", size=size)
-    assert_close(states[0], train("quantized").state_dict())
+    for kind in ("quantized", "sampled"):
+        states = train_pair(tmp_path, kind, "all", "1", "8", size=size)
+        assert_close(states[0], train(kind).state_dict())
     shared = train_pair(tmp_path, "float", "all", "2", "8", size=size)
     assert equal(*[{**state, "random": None} for state in shared[:2]])
 

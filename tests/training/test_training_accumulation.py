@@ -84,11 +84,12 @@ def fresh(seed: int = 0, **changes: Any) -> TrainingState:
 # -- equal to the whole batch
 
 
+@pytest.mark.parametrize("kind", ["quantized", "sampled"])
 @pytest.mark.parametrize("micro_batch", [1, 3, 4])  # 3: parts of 3, 3 and 2 images
-def test_parts_are_the_whole_batch_for_a_quantized_network(micro_batch: int) -> None:
+def test_parts_are_the_whole_batch_for_a_quantized_network(micro_batch: int, kind: str) -> None:
     """Weights, learned scales, average, losses and gradient norms, within the rounding of other sums: 1e-5 of the
     largest magnitude of each tensor. The loss is divided by a sum over the batch, distillation by variances of it."""
-    found, wanted = train("quantized", micro_batch=micro_batch).state_dict(), train("quantized").state_dict()
+    found, wanted = train(kind, micro_batch=micro_batch).state_dict(), train(kind).state_dict()
     assert_close(found, wanted)
     assert wanted["accumulation"] == {"configured": None, "micro_batch": None}
     changed = [n for n, v in found["model"].items() if not torch.equal(v, wanted["model"][n])]

@@ -188,11 +188,13 @@ class Penalty:
     def __init__(self, model):
         self.network, self.offset = model, model.offset
         self.calls = []
+        self.parts = []
 
     def parameter_groups(self):
         return [{"name": "offset", "params": [self.offset], "peak": 0.5, "weight_decay": 0.0}]
 
-    def losses(self, outputs, images, progress):
+    def losses(self, outputs, images, progress, part):
+        self.parts.append((part.step, part.places, part.num_images))
         return outputs, {"penalty": (self.offset - 3.0).square()}
 
     def after_step(self, progress):
@@ -217,6 +219,7 @@ def test_an_extension_adds_groups_terms_and_figures():
     list(train_epochs(state, batches, STEPS, squared_error))
     average = state.average.model
     assert extension.calls == [0, 1 / 8, 2 / 8, 3 / 8, average, 4 / 8, 5 / 8, 6 / 8, 7 / 8, average]
+    assert extension.parts == [(step, range(4), 4) for step in range(2 * STEPS)]
     assert [group["name"] for group in state.optimizer.param_groups] == ["weights", "biases", "offset"]
     assert not any(model.offset is p for group in state.optimizer.param_groups[:2] for p in group["params"])
     first = state.records[0].losses
