@@ -24,7 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from core.grid import INT8, INT8_WEIGHTS, Grid
-from quant.rounding import channel_gradients, gradients, round_to_grid
+from quant.native.kernel import Kernel
+from quant.rounding import (
+    channel_gradients,
+    gradients,
+    round_to_grid,
+    scaled,
+    silu_kernel,
+    silu_to_grid,
+)
 
 MIN_SCALE = 1e-10
 MAX_SCALE = 1e30
@@ -39,18 +47,25 @@ class Mode(enum.Enum):
 
 
 class _FakeQuantizeTensor(torch.autograd.Function):
-    """Per-tensor fake quantization with gradients for the input and the logarithm of the scale."""
+    """Per-tensor fake quantization with gradients for x and the logarithm of the scale; given a kernel, of SiLU(x)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, log_scale: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        ctx.grid = grid
-        return round_to_grid(x, scale, grid)
+    def forward(
+        ctx: Any, x: Tensor, log_scale: Tensor, scale: Tensor, grid: Grid, kernel: Kernel | None = None
+    ) -> Tensor:
+        ctx.grid, ctx.of_silu = grid, kernel is not None
+        if kernel is None:
+            ctx.save_for_backward(x, scale)
+            return round_to_grid(x, scale, grid)
+        y, codes = silu_to_grid(x, scale, grid, kernel)
+        ctx.save_for_backward(x, scale, codes)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale = ctx.saved_tensors
-        return *gradients(outer[0], x, scale, ctx.grid, ctx.needs_input_grad[1]), None, None
+        x, scale, *_ = ctx.saved_tensors
+        found = gradients(outer[0], x, scale, ctx.grid, ctx.needs_input_grad[1], ctx.of_silu)
+        return *found, None, None, None
 
 
 def rounding_again(y: Tensor) -> Callable[[], Tensor] | None:
@@ -63,8 +78,8 @@ def rounding_again(y: Tensor) -> Callable[[], Tensor] | None:
     node: Any = y.grad_fn
 
     def again() -> Tensor:
-        x, scale = node.saved_tensors
-        return round_to_grid(x, scale, node.grid)
+        x, scale, *codes = node.saved_tensors
+        return scaled(codes[0], scale) if codes else round_to_grid(x, scale, node.grid)
 
     return again
 
@@ -133,8 +148,8 @@ class FakeQuantize(nn.Module):
         with torch.no_grad():
             self.log_scale.copy_(_log_of(torch.as_tensor(scale, dtype=torch.float64)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x (off, observe) or x rounded to the grid (quantize); any shape.
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Return x (off, observe) or x rounded to the grid (quantize); any shape; `scale` is `self.scale`, if at hand.
 
         The result has the type of x, under autocast float32: bfloat16 holds 8 bits of a value, so that it would
         move scale * code by up to half a step. The layers take the codes from it (quant/layers.py).
@@ -151,11 +166,34 @@ class FakeQuantize(nn.Module):
                 scale = torch.tensor(float(self.scale), device=x.device)  # a constant in the file
                 return _ExportFP8.apply(x, scale, 0, self.grid)  # type: ignore[no-any-return]
             return torch.fake_quantize_per_tensor_affine(x, float(self.scale), 0, low, high)
-        if torch.is_grad_enabled() and (x.requires_grad or self.log_scale.requires_grad):
-            y = _FakeQuantizeTensor.apply(x, self.log_scale, self.scale, self.grid)
+        return self._rounded(x, scale)
+
+    def of_silu(self, x: Tensor, scale: Tensor) -> Tensor | None:
+        """SiLU(x) rounded to the grid in one pass over memory, bit for bit as in two; None where that cannot be had.
+
+        The native kernel gives it in the mode quantize, unless hooks want to see SiLU(x).
+        """
+        if (
+            self.mode is not Mode.QUANTIZE
+            or self.grid.is_fp8
+            or self._forward_pre_hooks
+            or self._forward_hooks
+            or torch.onnx.is_in_onnx_export()
+        ):
+            return None
+        kernel = silu_kernel(x, scale)
+        return None if kernel is None else self._rounded(x, scale, kernel)
+
+    def _rounded(self, x: Tensor, scale: Tensor | None, kernel: Kernel | None = None) -> Tensor:
+        """X on the grid, or given a kernel, SiLU(x)."""
+        scale, log_scale = self.scale if scale is None else scale, self.log_scale
+        if torch.is_grad_enabled() and (x.requires_grad or log_scale.requires_grad):
+            y = _FakeQuantizeTensor.apply(x, log_scale, scale, self.grid, kernel)
+        elif kernel is None:
+            y = round_to_grid(x, scale, self.grid)
         else:
-            y = round_to_grid(x, self.scale, self.grid)
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+            y, _ = silu_to_grid(x, scale, self.grid, kernel)
+        return y if y.dtype == x.dtype or torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
     def extra_repr(self) -> str:
         """One line for `print(model)`."""
@@ -231,6 +269,13 @@ class WeightFakeQuantize(nn.Module):
         with torch.no_grad():
             self.log_scale.copy_(_log_of((self.amax_scale(weight) * self.proportion).double()))
 
+    def before_rounding(self, weight: Tensor) -> None:
+        """Bring the scales to where they are to be, and drop codes of weights that an optimizer may have moved."""
+        if torch.is_grad_enabled():
+            self._kept = None
+        if self.training and not self.learned:
+            self.follow(weight)
+
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight itself unless the mode is quantize."""
         if torch.is_grad_enabled():
@@ -250,8 +295,7 @@ class WeightFakeQuantize(nn.Module):
             return torch.fake_quantize_per_channel_affine(
                 clipped, scale, zero_point, self.axis, self.grid.low - 1, self.grid.high
             )
-        if self.training and not self.learned:
-            self.follow(weight)
+        self.before_rounding(weight)
         w = weight.float()
         y = _FakeQuantizeChannel.apply(w, self.log_scale, self.steps(w.ndim), self.grid)
         return y.to(weight.dtype)
@@ -280,6 +324,15 @@ class WeightFakeQuantize(nn.Module):
     def extra_repr(self) -> str:
         """One line for `print(model)`."""
         return f"channels={self.log_scale.numel()}, {self.grid}, mode={self.mode.value}"
+
+
+@torch.no_grad()
+def scales_of(*quantizers: FakeQuantize | WeightFakeQuantize) -> tuple[Tensor, ...]:
+    """The `scale` of each quantizer, in fewer calls."""
+    scales = torch._foreach_exp([quantizer.log_scale for quantizer in quantizers])
+    torch._foreach_clamp_min_(scales, MIN_SCALE)
+    torch._foreach_clamp_max_(scales, MAX_SCALE)
+    return tuple(scales)
 
 
 def _log_of(scale: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from core.errors import PlacementError
 from core.names import closest_hint
 from core.operators import Kind
 from quant.fake_quantize import FakeQuantize, Mode, WeightFakeQuantize
+from quant.fusing import FusedNetwork
 from quant.graph import inputs_of, kind_of, paths_of, trace
 from quant.layers import QuantizedLayer, QuantizedMatMul, quantize_layer
 from quant.placement.placement import Group, Placement
@@ -67,9 +68,9 @@ def insert(network: nn.Module, placement: Placement, learn_scales: bool = True) 
             raise PlacementError(_unknown("node", product.node, list(nodes)))
         _quantize_matmul(model, nodes[product.node], paths[nodes[product.node]])
     model.graph.lint()
-    model.recompile()
-    model.meta["placement"] = placement
-    return model
+    fused = FusedNetwork(model, model.graph, type(network).__name__)
+    fused.meta["placement"] = placement
+    return fused.train(model.training)
 
 
 def _insert_group(

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -63,31 +62,22 @@ class _Affine(torch.autograd.Function):
         return grad_sums, None, grad_bias, None
 
 
-def _not_keeping(layer: QuantizedLayer, input: Tensor) -> AbstractContextManager[Any]:
-    """Where the backward pass of a layer does not keep the layer's input.
+def _not_keeping(input: Tensor) -> AbstractContextManager[Any]:
+    """Where the backward pass of a layer does not keep an input that comes from a quantizer.
 
-    It rounds again what the quantizer keeps for its own backward pass. Where the input comes by way of a concatenation
-    or of pooling, it keeps the codes: one byte for each value instead of four.
+    It rounds again what the quantizer keeps for its own backward pass.
     """
     again, place = rounding_again(input), (input.data_ptr(), input.shape)
-    if again is None and not _on_codes(layer, input):
+    if again is None:
         return nullcontext()
 
     def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
-        if (tensor.data_ptr(), tensor.shape) != place:
-            return tensor
-        return again or partial(scaled, *_compact(tensor, layer.input_grid[0]))
+        return tensor if (tensor.data_ptr(), tensor.shape) != place else again
 
     def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept()
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-
-def _compact(values: Tensor, quantizer: FakeQuantize) -> tuple[Tensor, Tensor]:
-    """Values on a quantizer's grid as codes of one byte, and the scale."""
-    scale = quantizer.scale
-    return codes_of(values, scale, dtype=torch.int8 if quantizer.grid.signed else torch.uint8), scale
 
 
 def _on_codes(layer: QuantizedLayer, input: Tensor) -> bool:
@@ -100,7 +90,9 @@ def _on_codes(layer: QuantizedLayer, input: Tensor) -> bool:
     )
 
 
-def _operands(layer: QuantizedLayer, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _operands(
+    layer: QuantizedLayer, input: Tensor, quantized: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of the input and of the weight, and the step of their products, shape [output channels]."""
     activations, weights = layer.input_grid[0], layer.weight_quantizer
     scale = activations.scale
@@ -110,7 +102,7 @@ def _operands(layer: QuantizedLayer, input: Tensor) -> tuple[Tensor, Tensor, Ten
     dtype = torch.get_autocast_dtype(input.device.type)
     units = [1 / (quantizer.grid.high + 1) for quantizer in (activations, weights)]
     codes = _Codes.apply(input, scale, units[0], dtype)
-    values = weights(layer.weight)  # first: it may move the scale
+    values = weights(layer.weight) if quantized is None else quantized  # first: it may move the scale
     weight = _Codes.apply(values, weights.steps(layer.weight.ndim), units[1], dtype)
     return codes, weight, scale * weights.scale / (units[0] * units[1])
 
@@ -131,11 +123,12 @@ def _compute(
     layer: QuantizedLayer,
     input: Tensor,
     operation: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    quantized: Tensor | None,
     axis: int = 1,
 ) -> Tensor:
     """A layer's `operation` (input, weight, bias) with its quantized weight; on codes where that is of use.
 
-    `axis` counts the output's channels.
+    `quantized` is that weight, or None if it is still to be quantized. `axis` counts the output's channels.
     """
     weights = layer.weight_quantizer
     autocast = torch.is_autocast_enabled(input.device.type)
@@ -143,15 +136,16 @@ def _compute(
     if off:
         return operation(input, weights(layer.weight), layer.bias)
     if torch.is_grad_enabled() and not autocast:
-        weight = weights(layer.weight)
-        with _not_keeping(layer, input):
+        weight = weights(layer.weight) if quantized is None else quantized
+        with _not_keeping(input):
             return operation(input, weight, layer.bias)
     if _on_codes(layer, input):
-        codes, weight, steps = _operands(layer, input)
+        codes, weight, steps = _operands(layer, input, quantized)
         return _scaled(operation(codes, weight, None), steps, layer.bias, axis)
     # float32 even under autocast, whose types would move the weights off their grid
     with torch.autocast(input.device.type, enabled=False):
-        return operation(input.to(layer.weight.dtype), weights(layer.weight), layer.bias)
+        weight = weights(layer.weight) if quantized is None else quantized
+        return operation(input.to(layer.weight.dtype), weight, layer.bias)
 
 
 class QuantizedConv2d(nn.Conv2d):
@@ -160,9 +154,9 @@ class QuantizedConv2d(nn.Conv2d):
     weight_quantizer: WeightFakeQuantize
     input_grid: InputGrid = ()
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve with the quantized weight; the bias stays float."""
-        return _compute(self, input, self._conv_forward)
+    def forward(self, input: Tensor, quantized: Tensor | None = None) -> Tensor:
+        """Convolve with the quantized weight, given or not; the bias stays float."""
+        return _compute(self, input, self._conv_forward, quantized)
 
 
 class QuantizedConv1d(nn.Conv1d):
@@ -171,9 +165,9 @@ class QuantizedConv1d(nn.Conv1d):
     weight_quantizer: WeightFakeQuantize
     input_grid: InputGrid = ()
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve with the quantized weight; the bias stays float."""
-        return _compute(self, input, self._conv_forward)
+    def forward(self, input: Tensor, quantized: Tensor | None = None) -> Tensor:
+        """Convolve with the quantized weight, given or not; the bias stays float."""
+        return _compute(self, input, self._conv_forward, quantized)
 
 
 class QuantizedConvTranspose2d(nn.ConvTranspose2d):
@@ -182,11 +176,13 @@ class QuantizedConvTranspose2d(nn.ConvTranspose2d):
     weight_quantizer: WeightFakeQuantize
     input_grid: InputGrid = ()
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Convolve with the quantized weight; the bias stays float."""
+    def forward(
+        self, input: Tensor, output_size: list[int] | None = None, quantized: Tensor | None = None
+    ) -> Tensor:
+        """Convolve with the quantized weight, given or not; the bias stays float."""
         if output_size is not None:
             raise ValueError("a quantized transposed convolution takes no output_size: set output_padding")
-        return _compute(self, input, self._transposed)
+        return _compute(self, input, self._transposed, quantized)
 
     def _transposed(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # names for the padding are for plain convolutions, as torch's own forward says
@@ -209,9 +205,9 @@ class QuantizedLinear(nn.Linear):
     weight_quantizer: WeightFakeQuantize
     input_grid: InputGrid = ()
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Multiply with the quantized weight; the bias stays float."""
-        return _compute(self, input, F.linear, axis=-1)
+    def forward(self, input: Tensor, quantized: Tensor | None = None) -> Tensor:
+        """Multiply with the quantized weight, given or not; the bias stays float."""
+        return _compute(self, input, F.linear, quantized, axis=-1)
 
 
 class QuantizedMatMul(nn.Module):

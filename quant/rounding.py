@@ -18,6 +18,9 @@ cost several times that. So on CPUs each function with one scale is one pass in 
 had, values are taken in pieces that stay in a processor's cache, and each piece is multiplied, rounded, clamped and
 multiplied in place. Nothing but x is kept for the backward pass, which computes y and m again. Results have the memory
 layout of x.
+
+SiLU(x), which torch computes in two passes of its own, forward and backward, costs little more in these passes than
+there: it is bound by arithmetic. Of x, SiLU(x) and y only x and the codes of y, one byte each, are kept.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import torch
 from torch import Tensor
 
 from core.grid import Grid
-from quant.native.kernel import affine_kernel_for, kernel_for
+from quant.native.kernel import Kernel, affine_kernel_for, is_dense, kernel_for
 
 PIECE = 1 << 18  # values for each thread: 1 MiB of float32
 
@@ -79,7 +82,30 @@ def scaled(codes: Tensor, scale: Tensor) -> Tensor:
     return values
 
 
-def gradients(g: Tensor, x: Tensor, scale: Tensor, grid: Grid, learned: bool) -> tuple[Tensor, Tensor | None]:
+def silu_kernel(x: Tensor, scale: Tensor) -> Kernel | None:
+    """The native form where it takes SiLU of such values on its way, so that one pass over memory is saved."""
+    kernel = kernel_for(scale, x) if is_dense(x) else None
+    return kernel if kernel and kernel.computes_silu else None
+
+
+def silu_to_grid(x: Tensor, scale: Tensor, grid: Grid, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """The values of an integer grid that are closest to SiLU(x), float32, and their codes, int8 or uint8.
+
+    Args:
+        x: float32 or bfloat16.
+        scale: the scale, a scalar.
+        grid: the codes.
+        kernel: from `silu_kernel`.
+    """
+    y = torch.empty_like(x, dtype=torch.float32)
+    codes = torch.empty_like(x, dtype=torch.int8 if grid.signed else torch.uint8)
+    kernel.round(x, scale, grid, y, codes)
+    return y, codes
+
+
+def gradients(
+    g: Tensor, x: Tensor, scale: Tensor, grid: Grid, learned: bool, of_silu: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Gradients for x, in its type, and for the logarithm of its one scale (None unless learned).
 
     Args:
@@ -88,6 +114,7 @@ def gradients(g: Tensor, x: Tensor, scale: Tensor, grid: Grid, learned: bool) ->
         scale: the scale, a scalar.
         grid: the codes.
         learned: whether the second gradient is needed.
+        of_silu: whether SiLU(x) was rounded, by `silu_to_grid`.
     """
     if g.stride() != x.stride():
         g = torch.empty_like(x, dtype=torch.float32).copy_(g)
@@ -98,9 +125,9 @@ def gradients(g: Tensor, x: Tensor, scale: Tensor, grid: Grid, learned: bool) ->
     if x.dtype == torch.float16 and x.device.type == "cpu":  # a type that the kernel does not read
         grad_x, grad_log_scale = gradients(g, x.float(), scale, grid, learned)
         return grad_x.to(x.dtype), grad_log_scale
-    grad_x, (low, high) = torch.empty_like(x), _open_bounds(grid.low, grid.high)
+    grad_x, (low, high) = torch.empty_like(x), open_bounds(grid.low, grid.high)
     if g.dtype == torch.float32 and (kernel := kernel_for(scale, g, x, grad_x)):
-        return grad_x, kernel.gradients(g, x, scale, grid, (low, high), learned, grad_x)
+        return grad_x, kernel.gradients(g, x, scale, grid, (low, high), learned, grad_x, of_silu)
     inverse = scale.reciprocal()
     sums, scratch = [], _Scratch()
     for source, along, result in _pieces((x, g, grad_x)):
@@ -164,7 +191,7 @@ def channel_gradients(
         inside = _inside_fp8(x, x, scale, grid) if learned else x
         y = grid.round(x, scale) if learned else x
     else:
-        low, high = _open_bounds(grid.low, grid.high)
+        low, high = open_bounds(grid.low, grid.high)
         result = torch.empty_like(x)
         if g.stride() != result.stride():
             g = torch.empty_like(x).copy_(g)
@@ -190,7 +217,7 @@ def _inside_fp8(values: Tensor, x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 
 
 @cache
-def _open_bounds(low: int, high: int) -> tuple[float, float]:
+def open_bounds(low: int, high: int) -> tuple[float, float]:
     """The float32 numbers between which, without them, lie all that round to codes low..high; halves go to even."""
     below, above = torch.tensor(low - 0.5), torch.tensor(high + 0.5)
     if low % 2 == 0:

@@ -25,6 +25,7 @@ from core.errors import DistillationError
 from core.names import closest_hint
 from core.operators import Kind
 from core.processes import BatchPart, num_processes, sum_over_processes
+from quant.fusing import FusedNetwork
 from quant.graph import inputs_of, kind_of, paths_of, trace
 
 _EPSILON = 1e-8
@@ -178,7 +179,7 @@ def with_features(network: nn.Module, names: Sequence[str]) -> fx.GraphModule:
             f"the student has no node {missing[0]!r}: insert quantizers into a copy of the teacher"
         )
     graph.output((outputs, tuple(found[name] for name in names)))
-    module = fx.GraphModule(traced, graph, f"{type(traced).__name__}WithFeatures")
+    module = FusedNetwork(traced, graph, f"{type(traced).__name__}WithFeatures")
     module.train(traced.training)
     return module
 

@@ -7,17 +7,95 @@
    Tensors are dense, and taken in the order of memory. They have rows with one scale each: an activation is one row, a
    weight has a row for each output channel. Types and blocks are those of blocks.h. */
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 
 #include "blocks.h"
 
-/* y = scale * clamp(round(x / scale)) */
+/* SiLU, x * sigmoid(x), as torch's vector code computes it: with the exponential of SLEEF to 1.0 ulp (Shibata and
+   Petrogalli, arXiv:2001.09258), which needs joined products and sums. */
+
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define HAS_SILU 1
+#else
+#define HAS_SILU 0 /* fmaf would be a slow function */
+#endif
+
+int octet_has_silu(void) {
+    return HAS_SILU;
+}
+
+/* e^x = 2^n e^r with |r| <= log(2) / 2: log(2) is subtracted in two parts, e^r is a polynomial. Beyond these arguments
+   the result is 0 or infinity. */
+#define LEAST (-105.0f)
+#define LARGEST 101.0f
+#define LOG2_E 0x1.715476p+0f
+static const float minus_log_2[] = {-0x1.62e4p-1f, -0x1.7f7d1cp-20f};
+static const float terms[] = {0x1.a057b4p-13f, 0x1.6d2d92p-10f, 0x1.11114cp-7f, 0x1.5554f4p-5f, 0x1.555556p-3f, 0.5f};
+#define NUM_TERMS (int)(sizeof(terms) / sizeof(*terms))
+
+static inline float exponential(float x) {
+    x = clamped(x, LEAST, LARGEST);
+    float n = rintf(x * LOG2_E), sum = terms[0];
+    float r = fmaf(n, minus_log_2[1], fmaf(n, minus_log_2[0], x));
+    for (int i = 1; i < NUM_TERMS; i++)
+        sum = fmaf(sum, r, terms[i]);
+    float y = 1.0f + fmaf(r * r, sum, r);
+    int32_t power = (int32_t)n, half = power >> 1; /* in two parts: 2^n need not be a normal number */
+    int32_t bits[] = {(half + 127) << 23, (power - half + 127) << 23};
+    float factors[2];
+    memcpy(factors, bits, sizeof(factors));
+    return y * factors[0] * factors[1];
+}
+
+#ifdef __AVX512F__
+/* The same for 16 values: this processor multiplies with 2^n in one instruction. */
+static inline __m512 exponential_of_16(__m512 x) {
+    x = _mm512_min_ps(_mm512_set1_ps(LARGEST), _mm512_max_ps(_mm512_set1_ps(LEAST), x)); /* NaN, the second, stays */
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(LOG2_E)), _MM_FROUND_TO_NEAREST_INT);
+    __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(minus_log_2[0]), x), sum = _mm512_set1_ps(terms[0]);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(minus_log_2[1]), r);
+    for (int i = 1; i < NUM_TERMS; i++)
+        sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(terms[i]));
+    sum = _mm512_fmadd_ps(_mm512_mul_ps(r, r), sum, r);
+    return _mm512_scalef_ps(_mm512_add_ps(_mm512_set1_ps(1.0f), sum), n);
+}
+#endif
+
+/* 1 + e^-x, which is 1 / sigmoid(x). */
+static inline void inverse_sigmoids(const float *restrict x, int64_t count, float *restrict result) {
+    int64_t i = 0;
+#ifdef __AVX512F__
+    for (; i + 16 <= count; i += 16) {
+        __m512 minus = _mm512_sub_ps(_mm512_set1_ps(-0.0f), _mm512_loadu_ps(x + i));
+        _mm512_storeu_ps(result + i, _mm512_add_ps(_mm512_set1_ps(1.0f), exponential_of_16(minus)));
+    }
+#endif
+    for (; i < count; i++)
+        result[i] = 1.0f + exponential(-x[i]);
+}
+
+/* SiLU, and 1 / sigmoid; a bfloat16 tensor holds SiLU rounded. */
+static inline void silu(const float *restrict x, int type, int64_t count, float *restrict result,
+                        float *restrict inverse_sigmoid) {
+    inverse_sigmoids(x, count, inverse_sigmoid);
+    for (int64_t i = 0; i < count; i++)
+        result[i] = x[i] / inverse_sigmoid[i];
+    if (type == 1)
+        for (int64_t i = 0; i < count; i++)
+            result[i] = from_bfloat16(to_bfloat16(result[i]));
+}
+
+/* y = scale * clamp(round(x / scale)); with `codes`: of SiLU(x) instead of x, and the codes as well, int8 or uint8 */
 
 typedef struct {
     const void *x;
     float *y;
+    void *codes;
     const float *scale;
     int type;
     float low, high;
@@ -26,23 +104,33 @@ typedef struct {
 static void round_block(const void *arguments, int64_t row, int64_t begin, int64_t end, int64_t block) {
     const Round a = *(const Round *)arguments;
     const float scale = a.scale[row], inverse = 1.0f / scale;
-    float copy[CHUNK];
+    float copy[CHUNK], activated[CHUNK], codes[CHUNK];
     for (int64_t start = begin; start < end; start += CHUNK) {
         int64_t count = end - start < CHUNK ? end - start : CHUNK;
         const float *restrict x = load(a.x, a.type, start, count, copy);
         float *restrict y = a.y + start;
-        for (int64_t i = 0; i < count; i++)
-            y[i] = clamped(rintf(x[i] * inverse), a.low, a.high) * scale;
+        if (!a.codes) {
+            for (int64_t i = 0; i < count; i++)
+                y[i] = clamped(rintf(x[i] * inverse), a.low, a.high) * scale;
+            continue;
+        }
+        silu(x, a.type, count, activated, codes);
+        for (int64_t i = 0; i < count; i++) {
+            codes[i] = clamped(rintf(activated[i] * inverse), a.low, a.high);
+            y[i] = codes[i] * scale;
+        }
+        store(a.codes, a.low < 0.0f ? 2 : 3, start, count, codes);
     }
 }
 
-void octet_round(const void *x, int type, float *y, int64_t rows, int64_t width, const float *scale,
-                 float low, float high, int threads) {
-    Round arguments = {x, y, scale, type, low, high};
+void octet_round(const void *x, int type, float *y, void *codes, int64_t rows, int64_t width,
+                 const float *scale, float low, float high, int threads) {
+    Round arguments = {x, y, codes, scale, type, low, high};
     run(round_block, &arguments, rows, width, threads);
 }
 
-/* Gradients for x, and the sum of g * (y - m * x); see quant/rounding.py. `below` and `above` bound x / scale where m = 1. */
+/* Gradients for x, and the sum of g * (y - m * x); see quant/rounding.py. `below` and `above` bound x / scale where m = 1.
+   Of SiLU: the sum with SiLU(x) instead of x, and the gradient passed on through SiLU. */
 
 typedef struct {
     const float *g;
@@ -50,41 +138,67 @@ typedef struct {
     void *grad_x;
     double *sums; /* of each block, or NULL */
     const float *scale;
-    int type;
+    int type, of_silu;
     float low, high, below, above;
 } Gradients;
+
+/* Adds the products of two rows of at most CHUNK values to sums that run side by side, the first few in float32. */
+static inline void add_products(const float *restrict g, const float *restrict rest, int64_t count, double *lanes) {
+    float few[4 * LANES] = {0};
+    int64_t whole = count - count % (4 * LANES);
+    for (int64_t i = 0; i < whole; i += 4 * LANES)
+        for (int lane = 0; lane < 4 * LANES; lane++)
+            few[lane] += g[i + lane] * rest[i + lane];
+    for (int64_t i = whole; i < count; i++)
+        few[i - whole] += g[i] * rest[i];
+    for (int lane = 0; lane < 4 * LANES; lane++)
+        lanes[lane % LANES] += (double)few[lane];
+}
+
+/* Gradients of one chunk for SiLU: the gradient for SiLU(x), which a bfloat16 tensor holds rounded, passes through it. */
+static inline void through_silu(const Gradients *a, const float *restrict g, const float *restrict x, int64_t count,
+                                float scale, float *restrict result, float *restrict rest) {
+    float activated[CHUNK], inverse_sigmoid[CHUNK];
+    const float inverse = 1.0f / scale, low = a->low, high = a->high, below = a->below, above = a->above;
+    silu(x, a->type, count, activated, inverse_sigmoid);
+    for (int64_t i = 0; i < count; i++) {
+        float y = activated[i], u = y * inverse, sigmoid = 1.0f / inverse_sigmoid[i];
+        int inside = u > below && u < above;
+        float outer = inside ? g[i] : 0.0f;
+        rest[i] = clamped(rintf(u), low, high) * scale - (inside ? y : 0.0f);
+        outer = a->type == 1 ? from_bfloat16(to_bfloat16(outer)) : outer;
+        result[i] = outer * sigmoid * fmaf(x[i], 1.0f - sigmoid, 1.0f);
+    }
+}
 
 static void gradients_block(const void *arguments, int64_t row, int64_t begin, int64_t end, int64_t block) {
     const Gradients a = *(const Gradients *)arguments;
     const float scale = a.scale[row], inverse = 1.0f / scale;
-    float copy[CHUNK], rest[CHUNK], masked[CHUNK];
+    float copy[CHUNK], rest[CHUNK], other[CHUNK];
     double lanes[LANES] = {0};
     for (int64_t start = begin; start < end; start += CHUNK) {
         int64_t count = end - start < CHUNK ? end - start : CHUNK;
         const float *restrict x = load(a.x, a.type, start, count, copy);
         const float *restrict g = a.g + start;
-        float *restrict result = a.type == 0 ? (float *)a.grad_x + start : masked;
-        if (a.sums) {
+        float *restrict result = a.type == 0 ? (float *)a.grad_x + start : other;
+        if (a.of_silu)
+            through_silu(&a, g, x, count, scale, result, rest);
+        else if (a.sums)
             for (int64_t i = 0; i < count; i++) {
                 float u = x[i] * inverse;
                 int inside = u > a.below && u < a.above;
                 result[i] = inside ? g[i] : 0.0f;
                 rest[i] = clamped(rintf(u), a.low, a.high) * scale - (inside ? x[i] : 0.0f);
             }
-            int64_t whole = count - count % LANES;
-            for (int64_t i = 0; i < whole; i += LANES)
-                for (int lane = 0; lane < LANES; lane++)
-                    lanes[lane] += (double)g[i + lane] * (double)rest[i + lane];
-            for (int64_t i = whole; i < count; i++)
-                lanes[i - whole] += (double)g[i] * (double)rest[i];
-        } else {
+        else
             for (int64_t i = 0; i < count; i++) {
                 float u = x[i] * inverse;
                 result[i] = u > a.below && u < a.above ? g[i] : 0.0f;
             }
-        }
+        if (a.sums)
+            add_products(g, rest, count, lanes);
         if (a.type != 0)
-            store(a.grad_x, a.type, start, count, masked);
+            store(a.grad_x, a.type, start, count, other);
     }
     if (a.sums) {
         double sum = 0;
@@ -95,12 +209,12 @@ static void gradients_block(const void *arguments, int64_t row, int64_t begin, i
 }
 
 /* `totals` gets the sum of each row, rounded to float32, unless it is NULL; NaN where there is no memory for sums. */
-void octet_gradients(const float *g, const void *x, int type, void *grad_x, int64_t rows, int64_t width,
+void octet_gradients(const float *g, const void *x, int type, int of_silu, void *grad_x, int64_t rows, int64_t width,
                      const float *scale, float low, float high, float below, float above,
                      float *totals, int threads) {
     int64_t blocks = blocks_of(width);
     double *sums = totals ? malloc((size_t)(rows * blocks + 1) * sizeof(double)) : NULL;
-    Gradients arguments = {g, x, grad_x, sums, scale, type, low, high, below, above};
+    Gradients arguments = {g, x, grad_x, sums, scale, type, of_silu, low, high, below, above};
     run(gradients_block, &arguments, rows, width, threads);
     for (int64_t row = 0; totals && row < rows; row++) {
         double sum = sums ? 0 : NAN;
@@ -109,6 +223,22 @@ void octet_gradients(const float *g, const void *x, int type, void *grad_x, int6
         totals[row] = (float)sum;
     }
     free(sums);
+}
+
+/* The same for several float32 tensors. */
+
+void octet_round_each(int64_t count, const float *const *x, float *const *y, const int64_t *rows,
+                      const int64_t *widths, const float *const *scales, float low, float high, int threads) {
+    for (int64_t i = 0; i < count; i++)
+        octet_round(x[i], 0, y[i], NULL, rows[i], widths[i], scales[i], low, high, threads);
+}
+
+void octet_gradients_each(int64_t count, const float *const *g, const float *const *x, float *const *grad_x,
+                          const int64_t *rows, const int64_t *widths, const float *const *scales, float low,
+                          float high, float below, float above, float *const *totals, int threads) {
+    for (int64_t i = 0; i < count; i++)
+        octet_gradients(g[i], x[i], 0, 0, grad_x[i], rows[i], widths[i], scales[i], low, high, below, above,
+                        totals[i], threads);
 }
 
 /* codes = unit * round(values / scale), of any type */

@@ -2,16 +2,22 @@
 
 The native form takes dense tensors of float32 and bfloat16 on a CPU; everything else is torch's operators
 (quant/rounding.py), and so is all of it where the kernel cannot be built. Both give the same bits, but for the
-gradients of scales, and of biases under autocast: their sums are in double here.
+gradients of scales, and of biases under autocast, whose sums have another order here, and are in double but for the
+first few values. SiLU before a quantizer is computed with it (quant/fusing.py) where torch's vector code for the
+processor gives the same bits; the last values of a tensor torch computes one by one, with another exponential.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import math
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.choices import AUTO, NATIVE, TORCH
@@ -76,6 +82,27 @@ def kernel_for(scale: Tensor, *tensors: Tensor) -> Kernel | None:
     return _available()
 
 
+def weights_kernel() -> Kernel | None:
+    """The native form for `round_each`; None where torch's operators are to be used."""
+    return None if _choice == TORCH or torch.compiler.is_compiling() else _available()
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor is contiguous or channels-last."""
+    return tensor.is_contiguous() or (
+        tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def is_in_rows(tensor: Tensor, axis: int | None) -> bool:
+    """Whether a tensor is float32 on a CPU, dense, with an axis outermost in memory; None for any."""
+    if not tensor.is_cpu or tensor.dtype != torch.float32 or type(tensor) not in _CLASSES:
+        return False
+    if not tensor.numel() or not is_dense(tensor):
+        return False
+    return axis is None or tensor.stride(axis) * tensor.shape[axis] == tensor.numel()
+
+
 def affine_kernel_for(steps: Tensor, bias: Tensor, *tensors: Tensor) -> Kernel | None:
     """The native form for `quant.rounding.affine`; tensors as for `kernel_for`, with channels on any axis."""
     is_read = bias.dtype == torch.float32 and bias.is_contiguous() and _reads(steps, *tensors)
@@ -129,13 +156,16 @@ class Kernel:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._round, self._gradients = library.octet_round, library.octet_gradients
+        self._round_each, self._gradients_each = library.octet_round_each, library.octet_gradients_each
         self._codes, self._scaled = library.octet_codes, library.octet_scaled
         self._affine, self._affine_gradients = library.octet_affine, library.octet_affine_gradients
         rows, channels = [SIZE] * 2, [SIZE] * 3
-        self._round.argtypes = [POINTER, INT, POINTER, *rows, POINTER, *[FLOAT] * 2, INT]
+        self._round.argtypes = [POINTER, INT, *[POINTER] * 2, *rows, POINTER, *[FLOAT] * 2, INT]
         self._gradients.argtypes = [
-            POINTER, POINTER, INT, POINTER, *rows, POINTER, *[FLOAT] * 4, POINTER, INT
+            POINTER, POINTER, INT, INT, POINTER, *rows, POINTER, *[FLOAT] * 4, POINTER, INT
         ]  # fmt: skip
+        self._round_each.argtypes = [SIZE, *[POINTER] * 5, *[FLOAT] * 2, INT]
+        self._gradients_each.argtypes = [SIZE, *[POINTER] * 6, *[FLOAT] * 4, POINTER, INT]
         self._codes.argtypes = [POINTER, POINTER, INT, *rows, POINTER, FLOAT, INT]
         self._scaled.argtypes = [POINTER, INT, POINTER, *rows, POINTER, INT]
         self._affine.argtypes = [POINTER, INT, POINTER, *channels, *[POINTER] * 2, INT]
@@ -143,12 +173,13 @@ class Kernel:
         for name in vars(self).values():
             name.restype = None
         self._check()
+        self.computes_silu = bool(library.octet_has_silu()) and self._agrees_on_silu()
 
-    def round(self, x: Tensor, scale: Tensor, grid: Grid, y: Tensor) -> None:
-        """`quant.rounding.round_to_grid`."""
+    def round(self, x: Tensor, scale: Tensor, grid: Grid, y: Tensor, codes: Tensor | None = None) -> None:
+        """`quant.rounding.round_to_grid`; with `codes`, which get the codes, `quant.rounding.silu_to_grid`."""
         self._round(
-            x.data_ptr(), TYPES[x.dtype], y.data_ptr(), *_rows(scale, x), scale.data_ptr(),
-            grid.low, grid.high, torch.get_num_threads(),
+            x.data_ptr(), TYPES[x.dtype], y.data_ptr(), None if codes is None else codes.data_ptr(),
+            *_rows(scale, x), scale.data_ptr(), grid.low, grid.high, torch.get_num_threads(),
         )  # fmt: skip
 
     def gradients(
@@ -160,15 +191,41 @@ class Kernel:
         bounds: tuple[float, float],
         learned: bool,
         grad_x: Tensor,
+        of_silu: bool = False,
     ) -> Tensor | None:
         """`quant.rounding.gradients`; returns the gradient for the logarithm of the scale, in its shape."""
         sums = torch.empty_like(scale) if learned else None
         self._gradients(
-            g.data_ptr(), x.data_ptr(), TYPES[x.dtype], grad_x.data_ptr(), *_rows(scale, x),
+            g.data_ptr(), x.data_ptr(), TYPES[x.dtype], of_silu, grad_x.data_ptr(), *_rows(scale, x),
             scale.data_ptr(), grid.low, grid.high, *bounds,
             None if sums is None else sums.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return sums
+
+    def round_each(
+        self, x: Sequence[Tensor], scales: Sequence[Tensor], grid: Grid, y: Sequence[Tensor]
+    ) -> None:
+        """`round` for float32 tensors with rows (`is_in_rows`), each with the scales of its rows."""
+        self._round_each(
+            len(x), _pointers(x), _pointers(y), *_all_rows(scales, x), _pointers(scales), grid.low, grid.high,
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def gradients_each(
+        self,
+        g: Sequence[Tensor],
+        x: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        grid: Grid,
+        bounds: tuple[float, float],
+        grad_x: Sequence[Tensor],
+        sums: Sequence[Tensor | None],
+    ) -> None:
+        """`gradients` for such tensors; sums [rows] get the gradients for the logarithms of the scales."""
+        self._gradients_each(
+            len(x), _pointers(g), _pointers(x), _pointers(grad_x), *_all_rows(scales, x), _pointers(scales),
+            grid.low, grid.high, *bounds, _pointers(sums), torch.get_num_threads(),
+        )  # fmt: skip
 
     def codes(self, values: Tensor, scale: Tensor, unit: float, codes: Tensor) -> None:
         """`quant.rounding.codes_of`."""
@@ -212,10 +269,32 @@ class Kernel:
                 "from CC, or use quant.kernel=auto"
             )
 
+    def _agrees_on_silu(self) -> bool:
+        """Whether SiLU and its gradient are those of torch's vector code, which differs by processor, bit for bit."""
+        x, g = torch.linspace(-110, 110, 4096), torch.linspace(-1, 1, 4096)
+        scale, grid = torch.tensor(0.01), Grid()
+        y, expected, grad_x = (torch.empty_like(x) for _ in range(3))
+        self.round(x, scale, grid, y, torch.empty_like(x, dtype=torch.int8))
+        self.round(F.silu(x), scale, grid, expected)
+        self.gradients(g, x, scale, grid, (-math.inf, math.inf), False, grad_x, of_silu=True)
+        return torch.equal(y, expected) and torch.equal(grad_x, torch.ops.aten.silu_backward(g, x))
+
 
 def _rows(scale: Tensor, x: Tensor) -> tuple[int, int]:
     """Number of rows with one scale each, and values in a row."""
     return scale.numel(), x.numel() // scale.numel()
+
+
+def _all_rows(scales: Sequence[Tensor], x: Sequence[Tensor]) -> tuple[Any, Any]:
+    """Numbers of rows and values in a row, of several tensors."""
+    rows = [scale.numel() for scale in scales]
+    widths = [tensor.numel() // count for tensor, count in zip(x, rows, strict=True)]
+    return (SIZE * len(rows))(*rows), (SIZE * len(rows))(*widths)
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> Any:
+    """Where the values of several tensors lie; NULL for None."""
+    return (POINTER * len(tensors))(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
 
 
 def _channels(x: Tensor, axis: int) -> tuple[int, int, int]:
