@@ -9,8 +9,9 @@ the other in each round, and a ratio is taken within a round: it is the median o
 largest as well. Time is processor time of the process on a CPU, so that other work on the machine counts little, and
 wall time on a GPU.
 
-Peers take the places of our quantizers in the same graph: pytorch-quantization's `TensorQuantizer` (fixed ranges),
-`torch.ao`'s `FakeQuantize` with its observer off, and torch's learnable fake-quantize operator.
+Peers take the places of our quantizers in the same graph: the `TensorQuantizer` of pytorch-quantization and of modelopt
+(both with fixed ranges), `torch.ao`'s `FakeQuantize` with its observer off, and torch's learnable fake-quantize
+operator. A peer that is not installed is skipped.
 
 Memory is what training adds to a process that has the network and torch loaded (the peak of the resident size), for
 float training and for fine-tuning with a teacher, each in a separate process.
@@ -102,15 +103,29 @@ def pytorch_quantization(scale: Tensor, grid: Grid, axis: int | None) -> nn.Modu
     from pytorch_quantization.tensor_quant import QuantDescriptor
 
     peer = TensorQuantizer(QuantDescriptor(num_bits=grid.bits, axis=axis))
-    amax = scale.detach() * grid.high
-    peer.register_buffer(
-        "_amax", amax if axis is None else amax.reshape([-1 if d == axis else 1 for d in range(4)])
-    )
+    peer.register_buffer("_amax", largest(scale, grid, axis))
     return peer
+
+
+def modelopt(scale: Tensor, grid: Grid, axis: int | None) -> nn.Module:
+    """The quantizer of NVIDIA's modelopt with a fixed range."""
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    peer: nn.Module = TensorQuantizer(QuantizerAttributeConfig(num_bits=grid.bits, axis=axis))
+    peer.amax = largest(scale, grid, axis)
+    return peer
+
+
+def largest(scale: Tensor, grid: Grid, axis: int | None) -> Tensor:
+    """The largest value of a grid; for one scale per channel [C, 1, 1, 1], with C at the place of `axis`."""
+    amax = scale.detach() * grid.high
+    return amax if axis is None else amax.reshape([-1 if d == axis else 1 for d in range(4)])
 
 
 PEERS: dict[str, Callable[[Tensor, Grid, int | None], nn.Module]] = {
     "pytorch-quantization": pytorch_quantization,
+    "modelopt": modelopt,
     "torch.ao": torch_ao,
     "torch's learnable operator": LearnableOperator,
 }
