@@ -70,6 +70,9 @@ def _folded_ranges(network: nn.Module, amax: Mapping[str, Tensor]) -> dict[str, 
 def _folded_weight(block: ConvNorm) -> tuple[Tensor, Tensor]:
     """Kernel and bias of a block, in float64. The block may be folded already."""
     conv, norm = block.conv, block.bn
+    if conv.weight.is_meta:  # shapes alone, on which torch's arithmetic imports its compiler
+        weight = torch.empty_like(conv.weight, dtype=torch.float64)
+        return weight, weight.new_empty(len(weight))
     if isinstance(norm, nn.BatchNorm2d):
         return folded_parameters(conv.weight, conv.bias, norm)
     weight = conv.weight.detach().double()
@@ -102,10 +105,12 @@ def _merge(block: RepConvBlock) -> ConvBlock:
     large_weight, large_bias = _folded_weight(large)
     small_weight, small_bias = _folded_weight(small)
     margin = (large_weight.shape[-1] - small_weight.shape[-1]) // 2
-    weight = large_weight + nn.functional.pad(small_weight, (margin,) * 4)
     conv = large.conv
+    if not conv.weight.is_meta:
+        large_weight = large_weight + nn.functional.pad(small_weight, (margin,) * 4)
+        large_bias = large_bias + small_bias
     merged = ConvBlock(conv.in_channels, conv.out_channels, 1, groups=conv.groups)
-    merged.conv = _with_bias(conv, weight, large_bias + small_bias)
+    merged.conv = _with_bias(conv, large_weight, large_bias)
     merged.bn = nn.Identity()
     merged.act = block.act
     return merged.train(block.training)

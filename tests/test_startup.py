@@ -114,3 +114,16 @@ def test_a_prediction_imports_torch_without_torchvision_and_the_compiler(
     assert found["code"] == 0
     assert json.loads((tmp_path / "detections.json").read_text())["annotations"], "NMS has not run"
     assert not {"torchvision", "torch._dynamo", "openvino", "onnxruntime"} & set(found["heavy"])  # type: ignore[call-overload]
+
+
+def test_loading_a_folded_checkpoint_does_not_import_the_compiler(tmp_path: Path) -> None:
+    """Its network is made without numbers first, and torch's arithmetic on shapes alone would import torch._dynamo."""
+    from models import build_detector, fold_detector, save_detector
+
+    save_detector(fold_detector(build_detector("yolov9t", 3)), tmp_path / "w.safetensors")
+    script = tmp_path / "load.py"
+    script.write_text(
+        f"from models import load_detector\nload_detector({str(tmp_path / 'w.safetensors')!r})\n"
+    )
+    found = start(script)
+    assert (found["code"], found["heavy"]) == (0, ["torch"])
