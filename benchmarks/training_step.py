@@ -152,6 +152,7 @@ def with_peer(model: fx.GraphModule, make: Callable[[Tensor, Grid, int | None], 
         del layer.weight_quantizer
         object.__setattr__(layer, "__class__", PeerConv)
         layer.add_module("peer", make(quantizer.scale, quantizer.grid, quantizer.axis))
+    model.recompile()  # the generated code calls our quantizers
     return model
 
 
