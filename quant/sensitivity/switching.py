@@ -21,6 +21,7 @@ LIMIT = 1 << 30  # bytes of kept values
 MOST = 32  # units for which one pass over the network keeps values
 
 Values = dict[fx.Node, Any]
+LastUses = dict[fx.Node, list[fx.Node]]  # for nodes, the sources that none of the later ones reads
 
 
 def switch_units(model: fx.GraphModule, quantized: set[str]) -> None:
@@ -66,9 +67,11 @@ class SwitchedUnits:
         self.limit = limit
         self.most = most
         self.parts = _parts_of_units(model)
-        self.changed = {unit: self._changed_by(unit) for unit in self.parts}
-        self.needed = {unit: _read_from_outside(nodes) for unit, nodes in self.changed.items()}
+        self.modules = dict(model.named_modules())
         self.interpreter: fx.Interpreter = fx.Interpreter(model)
+        self.changed = self._changed_by_units()
+        self.needed = {unit: _read_from_outside(nodes) for unit, nodes in self.changed.items()}
+        self.last_uses: dict[str, LastUses] = {}
         self.sizes: dict[fx.Node, int] = {}
         self.works_in_place = False
         self._measure(images)
@@ -94,40 +97,57 @@ class SwitchedUnits:
         kept: Values = {}
         if not self.works_in_place:
             needed: set[fx.Node] = set().union(*(self.needed[unit] for unit in units))
-            kept = self._run(_before(needed, self.model.graph), images, {}, needed)
+            before = _before(needed, self.model.graph)
+            kept = self._run(before, _last_uses(before), images, {}, needed)
         for unit in units:
             self._switch(unit, not self.quantized)
             if self.works_in_place:
                 yield self.model(images)
             else:
                 changed = self.changed[unit]
-                yield self._run(changed, images, kept, set())[changed[-1]]
+                if unit not in self.last_uses:
+                    self.last_uses[unit] = _last_uses(changed)
+                yield self._run(changed, self.last_uses[unit], images, kept, set())[changed[-1]]
             self._switch(unit, self.quantized)
 
     def _switch(self, unit: str, on: bool) -> None:
         for part in self.parts[unit]:
             part.mode = Mode.QUANTIZE if on else Mode.OFF
 
-    def _changed_by(self, unit: str) -> list[fx.Node]:
-        """The nodes whose values depend on whether a unit is on, in the order of the graph; the output is the last."""
-        own = {id(part) for part in self.parts[unit]}
-        modules = dict(self.model.named_modules())
-        changed: dict[fx.Node, None] = {}
+    def _changed_by_units(self) -> dict[str, list[fx.Node]]:
+        """For each unit the nodes whose values change with it, in the order of the graph; the output is the last."""
+        units_of_part: dict[int, set[str]] = {}
+        for unit, parts in self.parts.items():
+            for part in parts:
+                units_of_part.setdefault(id(part), set()).add(unit)
+        changed: dict[str, list[fx.Node]] = {unit: [] for unit in self.parts}
+        units_of: dict[fx.Node, set[str]] = {}
         for node in self.model.graph.nodes:
-            starts = node.op == "call_module" and not own.isdisjoint(
-                id(module) for module in modules[str(node.target)].modules()
-            )
-            if starts or node.op == "output" or any(source in changed for source in node.all_input_nodes):
-                changed[node] = None
-        return list(changed)
+            units: set[str] = set().union(*(units_of[source] for source in node.all_input_nodes))
+            for module in self.modules[str(node.target)].modules() if node.op == "call_module" else ():
+                units |= units_of_part.get(id(module), set())
+            units_of[node] = units
+            for unit in self.parts if node.op == "output" else units:
+                changed[unit].append(node)
+        return changed
 
-    def _run(self, nodes: list[fx.Node], images: Tensor, given: Values, needed: set[fx.Node]) -> Values:
+    def _run(
+        self,
+        nodes: list[fx.Node],
+        last_uses: LastUses,
+        images: Tensor,
+        given: Values,
+        needed: set[fx.Node],
+    ) -> Values:
         """Compute nodes, given values of others; returns the values that are needed, and the output's."""
         values: Values = {}
-        last_use = _last_uses(nodes)
+
+        def value(source: fx.Node) -> Any:
+            return values[source] if source in values else given[source]
+
         for node in nodes:
-            values[node] = self._compute(node, images, lambda source: values.get(source, given.get(source)))
-            for source in last_use.get(node, ()):
+            values[node] = self._compute(node, images, value)
+            for source in last_uses.get(node, ()):
                 if source not in needed:
                     values.pop(source, None)
         return values
@@ -137,8 +157,11 @@ class SwitchedUnits:
             return images
         if node.op == "output":
             return fx.node.map_arg(node.args[0], value)
-        arguments = fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value)
-        return getattr(self.interpreter, node.op)(node.target, *arguments)
+        arguments = fx.node.map_arg(node.args, value)
+        named = fx.node.map_arg(node.kwargs, value) if node.kwargs else {}
+        if node.op == "call_module":
+            return self.modules[str(node.target)](*arguments, **named)
+        return getattr(self.interpreter, node.op)(node.target, arguments, named)
 
     @torch.no_grad()
     def _measure(self, images: Tensor) -> None:
@@ -160,10 +183,9 @@ class SwitchedUnits:
                 del values[source]
 
 
-def _last_uses(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """For nodes, the sources that none of the later ones reads."""
+def _last_uses(nodes: list[fx.Node]) -> LastUses:
     last = {source: node for node in nodes for source in node.all_input_nodes}
-    found: dict[fx.Node, list[fx.Node]] = {}
+    found: LastUses = {}
     for source, node in last.items():
         found.setdefault(node, []).append(source)
     return found
