@@ -1,7 +1,7 @@
 """Times calibration and sensitivity in passes: each as a ratio to float inference on the same images.
 
     python benchmarks/passes.py [--weights W] [--images FOLDER] [--size 320] [--num-images 16] [--rounds 5]
-        [--without-map] [--json FILE]
+        [--without-map] [--detections] [--json FILE]
 
 All works run in one process, one after the other in each round, and a ratio is taken within a round: the median over
 the rounds, with the smallest and largest. Time is processor time of the process, so that other work on the machine
@@ -9,12 +9,15 @@ counts little. The unit is one pass of the float network in contiguous layout, b
 
 - `validation pass`: the quantized network, decode and suppression.
 - `counting`: float inference that fills the histograms of all activations.
-- `fisher`: forward, loss and backward of every image, with the scores; two made-up objects per image.
+- `fisher`: forward, loss and backward of every image, with the scores; two made-up objects per image. Products of
+  gradients are those of float32 values, and `in bfloat16` those of values rounded to that type. Printed is how far the
+  two differ.
 - `backward`: the same without scores, as a bound: gradients for the image, none for weights.
 - `map, ...`: the network alone, mean over every second unit and over both items of a unit, of the first batch: as whole
-  passes, and in groups that share what lies before their units. The unit is one float pass over that batch.
+  passes, and in groups that share what lies before their units. The unit is one float pass over that batch. With
+  `--detections` decode and suppression are part of both.
 
-Choosing scales happens once for any number of images: it is printed in seconds.
+Choosing scales and preparing the groups happens once for any number of images: it is printed in seconds.
 """
 
 from __future__ import annotations
@@ -37,12 +40,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.training_step import compared, detector_of
 from core.choices import OBSERVERS
 from models import Detector, detector_loss, non_max_suppression
-from quant import Mode, calibrate, insert, measure_fisher, place, placement_of, set_mode
+from quant import (
+    Mode,
+    SwitchedUnits,
+    UnitScore,
+    calibrate,
+    insert,
+    measure_fisher,
+    place,
+    placement_of,
+    set_mode,
+)
 from quant.calibration.calibrate import apply_histograms, calibrate_weights, collect_histograms
 from quant.sensitivity.fisher import image_of
 
+PRODUCTS = {"": torch.float32, " in bfloat16": torch.bfloat16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
-BATCH, FISHER_BATCH = 8, 8
+BATCH, FISHER_BATCH = 8, 16
 FLOAT = "float pass"
 Work = Callable[[], object]
 
@@ -66,8 +80,9 @@ def one_target(size: int) -> Tensor:
 class Works:
     """What is timed, by name; the float pass is the first, and each work says what it is divided by."""
 
-    def __init__(self, detector: Detector, images: Tensor) -> None:
+    def __init__(self, detector: Detector, images: Tensor, detections: bool = False) -> None:
         self.detector = detector
+        self.detections = detections
         self.network = detector.network.eval()
         self.images = images
         self.model: fx.GraphModule = insert(self.network, place(self.network)).eval()
@@ -84,7 +99,8 @@ class Works:
             found[f"counting, {name}"] = partial(collect_histograms, self.model, batches), 1
             small = self._laid_out(FISHER_BATCH, layout)
             found[f"backward, {name}"] = partial(self._backward, small), 1
-            found[f"fisher, {name}"] = partial(self._fisher, small), 1
+            for precision, products in PRODUCTS.items():
+                found[f"fisher{precision}, {name}"] = partial(self._fisher, small, products), 1
         return found | self._sweeps() if sweeps else found
 
     def _laid_out(self, size: int, layout: torch.memory_format) -> list[Tensor]:
@@ -99,11 +115,32 @@ class Works:
     def _validation(self, batches: list[Tensor]) -> None:
         set_mode(self.model, Mode.QUANTIZE)
         for batch in batches:
-            non_max_suppression(self.detector.decode(self.model(batch)), 0.001, 0.7, 300)
+            self._detect(self.model(batch))
 
-    def _fisher(self, batches: list[Tensor]) -> None:
+    def _detect(self, outputs: Any) -> None:
+        non_max_suppression(self.detector.decode(outputs), 0.001, 0.7, 300)
+
+    def _fisher(self, batches: list[Tensor], products: torch.dtype) -> list[UnitScore]:
         target = one_target(self.images.shape[-1])
-        measure_fisher(self.model, [(batch, [target] * len(batch)) for batch in batches], self.loss)
+        labelled = [(batch, [target] * len(batch)) for batch in batches]
+        return measure_fisher(self.model, labelled, self.loss, products=products)
+
+    def agreement(self) -> str:
+        """How far products in bfloat16 move the scores of `fisher`, and the ranks of those above 0."""
+        batches = self._laid_out(FISHER_BATCH, torch.channels_last)
+        exact, rounded = (
+            {score.unit: score.score for score in self._fisher(batches, products) if score.score > 0}
+            for products in PRODUCTS.values()
+        )
+        changes = torch.tensor([abs(rounded[unit] / score - 1) for unit, score in exact.items()])
+        ranks = {unit: rank for rank, unit in enumerate(rounded)}
+        moves = torch.tensor([float(ranks[unit] - rank) for rank, unit in enumerate(exact)])
+        count = len(exact)
+        spearman = 1 - 6 * float(moves.square().sum()) / (count * (count**2 - 1))
+        return (
+            f"{count} units: scores move by {changes.max():.2%} at most, {changes.median():.2%} in the median; "
+            f"ranks by {int(moves.abs().max())} at most, Spearman {spearman:.6f}"
+        )
 
     def _backward(self, batches: list[Tensor]) -> None:
         target, (height, width) = one_target(self.images.shape[-1]), self.images.shape[-2:]
@@ -121,30 +158,27 @@ class Works:
         units = [group.name for group in placement_of(self.model).groups][::2]
         batch = self._laid_out(BATCH, torch.channels_last)[0]
         share = len(batch) / len(self.images)
-        found: dict[str, tuple[Work, float]] = {
-            "map, whole passes": (partial(self._whole, batch), 2 * share),
-        }
-        try:
-            from quant import SwitchedUnits
-        except ImportError:  # a version that has none
-            return found
         switched = [SwitchedUnits(self.model, quantized, batch) for quantized in (False, True)]
-        return found | {
-            "map, in groups": (partial(self._grouped, switched, units, batch), 2 * len(units) * share)
+        return {
+            "map, whole passes": (partial(self._whole, batch), 2 * share),
+            "map, in groups": (partial(self._grouped, switched, units, batch), 2 * len(units) * share),
         }
 
     @torch.inference_mode()
     def _whole(self, batch: Tensor) -> None:
         for mode in (Mode.OFF, Mode.QUANTIZE):
             set_mode(self.model, mode)
-            self.model(batch)
+            outputs = self.model(batch)
+            if self.detections:
+                self._detect(outputs)
 
     @torch.inference_mode()
     def _grouped(self, switched: list[Any], units: list[str], batch: Tensor) -> None:
         for state in switched:
             for group in state.groups(units):
-                for _ in state.outputs(group, batch):
-                    pass
+                for outputs in state.outputs(group, batch):
+                    if self.detections:
+                        self._detect(outputs)
 
 
 def measure(works: Works, rounds: int, sweeps: bool = True) -> dict[str, dict[str, float]]:
@@ -162,7 +196,7 @@ def measure(works: Works, rounds: int, sweeps: bool = True) -> dict[str, dict[st
 
 
 def choosing(works: Works) -> dict[str, float]:
-    """Seconds of choosing the scales from the histograms, by method, and those of the weights."""
+    """Seconds of choosing the scales from the histograms, by method, those of the weights, and of preparing `map`."""
     histograms, num_images = collect_histograms(works.model, works.images.split(BATCH))
     found = {}
     for method in OBSERVERS:
@@ -171,7 +205,11 @@ def choosing(works: Works) -> dict[str, float]:
         found[method] = time.process_time() - start
     start = time.process_time()
     calibrate_weights(works.model)
-    return found | {"weights": time.process_time() - start}
+    found["weights"] = time.process_time() - start
+    start = time.process_time()
+    for quantized in (False, True):
+        SwitchedUnits(works.model, quantized, works.images[:BATCH])
+    return found | {"groups of map": time.process_time() - start}
 
 
 def main() -> None:
@@ -186,18 +224,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--without-map", action="store_true", help="leave out `map`, most of the time")
+    parser.add_argument("--detections", action="store_true", help="decode and suppression in `map`, too")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    works = Works(detector_of(options.weights), read_images(options.images, options.num_images, options.size))
+    images = read_images(options.images, options.num_images, options.size)
+    works = Works(detector_of(options.weights), images, options.detections)
     table = measure(works, options.rounds, not options.without_map)
     for name, row in table.items():
         print(
             f"{name:<32} {row['seconds']:7.3f} s   {row['ratio']:.2f} ({row['least']:.2f} to {row['largest']:.2f})"
         )
     seconds = ", ".join(f"{name} {value:.2f} s" for name, value in choosing(works).items())
-    print(f"choosing the scales, once: {seconds}")
+    print(f"fisher in bfloat16, {works.agreement()}")
+    print(f"choosing the scales and preparing map, once: {seconds}")
     if options.json is not None:
         options.json.write_text(json.dumps(table, indent=1))
 

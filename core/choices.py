@@ -22,7 +22,7 @@ SENSITIVITY_METHODS = {  # quant.sensitivity and the stage
 SILU = "silu"
 ACTIVATIONS = (SILU, "relu")  # models.blocks
 BFLOAT16, FLOAT32 = "bfloat16", "float32"
-PRECISIONS = ("auto", FLOAT32, BFLOAT16)  # training.loop
+PRECISIONS = ("auto", FLOAT32, BFLOAT16)  # training.loop, quant.sensitivity
 CONTIGUOUS, CHANNELS_LAST = LAYOUTS = ("contiguous", "channels_last")  # training.layout
 CHEAP_ACTIVATIONS = ("relu", "hardswish")  # models.swapping: what can replace SiLU
 ONE2MANY, ONE2ONE = "one2many", "one2one"

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from core.choices import AUTO, BFLOAT16, FLOAT32
+from core.machine import computes_in_bfloat16
 from core.rows import FLOAT, MIXED, PTQ
 from data import to_input
 from models import SegmentTargets
@@ -31,9 +33,7 @@ from pipeline.stages.stage import Stage
 from quant import Figures, SwitchedUnits, UnitScore, measure_fisher, measure_sqnr, placement_of, switch_units
 
 BATCH = 4
-FISHER_BATCH = (
-    8  # where images are small: for each batch, hooks and losses take as long as an image of 320 pixels
-)
+FISHER_BATCH = 16  # where images are small: what each batch takes whatever its size counts less
 FISHER_PIXELS = FISHER_BATCH * 320 * 320
 SENSITIVITY_FILE, POLICY = "sensitivity.json", "sensitivity-policy.yaml"
 
@@ -72,7 +72,7 @@ def rank_by_fisher(job: Job, model: fx.GraphModule) -> list[UnitScore]:
     splits, team, layout = job.splits, job.stage_team, job.networks.memory_format
     height, width = job.config.data.input_size
     batch = max(BATCH, min(FISHER_BATCH, FISHER_PIXELS // (height * width)))
-    masks, batch = splits.task == "segment", min(batch, job.config.evaluate.batch_size)
+    masks, batch = splits.task == "segment", min(batch, 2 * job.config.evaluate.batch_size)
     loader = splits.letterboxed(
         splits.train, batch, job.config.sensitivity.images, team, masks, whole_batches=True
     )
@@ -81,16 +81,24 @@ def rank_by_fisher(job: Job, model: fx.GraphModule) -> list[UnitScore]:
         for images, targets in splits.labelled(loader, "sensitivity (fisher)")
     )
     sweep = kept_results(job, model)
+    products = fisher_products(job.config.sensitivity.precision, job.device)
 
     def kept(number: int, compute: Callable[[], Figures]) -> Figures:
-        item = f"fisher:{batch}:{number * team.size + team.rank}"
+        item = f"fisher:{products}:{batch}:{number * team.size + team.rank}"
         figures: Figures | None = sweep.read(item)
         if figures is None:
             figures = compute()
             sweep.keep(item, figures)
         return figures
 
-    return measure_fisher(model, batches, job.networks.loss(), team.gather, kept)
+    return measure_fisher(model, batches, job.networks.loss(), team.gather, kept, products)
+
+
+def fisher_products(precision: str, device: torch.device) -> torch.dtype:
+    """The type in which `fisher` multiplies gradients, for `sensitivity.precision`."""
+    if precision == AUTO:
+        precision = BFLOAT16 if device.type == "cpu" and computes_in_bfloat16() else FLOAT32
+    return torch.bfloat16 if precision == BFLOAT16 else torch.float32
 
 
 def targets_by_image(targets: Tensor | SegmentTargets, count: int) -> list[Tensor | SegmentTargets]:

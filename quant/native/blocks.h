@@ -8,6 +8,7 @@
 #ifndef OCTET_BLOCKS_H
 #define OCTET_BLOCKS_H
 
+#include <math.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
@@ -58,6 +59,20 @@ static void run_in(Function *function, const void *arguments, int64_t rows, int6
 
 static void run(Function *function, const void *arguments, int64_t rows, int64_t width, int threads) {
     run_in(function, arguments, rows, width, BLOCK, rows * width, threads);
+}
+
+static inline int64_t least(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+/* Totals of images from the sums of their blocks; NaN where these are NULL. */
+static inline void add_blocks(const double *sums, int64_t images, int64_t blocks, float *totals) {
+    for (int64_t image = 0; image < images; image++) {
+        double sum = sums ? 0 : NAN;
+        for (int64_t block = 0; sums && block < blocks; block++)
+            sum += sums[image * blocks + block];
+        totals[image] = (float)sum;
+    }
 }
 
 static inline float from_bfloat16(uint16_t bits) {

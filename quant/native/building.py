@@ -30,6 +30,7 @@ from core.machine import CPU_INFO
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("fake_quantize.c")
 STATISTICS = Path(__file__).with_name("statistics.c")
+GRADIENTS = Path(__file__).with_name("gradients.c")
 HEADER = Path(__file__).with_name("blocks.h")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (

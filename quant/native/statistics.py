@@ -11,7 +11,7 @@ from torch import Tensor
 
 from core.errors import KernelError
 from core.grid import Grid
-from quant.native.building import STATISTICS, load_library
+from quant.native.building import GRADIENTS, STATISTICS, load_library
 from quant.native.kernel import FLOAT, INT, POINTER, SIZE, TYPES, is_chosen
 
 _COUNTED = (torch.float32, torch.bfloat16)
@@ -54,7 +54,7 @@ def squared_changes(x: Tensor, gradient: Tensor, scale: float, grid: Grid) -> Te
         scale: of the grid.
         grid: the codes.
     """
-    library = _library_for(x, gradient)
+    library = _library() if _are_read(x, gradient) else None
     runs = None if library is None or grid.is_fp8 else _runs((x, gradient))
     if library is None or runs is None:
         return None
@@ -67,8 +67,44 @@ def squared_changes(x: Tensor, gradient: Tensor, scale: float, grid: Grid) -> Te
     return sums
 
 
+def silu_gradient_and_changes(
+    y: Tensor, gradient: Tensor, scale: float, grid: Grid
+) -> tuple[Tensor, Tensor] | None:
+    """The gradient for the input of a SiLU, and the sums of `squared_changes` for its output, in one pass.
+
+    Args:
+        y: input of the SiLU, [B, ...].
+        gradient: of the loss for its output.
+        scale: of the grid that the output is rounded to.
+        grid: the codes.
+
+    Returns:
+        Gradient, of the shape and layout of y; sums, float32 [B]. None where y has neither of torch's two layouts, too.
+    """
+    library = _gradients() if _are_read(y, gradient) else None
+    if (
+        library is None
+        or grid.is_fp8
+        or not (y.is_contiguous() or y.is_contiguous(memory_format=torch.channels_last))
+    ):
+        return None
+    if gradient.stride() != y.stride():
+        gradient = torch.empty_like(y).copy_(gradient)
+    result, sums = torch.empty_like(y), torch.empty(len(y))
+    library.octet_silu_changes(
+        y.data_ptr(), gradient.data_ptr(), result.data_ptr(), len(y), y[0].numel(), scale, grid.low, grid.high,
+        sums.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return result, sums
+
+
 def squared_weight_changes(
-    x: Tensor, gradient: Tensor, error: Tensor, stride: Sequence[int], padding: Sequence[int]
+    x: Tensor,
+    gradient: Tensor,
+    error: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    products: torch.dtype = torch.float32,
 ) -> Tensor | None:
     """Sum over each image of (dW * error)^2, float32 [B], where dW is the gradient for a convolution's weight.
 
@@ -78,8 +114,11 @@ def squared_weight_changes(
         error: of the weight, [O, height, width, C], contiguous: channels last.
         stride: of the convolution.
         padding: with zeros, on both sides.
+        products: bfloat16 rounds x and gradient to that type before they are multiplied, where the processor
+            multiplies it and each value of x has at least 48 products (outputs times height of the kernel). Sums are
+            float32.
     """
-    library = _library_for(x, gradient)
+    library = _gradients() if _are_read(x, gradient) else None
     if library is None or not error.is_contiguous():
         return None
     shape = (
@@ -94,14 +133,13 @@ def squared_weight_changes(
     sums = torch.empty(len(x))
     library.octet_weights(
         x.data_ptr(), gradient.data_ptr(), error.data_ptr(), len(x), (SIZE * len(shape))(*shape),
-        sums.data_ptr(), torch.get_num_threads(),
+        products == torch.bfloat16, sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return sums
 
 
-def _library_for(*tensors: Tensor) -> ctypes.CDLL | None:
-    is_read = all(t.is_cpu and t.dtype == torch.float32 and t.numel() for t in tensors)
-    return _library() if is_read else None
+def _are_read(*tensors: Tensor) -> bool:
+    return all(t.is_cpu and t.dtype == torch.float32 and t.numel() for t in tensors)
 
 
 def _runs(tensors: Sequence[Tensor]) -> tuple[tuple[int, int], list[int]] | None:
@@ -132,15 +170,31 @@ def _library() -> ctypes.CDLL | None:
     return _loaded() if is_chosen() else None
 
 
+def _gradients() -> ctypes.CDLL | None:
+    return _loaded_gradients() if is_chosen() else None
+
+
 @cache
 def _loaded() -> ctypes.CDLL | None:
-    """The library; None where it cannot be had."""
+    """The library of statistics; None where it cannot be had."""
     try:
         library = load_library(STATISTICS, ("-ffp-contract=fast",))
     except KernelError:
         return None
     library.octet_count.argtypes = [POINTER, INT, SIZE, INT, *[POINTER] * 3, INT]
     library.octet_changes.argtypes = [POINTER, POINTER, *[SIZE] * 7, *[FLOAT] * 3, POINTER, INT]
-    library.octet_weights.argtypes = [*[POINTER] * 3, SIZE, *[POINTER] * 2, INT]
-    library.octet_changes.restype = library.octet_weights.restype = None
+    library.octet_changes.restype = None
+    return library
+
+
+@cache
+def _loaded_gradients() -> ctypes.CDLL | None:
+    """The library of gradients; None where it cannot be had."""
+    try:
+        library = load_library(GRADIENTS, ("-ffp-contract=fast",))
+    except KernelError:
+        return None
+    library.octet_silu_changes.argtypes = [*[POINTER] * 3, *[SIZE] * 2, *[FLOAT] * 3, POINTER, INT]
+    library.octet_weights.argtypes = [*[POINTER] * 3, SIZE, POINTER, INT, POINTER, INT]
+    library.octet_silu_changes.restype = library.octet_weights.restype = None
     return library

@@ -9,7 +9,8 @@ import torch
 
 from models import SegmentTargets
 from pipeline.run.sweep import Sweep
-from pipeline.stages.sensitivity import score_map, targets_by_image
+from pipeline.stages import sensitivity
+from pipeline.stages.sensitivity import fisher_products, score_map, targets_by_image
 
 AP = {
     "none": 0.60,
@@ -47,6 +48,18 @@ def test_each_image_gets_its_own_targets_as_a_batch_of_one() -> None:
     segments = targets_by_image(SegmentTargets(boxes, masks), 2)
     assert [found.masks[:, 0, 0].tolist() for found in segments] == [[1], [0, 2]]
     assert torch.equal(segments[1].boxes, torch.as_tensor(second))
+
+
+def test_gradients_are_multiplied_in_bfloat16_where_the_processor_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for has_bfloat16, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(sensitivity, "computes_in_bfloat16", lambda value=has_bfloat16: value)
+        assert fisher_products("auto", cpu) == expected
+        assert fisher_products("auto", gpu) == torch.float32
+        assert fisher_products("float32", cpu) == torch.float32
+        assert fisher_products("bfloat16", cpu) == torch.bfloat16
 
 
 def test_figures_of_a_batch_are_kept_to_the_last_digit(tmp_path: Path) -> None:

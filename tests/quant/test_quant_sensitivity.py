@@ -26,7 +26,7 @@ from quant import (
     set_mode,
 )
 from quant.layers import quantize_layer
-from quant.sensitivity.fisher import weight_gradients
+from quant.sensitivity.probes import LayerProbe, weight_gradients
 
 NUM_IMAGES = 8
 IMAGES = small_images(NUM_IMAGES, seed=3)
@@ -107,13 +107,51 @@ def test_fisher_is_the_mean_over_single_images(size: int) -> None:
         assert score.score == pytest.approx(activations + weights, rel=1e-3, abs=0)
 
 
+def test_bfloat16_products_move_scores_by_less_than_they_say() -> None:
+    expected = fisher_by_hand(small_quantized())
+    scores = measure_fisher(small_quantized(), batched(4), task_loss, products=torch.bfloat16)
+    exact = measure_fisher(small_quantized(), batched(4), task_loss)
+    assert [score.unit for score in scores] == [score.unit for score in exact]
+    assert [score.score for score in scores] != [score.score for score in exact]
+    for score in scores:
+        assert score.score == pytest.approx(sum(expected[score.unit]), rel=0.02, abs=0)
+
+
+def test_an_image_whose_loss_has_no_gradient_counts_as_zero() -> None:
+    def loss(output: Tensor, target: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+        found = task_loss(output, target, size)
+        return found if target is not TARGETS[1] else {"none": torch.zeros(())}
+
+    others = [(IMAGES[:1], TARGETS[:1]), (IMAGES[2:4], TARGETS[2:4])]
+    alone = {s.unit: s.score for s in measure_fisher(small_quantized(), others, task_loss)}
+    found = measure_fisher(small_quantized(), [(IMAGES[:4], TARGETS[:4])], loss)
+    assert {s.unit: s.score for s in found} == pytest.approx(
+        {u: s * 3 / 4 for u, s in alone.items()}, rel=1e-5
+    )
+
+
+def test_the_number_of_threads_moves_no_more_than_the_last_digits() -> None:
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append({s.unit: s.score for s in measure_fisher(small_quantized(), batched(4), task_loss)})
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == pytest.approx(found[1], rel=1e-6, abs=0)
+
+
 def test_fisher_leaves_the_model_as_it_was() -> None:
     model = small_quantized(learn_scales=False).train()
+    learned = [parameter.requires_grad for parameter in model.parameters()]
+    assert len(set(learned)) == 2
     before = {name: value.clone() for name, value in model.state_dict().items()}
     measure_fisher(model, batched(4), task_loss)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+    assert [parameter.requires_grad for parameter in model.parameters()] == learned
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert all(quantizer.mode is Mode.QUANTIZE for quantizer in activation_quantizers(model).values())
 
 
@@ -229,6 +267,34 @@ def test_weight_gradients_are_those_of_each_image(layer: Any, memory_format: Any
     with torch.no_grad():
         found = weight_gradients(layer, x, slopes)
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 8, 1),
+        nn.Conv2d(6, 8, 1, padding=1),
+        nn.Conv2d(6, 8, (3, 2), padding=(1, 0)),
+        nn.Conv2d(6, 8, (3, 5), padding=2),
+        nn.Conv2d(6, 8, 3, stride=2, padding=1),
+        nn.Conv2d(6, 8, 3, stride=(1, 2)),
+    ],
+    ids=str,
+)
+def test_gradients_for_inputs_are_those_of_autograd(layer: Any, memory_format: Any) -> None:
+    layer = copy.deepcopy(layer)
+    x = torch.randn(3, 6, 12, 10).contiguous(memory_format=memory_format).requires_grad_()
+    slopes = torch.randn_like(layer(x))
+    (expected,) = torch.autograd.grad(layer(x), x, slopes)
+    quantize_layer(layer, 0, INT8_WEIGHTS, True)
+    with torch.no_grad():
+        found = LayerProbe(layer).backward(x.detach(), slopes)
+        rounded = LayerProbe(layer, torch.bfloat16).backward(x.detach(), slopes)
+    assert found.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert rounded.dtype == torch.float32
+    assert 1e-4 < (rounded - expected).norm() / expected.norm() < 1e-2
 
 
 def test_chosen_units_are_scored_alike() -> None:

@@ -14,10 +14,11 @@ from test_quant_sensitivity import batched, task_loss
 from torch import Tensor
 
 from core.grid import FP8_E4M3, Grid
+from core.machine import describe_machine
 from quant import measure_fisher
 from quant.calibration.observers import BINS, Histogram
 from quant.native.kernel import choose_kernel
-from quant.native.statistics import squared_changes, squared_weight_changes
+from quant.native.statistics import silu_gradient_and_changes, squared_changes, squared_weight_changes
 
 GRID = Grid()
 
@@ -170,6 +171,90 @@ def test_squared_weight_changes_are_those_of_each_image(
         assert found.tolist() == pytest.approx(expected, rel=1e-5)
         results.append(found)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "kernel", "stride", "padding"),
+    [
+        (48, 24, (3, 3), (1, 1), (1, 1)),
+        (9, 17, (3, 3), (1, 1), (0, 0)),
+        (3, 50, (3, 3), (2, 2), (1, 1)),
+        (5, 12, (5, 2), (2, 3), (0, 1)),
+        (24, 75, (1, 1), (1, 1), (0, 0)),
+        (24, 40, (1, 1), (1, 1), (0, 0)),  # too few products: float32
+    ],
+)
+def test_products_in_bfloat16_are_those_of_rounded_values(
+    inputs: int,
+    outputs: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    layout: str,
+) -> None:
+    x, error = noise(2, inputs, 21, 18), noise(outputs, inputs, *kernel, seed=2)
+    weight = noise(outputs, inputs, *kernel).double().requires_grad_()
+    g = noise(2, *F.conv2d(x.double(), weight, None, stride, padding).shape[1:], seed=3)
+    rounds = outputs * kernel[0] >= 48 and "avx512_bf16" in describe_machine()["instructions"]  # type: ignore[operator]
+    a, b = (values.bfloat16() if rounds else values for values in (x, g))
+    expected = []
+    for image in range(2):
+        output = F.conv2d(a[image : image + 1].double(), weight, None, stride, padding)
+        (gradient,) = torch.autograd.grad(output, weight, b[image : image + 1].double())
+        expected.append(float((gradient * error.double()).square().sum()))
+    last, results = error.permute(0, 2, 3, 1).contiguous(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found = squared_weight_changes(
+            LAYOUTS[layout](x), LAYOUTS[layout](g), last, stride, padding, torch.bfloat16
+        )
+        assert found is not None
+        assert found.tolist() == pytest.approx(expected, rel=1e-5)
+        results.append(found)
+    assert torch.equal(*results)
+
+
+# ------------------------------------------------------------------------------------------------------- SiLU
+@pytest.mark.parametrize("shape", [(3, 19, 50, 41), (2, 5, 7), (2, 3, 1, 1)])
+@pytest.mark.parametrize("layouts", [("contiguous",) * 2, ("channels-last",) * 2, ("channels-last", "slice")])
+def test_gradient_of_silu_and_changes_of_its_output_are_the_formulas_in_float64(
+    layouts: tuple[str, str], shape: tuple[int, ...]
+) -> None:
+    if len(shape) < 4 and layouts != ("contiguous",) * 2:
+        pytest.skip("needs four axes")
+    scale = float(np.float32(0.0173))
+    y, g = noise(*shape) * 4, noise(*shape, seed=1)
+    y.view(-1)[:6] = torch.tensor([0.0, -0.0, 80.0, -80.0, 1e4, -1e4])
+    wanted = y.double().requires_grad_()
+    x = F.silu(wanted)
+    (expected,) = torch.autograd.grad(x, wanted, g.double())
+    change = (x.detach() / scale).round().clamp(-128, 127) * scale - x.detach()
+    sums = (change * g.double()).square().flatten(1).sum(1)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        source = LAYOUTS[layouts[0]](y)
+        found = silu_gradient_and_changes(source, LAYOUTS[layouts[1]](g), scale, GRID)
+        assert found is not None
+        assert found[0].stride() == source.stride()
+        torch.testing.assert_close(found[0].double(), expected, rtol=2e-6, atol=1e-7)
+        assert found[1].tolist() == pytest.approx(sums.tolist(), rel=1e-5)
+        results.append(found)
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_silu_of_nan_is_nan_and_what_the_kernel_does_not_read_is_left() -> None:
+    y, g = noise(2, 4, 3, 3), noise(2, 4, 3, 3, seed=1)
+    y[0, 0, 0, 0] = torch.nan
+    found = silu_gradient_and_changes(y, g, 0.1, GRID)
+    assert found is not None
+    assert found[0].isnan().sum() == found[0][0, 0, 0, 0].isnan() == 1
+    assert found[1].isnan().tolist() == [True, False]
+    assert silu_gradient_and_changes(y.double(), g.double(), 0.1, GRID) is None
+    assert silu_gradient_and_changes(channel_slice(y), g, 0.1, GRID) is None
+    assert silu_gradient_and_changes(y, g, 0.1, FP8_E4M3) is None
 
 
 def test_sensitivity_is_the_same_in_both_forms() -> None:
