@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("fake_quantize.c")
 STATISTICS = Path(__file__).with_name("statistics.c")
 GRADIENTS = Path(__file__).with_name("gradients.c")
-HEADER = Path(__file__).with_name("blocks.h")
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("blocks.h", "silu.h"))
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
     "-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared",
@@ -133,7 +133,8 @@ def _key(command: list[str], flags: tuple[str, ...], source: Path) -> str:
     processor = re.findall(
         r"^(?:model name|flags|CPU part|Features)\s*:.*$", text.split("\n\n")[0], re.MULTILINE
     )
-    parts = (source.read_bytes(), HEADER.read_bytes(), flags, command, version, platform.machine(), processor)
+    files = [path.read_bytes() for path in (source, *HEADERS)]
+    parts = (files, flags, command, version, platform.machine(), processor)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
@@ -154,7 +155,7 @@ def _kept(path: Path) -> ctypes.CDLL | None:
 def _compile(command: list[str], flags: tuple[str, ...], source: Path, path: Path) -> None:
     try:
         subprocess.run(
-            [*command, *flags, f"-I{HEADER.parent}", str(source), "-o", str(path)],
+            [*command, *flags, f"-I{HEADERS[0].parent}", str(source), "-o", str(path)],
             capture_output=True,
             text=True,
             errors="replace",

@@ -14,6 +14,7 @@
 #endif
 
 #include "blocks.h"
+#include "silu.h"
 
 /* The gradient dy for the input y of x = y * sigmoid(y), from that for x, and sums over each image of
    (dx * (Q(x) - x))^2, where Q rounds to a grid. x is computed again. Tensors lie alike and without gaps: an image is
@@ -26,39 +27,20 @@ typedef struct {
     float scale, low, high;
 } Silu;
 
-/* exp(-|y|): 2^n times the Taylor series at |r| <= ln(2) / 2, whose next term is below 6e-9. */
-static inline float exp_of_minus(float magnitude) {
-    float value = -(magnitude < 87.0f ? magnitude : 87.0f);
-    float n = rintf(value * 1.44269504f);
-    float r = value - n * 0.693359375f; /* ln(2) in two parts; n times the first one is exact */
-    r = r + n * 2.12194440e-4f;
-    float sum = 1.0f / 5040;
-    sum = sum * r + 1.0f / 720;
-    sum = sum * r + 1.0f / 120;
-    sum = sum * r + 1.0f / 24;
-    sum = sum * r + 1.0f / 6;
-    sum = sum * r + 0.5f;
-    sum = sum * r + 1.0f;
-    sum = sum * r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return sum * power;
-}
-
 static void silu_block(const void *arguments, int64_t row, int64_t begin, int64_t end, int64_t block) {
     const Silu a = *(const Silu *)arguments;
     const float inverse = 1.0f / a.scale;
-    float changes[CHUNK];
+    float changes[CHUNK], divisors[CHUNK];
     double sum = 0;
     (void)row;
     for (int64_t start = begin; start < end; start += CHUNK) {
         int64_t count = least(end - start, CHUNK);
         const float *restrict y = a.y + start, *restrict dx = a.dx + start;
         float *restrict dy = a.dy + start;
+        inverse_sigmoids(y, count, divisors);
         for (int64_t i = 0; i < count; i++) {
-            float e = exp_of_minus(fabsf(y[i])), sigmoid = (y[i] < 0 ? e : 1.0f) / (1.0f + e);
-            float x = y[i] * sigmoid, code = clamped(rintf(x * inverse), a.low, a.high);
+            float sigmoid = 1.0f / divisors[i], x = y[i] * sigmoid;
+            float code = clamped(rintf(x * inverse), a.low, a.high);
             changes[i] = (code * a.scale - x) * dx[i];
             dy[i] = dx[i] * sigmoid * (1.0f + y[i] * (1.0f - sigmoid));
         }
