@@ -30,6 +30,7 @@ from quant.rounding import (
     gradients,
     round_to_grid,
     scaled,
+    silu_gradients,
     silu_kernel,
     silu_to_grid,
 )
@@ -53,7 +54,7 @@ class _FakeQuantizeTensor(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, log_scale: Tensor, scale: Tensor, grid: Grid, kernel: Kernel | None = None
     ) -> Tensor:
-        ctx.grid, ctx.of_silu = grid, kernel is not None
+        ctx.grid, ctx.kernel = grid, kernel
         if kernel is None:
             ctx.save_for_backward(x, scale)
             return round_to_grid(x, scale, grid)
@@ -64,7 +65,8 @@ class _FakeQuantizeTensor(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, *_ = ctx.saved_tensors
-        found = gradients(outer[0], x, scale, ctx.grid, ctx.needs_input_grad[1], ctx.of_silu)
+        given = outer[0], x, scale, ctx.grid, ctx.needs_input_grad[1]
+        found = gradients(*given) if ctx.kernel is None else silu_gradients(*given, ctx.kernel)
         return *found, None, None, None
 
 
@@ -273,13 +275,12 @@ class WeightFakeQuantize(nn.Module):
         """Bring the scales to where they are to be, and drop codes of weights that an optimizer may have moved."""
         if torch.is_grad_enabled():
             self._kept = None
-        if self.training and not self.learned:
+        if self.training and not self.learned and self.mode is Mode.QUANTIZE:
             self.follow(weight)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight itself unless the mode is quantize."""
-        if torch.is_grad_enabled():
-            self._kept = None
+        self.before_rounding(weight)
         if self.mode is not Mode.QUANTIZE:
             return weight
         if torch.onnx.is_in_onnx_export():
@@ -295,7 +296,6 @@ class WeightFakeQuantize(nn.Module):
             return torch.fake_quantize_per_channel_affine(
                 clipped, scale, zero_point, self.axis, self.grid.low - 1, self.grid.high
             )
-        self.before_rounding(weight)
         w = weight.float()
         y = _FakeQuantizeChannel.apply(w, self.log_scale, self.steps(w.ndim), self.grid)
         return y.to(weight.dtype)

@@ -52,16 +52,15 @@ def _fused(graph: fx.Graph, root: nn.Module) -> fx.Graph:
     for node in list(fused.nodes):
         if _is_call(node, FakeQuantize, modules):
             _fuse_silu(fused, node, modules)
-    runs: list[list[fx.Node]] = []
+    runs: list[tuple[Grid, list[fx.Node]]] = []
     for node in fused.nodes:
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(layer, QuantizedLayer):
-            continue
-        grid = layer.weight_quantizer.grid
-        if not runs or len(runs[-1]) == NUM_TOGETHER or grid != _grid_of(runs[-1][0], modules):
-            runs.append([])
-        runs[-1].append(node)
-    for run in runs:
+        if isinstance(layer, QuantizedLayer):
+            grid = layer.weight_quantizer.grid
+            if not runs or len(runs[-1][1]) == NUM_TOGETHER or grid != runs[-1][0]:
+                runs.append((grid, []))
+            runs[-1][1].append(node)
+    for _, run in runs:
         weights = _from_one_call(fused, run, quantized_weights)
         for node in run:
             node.kwargs = {**node.kwargs, "quantized": weights[str(node.target)]}
@@ -99,12 +98,6 @@ def _from_one_call(
         return {
             target: fused.call_function(operator.getitem, (results, i)) for i, target in enumerate(targets)
         }
-
-
-def _grid_of(node: fx.Node, modules: dict[str, nn.Module]) -> Grid:
-    layer = modules[str(node.target)]
-    assert isinstance(layer, QuantizedLayer)
-    return layer.weight_quantizer.grid
 
 
 def _is_call(node: fx.Node, kind: type[nn.Module], modules: dict[str, nn.Module]) -> bool:

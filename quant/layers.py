@@ -90,6 +90,11 @@ def _on_codes(layer: QuantizedLayer, input: Tensor) -> bool:
     )
 
 
+def _weight(layer: QuantizedLayer, quantized: Tensor | None) -> Tensor:
+    """The layer's quantized weight, given or not."""
+    return layer.weight_quantizer(layer.weight) if quantized is None else quantized
+
+
 def _operands(
     layer: QuantizedLayer, input: Tensor, quantized: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +107,7 @@ def _operands(
     dtype = torch.get_autocast_dtype(input.device.type)
     units = [1 / (quantizer.grid.high + 1) for quantizer in (activations, weights)]
     codes = _Codes.apply(input, scale, units[0], dtype)
-    values = weights(layer.weight) if quantized is None else quantized  # first: it may move the scale
+    values = _weight(layer, quantized)  # first: it may move the scale
     weight = _Codes.apply(values, weights.steps(layer.weight.ndim), units[1], dtype)
     return codes, weight, scale * weights.scale / (units[0] * units[1])
 
@@ -136,7 +141,7 @@ def _compute(
     if off:
         return operation(input, weights(layer.weight), layer.bias)
     if torch.is_grad_enabled() and not autocast:
-        weight = weights(layer.weight) if quantized is None else quantized
+        weight = _weight(layer, quantized)
         with _not_keeping(input):
             return operation(input, weight, layer.bias)
     if _on_codes(layer, input):
@@ -144,7 +149,7 @@ def _compute(
         return _scaled(operation(codes, weight, None), steps, layer.bias, axis)
     # float32 even under autocast, whose types would move the weights off their grid
     with torch.autocast(input.device.type, enabled=False):
-        weight = weights(layer.weight) if quantized is None else quantized
+        weight = _weight(layer, quantized)
         return operation(input.to(layer.weight.dtype), weight, layer.bias)
 
 

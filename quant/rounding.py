@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from core.grid import Grid
-from quant.native.kernel import Kernel, affine_kernel_for, is_dense, kernel_for
+from quant.native.kernel import Kernel, affine_kernel_for, in_layout_of, is_dense, kernel_for
 
 PIECE = 1 << 18  # values for each thread: 1 MiB of float32
 
@@ -103,9 +103,15 @@ def silu_to_grid(x: Tensor, scale: Tensor, grid: Grid, kernel: Kernel) -> tuple[
     return y, codes
 
 
-def gradients(
-    g: Tensor, x: Tensor, scale: Tensor, grid: Grid, learned: bool, of_silu: bool = False
+def silu_gradients(
+    g: Tensor, x: Tensor, scale: Tensor, grid: Grid, learned: bool, kernel: Kernel
 ) -> tuple[Tensor, Tensor | None]:
+    """As `gradients`, where `silu_to_grid` has rounded SiLU(x) with the same kernel."""
+    g, grad_x, bounds = in_layout_of(x, g), torch.empty_like(x), open_bounds(grid.low, grid.high)
+    return grad_x, kernel.gradients(g, x, scale, grid, bounds, learned, grad_x, of_silu=True)
+
+
+def gradients(g: Tensor, x: Tensor, scale: Tensor, grid: Grid, learned: bool) -> tuple[Tensor, Tensor | None]:
     """Gradients for x, in its type, and for the logarithm of its one scale (None unless learned).
 
     Args:
@@ -114,10 +120,8 @@ def gradients(
         scale: the scale, a scalar.
         grid: the codes.
         learned: whether the second gradient is needed.
-        of_silu: whether SiLU(x) was rounded, by `silu_to_grid`.
     """
-    if g.stride() != x.stride():
-        g = torch.empty_like(x, dtype=torch.float32).copy_(g)
+    g = in_layout_of(x, g)
     if grid.is_fp8:
         grad_x, exact = _inside_fp8(g, x, scale, grid), x.float()
         rest = grid.round(exact, scale).sub_(_inside_fp8(exact, x, scale, grid)) if learned else None
@@ -127,7 +131,7 @@ def gradients(
         return grad_x.to(x.dtype), grad_log_scale
     grad_x, (low, high) = torch.empty_like(x), open_bounds(grid.low, grid.high)
     if g.dtype == torch.float32 and (kernel := kernel_for(scale, g, x, grad_x)):
-        return grad_x, kernel.gradients(g, x, scale, grid, (low, high), learned, grad_x, of_silu)
+        return grad_x, kernel.gradients(g, x, scale, grid, (low, high), learned, grad_x)
     inverse = scale.reciprocal()
     sums, scratch = [], _Scratch()
     for source, along, result in _pieces((x, g, grad_x)):
@@ -193,8 +197,7 @@ def channel_gradients(
     else:
         low, high = open_bounds(grid.low, grid.high)
         result = torch.empty_like(x)
-        if g.stride() != result.stride():
-            g = torch.empty_like(x).copy_(g)
+        g = in_layout_of(result, g)
         if kernel := kernel_for(scale, g, x, result):
             return result, kernel.gradients(g, x, scale, grid, (low, high), learned, result)
         u = x * scale.reciprocal()

@@ -15,7 +15,7 @@ from torch import Tensor
 from core.grid import Grid
 from quant.fake_quantize import Mode, scales_of
 from quant.layers import QuantizedLayer
-from quant.native.kernel import Kernel, is_in_rows, weights_kernel
+from quant.native.kernel import Kernel, in_layout_of, is_in_rows, weights_kernel
 from quant.rounding import open_bounds
 
 NUM_TOGETHER = 16  # layers; GELAN-t has 179
@@ -41,7 +41,7 @@ class _FakeQuantizeWeights(torch.autograd.Function):
         count, learned = len(outer), ctx.needs_input_grad[3 + len(outer) :]
         weights, steps = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         found: list[Tensor | None] = [None] * (2 * count)
-        given = {i: _in_layout_of(weights[i], g) for i, g in enumerate(outer) if g is not None}
+        given = {i: in_layout_of(weights[i], g) for i, g in enumerate(outer) if g is not None}
         places = list(given)
         grads = [torch.empty_like(weights[i]) for i in places]
         sums = [torch.empty(steps[i].numel()) if learned[i] else None for i in places]
@@ -57,10 +57,6 @@ class _FakeQuantizeWeights(torch.autograd.Function):
         for i, grad, of_scales in zip(places, grads, sums, strict=True):
             found[i], found[count + i] = grad, of_scales
         return None, None, None, *found
-
-
-def _in_layout_of(weight: Tensor, gradient: Tensor) -> Tensor:
-    return gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
 
 
 def quantized_weights(*layers: QuantizedLayer) -> tuple[Tensor | None, ...]:

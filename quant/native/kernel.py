@@ -94,6 +94,13 @@ def is_dense(tensor: Tensor) -> bool:
     )
 
 
+def in_layout_of(x: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient with the strides of x, copied only where it has others."""
+    if gradient.stride() == x.stride():
+        return gradient
+    return torch.empty_like(x, dtype=gradient.dtype).copy_(gradient)
+
+
 def is_in_rows(tensor: Tensor, axis: int | None) -> bool:
     """Whether a tensor is float32 on a CPU, dense, with an axis outermost in memory; None for any."""
     if not tensor.is_cpu or tensor.dtype != torch.float32 or type(tensor) not in _CLASSES:
@@ -193,7 +200,7 @@ class Kernel:
         grad_x: Tensor,
         of_silu: bool = False,
     ) -> Tensor | None:
-        """`quant.rounding.gradients`; returns the gradient for the logarithm of the scale, in its shape."""
+        """`quant.rounding.gradients`, or `silu_gradients`; returns the gradient for the logarithm of the scale."""
         sums = torch.empty_like(scale) if learned else None
         self._gradients(
             g.data_ptr(), x.data_ptr(), TYPES[x.dtype], of_silu, grad_x.data_ptr(), *_rows(scale, x),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +14,20 @@ from torch import Tensor
 from core.errors import KernelError
 from core.grid import Grid
 from quant.native.building import GRADIENTS, STATISTICS, load_library
-from quant.native.kernel import FLOAT, INT, POINTER, SIZE, TYPES, is_chosen
+from quant.native.kernel import FLOAT, INT, POINTER, SIZE, TYPES, in_layout_of, is_chosen, is_dense
 
 _COUNTED = (torch.float32, torch.bfloat16)
 _NUM_BINS, _NO_MEMORY = 4096, -(2**31)  # as in the C file
+_FUNCTIONS: dict[Path, dict[str, tuple[Any, list[Any]]]] = {  # results and arguments
+    STATISTICS: {
+        "octet_count": (INT, [POINTER, INT, SIZE, INT, *[POINTER] * 3, INT]),
+        "octet_changes": (None, [POINTER, POINTER, *[SIZE] * 7, *[FLOAT] * 3, POINTER, INT]),
+    },
+    GRADIENTS: {
+        "octet_silu_changes": (None, [*[POINTER] * 3, *[SIZE] * 2, *[FLOAT] * 3, POINTER, INT]),
+        "octet_weights": (None, [*[POINTER] * 3, SIZE, POINTER, INT, POINTER, INT]),
+    },
+}
 
 
 def count_magnitudes(values: Tensor, exponent: int, num_bins: int) -> tuple[Tensor, int, float, int] | None:
@@ -31,7 +43,9 @@ def count_magnitudes(values: Tensor, exponent: int, num_bins: int) -> tuple[Tens
     Returns:
         Counts, int64 [num_bins]; the exponent; the largest magnitude; the number of values left out.
     """
-    library = _library() if values.is_cpu and values.dtype in _COUNTED and num_bins == _NUM_BINS else None
+    library = (
+        _library(STATISTICS) if values.is_cpu and values.dtype in _COUNTED and num_bins == _NUM_BINS else None
+    )
     if library is None:
         return None
     counts = torch.zeros(num_bins, dtype=torch.int64)
@@ -54,7 +68,7 @@ def squared_changes(x: Tensor, gradient: Tensor, scale: float, grid: Grid) -> Te
         scale: of the grid.
         grid: the codes.
     """
-    library = _library() if _are_read(x, gradient) else None
+    library = _library(STATISTICS) if _are_read(x, gradient) else None
     runs = None if library is None or grid.is_fp8 else _runs((x, gradient))
     if library is None or runs is None:
         return None
@@ -81,15 +95,10 @@ def silu_gradient_and_changes(
     Returns:
         Gradient, of the shape and layout of y; sums, float32 [B]. None where y has neither of torch's two layouts, too.
     """
-    library = _gradients() if _are_read(y, gradient) else None
-    if (
-        library is None
-        or grid.is_fp8
-        or not (y.is_contiguous() or y.is_contiguous(memory_format=torch.channels_last))
-    ):
+    library = _library(GRADIENTS) if _are_read(y, gradient) else None
+    if library is None or grid.is_fp8 or not is_dense(y):
         return None
-    if gradient.stride() != y.stride():
-        gradient = torch.empty_like(y).copy_(gradient)
+    gradient = in_layout_of(y, gradient)
     result, sums = torch.empty_like(y), torch.empty(len(y))
     library.octet_silu_changes(
         y.data_ptr(), gradient.data_ptr(), result.data_ptr(), len(y), y[0].numel(), scale, grid.low, grid.high,
@@ -118,7 +127,7 @@ def squared_weight_changes(
             multiplies it and each value of x has at least 48 products (outputs times height of the kernel). Sums are
             float32.
     """
-    library = _gradients() if _are_read(x, gradient) else None
+    library = _library(GRADIENTS) if _are_read(x, gradient) else None
     if library is None or not error.is_contiguous():
         return None
     shape = (
@@ -166,35 +175,18 @@ def _runs(tensors: Sequence[Tensor]) -> tuple[tuple[int, int], list[int]] | None
     return (outer, inner), steps
 
 
-def _library() -> ctypes.CDLL | None:
-    return _loaded() if is_chosen() else None
-
-
-def _gradients() -> ctypes.CDLL | None:
-    return _loaded_gradients() if is_chosen() else None
+def _library(source: Path) -> ctypes.CDLL | None:
+    return _loaded(source) if is_chosen() else None
 
 
 @cache
-def _loaded() -> ctypes.CDLL | None:
-    """The library of statistics; None where it cannot be had."""
+def _loaded(source: Path) -> ctypes.CDLL | None:
+    """The library of a C file; None where it cannot be had."""
     try:
-        library = load_library(STATISTICS, ("-ffp-contract=fast",))
+        library = load_library(source, ("-ffp-contract=fast",))
     except KernelError:
         return None
-    library.octet_count.argtypes = [POINTER, INT, SIZE, INT, *[POINTER] * 3, INT]
-    library.octet_changes.argtypes = [POINTER, POINTER, *[SIZE] * 7, *[FLOAT] * 3, POINTER, INT]
-    library.octet_changes.restype = None
-    return library
-
-
-@cache
-def _loaded_gradients() -> ctypes.CDLL | None:
-    """The library of gradients; None where it cannot be had."""
-    try:
-        library = load_library(GRADIENTS, ("-ffp-contract=fast",))
-    except KernelError:
-        return None
-    library.octet_silu_changes.argtypes = [*[POINTER] * 3, *[SIZE] * 2, *[FLOAT] * 3, POINTER, INT]
-    library.octet_weights.argtypes = [*[POINTER] * 3, SIZE, POINTER, INT, POINTER, INT]
-    library.octet_silu_changes.restype = library.octet_weights.restype = None
+    for name, (result, arguments) in _FUNCTIONS[source].items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     return library

@@ -35,7 +35,7 @@ from quant import (
 )
 from quant.finetuning.distillation import with_features
 from quant.native.kernel import Kernel, choose_kernel
-from quant.rounding import codes_of, gradients, round_to_grid, silu_kernel, silu_to_grid
+from quant.rounding import codes_of, gradients, round_to_grid, silu_gradients, silu_kernel, silu_to_grid
 from quant.weights import quantized_weights
 
 SHAPES = [
@@ -109,7 +109,7 @@ def test_values_codes_and_gradients_are_those_of_two_passes_bit_by_bit(
             assert same_bits(y, expected), (grid, scale)
             assert torch.equal(codes, codes_of(expected, scale, dtype=codes.dtype)), (grid, scale)
             for learned in (True, False):
-                found, of_scale = gradients(g, x, scale, grid, learned, of_silu=True)
+                found, of_scale = silu_gradients(g, x, scale, grid, learned, kernel)
                 passed, of_scale_expected = gradients(g, activated, scale, grid, learned)
                 expected = torch.ops.aten.silu_backward(passed, x)
                 known = ~expected.isnan() & x.isfinite()  # torch's gradient at minus infinity is no number
@@ -122,8 +122,9 @@ def test_values_codes_and_gradients_are_those_of_two_passes_bit_by_bit(
 def test_gradients_are_those_of_the_formula_in_float64() -> None:
     torch.manual_seed(0)
     x, g, scale, high = torch.randn(3000) * 3, 1 + 0.1 * torch.randn(3000), 0.0173, 127
-    y, _ = silu_to_grid(x, torch.tensor(scale), Grid(), kernel_of(x, torch.tensor(scale)))
-    grad_x, grad_log_scale = gradients(g, x, torch.tensor(scale), Grid(), True, of_silu=True)
+    kernel = kernel_of(x, torch.tensor(scale))
+    y, _ = silu_to_grid(x, torch.tensor(scale), Grid(), kernel)
+    grad_x, grad_log_scale = silu_gradients(g, x, torch.tensor(scale), Grid(), True, kernel)
     assert grad_log_scale is not None
     terms, num_clipped = [], 0
     for value, along, rounded, gradient in zip(
@@ -149,8 +150,9 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            y, codes = silu_to_grid(x, scale, Grid(), kernel_of(x, scale))
-            found.append((y, codes, *gradients(g, x, scale, Grid(), True, of_silu=True)))
+            kernel = kernel_of(x, scale)
+            y, codes = silu_to_grid(x, scale, Grid(), kernel)
+            found.append((y, codes, *silu_gradients(g, x, scale, Grid(), True, kernel)))
         finally:
             torch.set_num_threads(before)
     for others in found[1:]:

@@ -128,6 +128,33 @@ def test_what_the_kernel_does_not_read_is_left_to_torch() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- weights
+def weight_changes(
+    x: Tensor, g: Tensor, error: Tensor, stride: tuple[int, int], padding: tuple[int, int]
+) -> list[float]:
+    """Sums of (dW * error)^2 of each image, dW by autograd in float64."""
+    found = []
+    for image, along in zip(x.double().split(1), g.double().split(1), strict=True):
+        weight = torch.zeros_like(error, dtype=torch.float64).requires_grad_()
+        output = F.conv2d(image, weight, None, stride, padding)
+        (gradient,) = torch.autograd.grad(output, weight, along)
+        found.append(float((gradient * error.double()).square().sum()))
+    return found
+
+
+def changes_of_kernel(
+    x: Tensor, g: Tensor, error: Tensor, *convolution: tuple[int, int], **options: torch.dtype
+) -> list[float]:
+    """The kernel's sums, which are the same for one and two threads."""
+    last, results = error.permute(0, 2, 3, 1).contiguous(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found = squared_weight_changes(x, g, last, *convolution, **options)
+        assert found is not None
+        results.append(found)
+    assert torch.equal(*results)
+    return results[0].tolist()  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("inputs", "outputs", "kernel", "stride", "padding"),
@@ -149,28 +176,11 @@ def test_squared_weight_changes_are_those_of_each_image(
     padding: tuple[int, int],
     layout: str,
 ) -> None:
-    x = noise(3, inputs, 37, 45)
-    weight, error = (
-        noise(outputs, inputs, *kernel).double().requires_grad_(),
-        noise(outputs, inputs, *kernel, seed=2),
-    )
-    g = torch.zeros(())
-    expected = []
-    for image in x.double():
-        output = F.conv2d(image[None], weight, None, stride, padding)
-        g = noise(3, *output.shape[1:], seed=3)
-        (gradient,) = torch.autograd.grad(output, weight, g[len(expected)][None].double())
-        expected.append(float((gradient * error.double()).square().sum()))
-    results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        found = squared_weight_changes(
-            LAYOUTS[layout](x), LAYOUTS[layout](g), error.permute(0, 2, 3, 1).contiguous(), stride, padding
-        )
-        assert found is not None
-        assert found.tolist() == pytest.approx(expected, rel=1e-5)
-        results.append(found)
-    assert torch.equal(*results)
+    x, error = noise(3, inputs, 37, 45), noise(outputs, inputs, *kernel, seed=2)
+    g = noise(3, *F.conv2d(x, error, None, stride, padding).shape[1:], seed=3)
+    expected = weight_changes(x, g, error, stride, padding)
+    found = changes_of_kernel(LAYOUTS[layout](x), LAYOUTS[layout](g), error, stride, padding)
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -194,25 +204,14 @@ def test_products_in_bfloat16_are_those_of_rounded_values(
     layout: str,
 ) -> None:
     x, error = noise(2, inputs, 21, 18), noise(outputs, inputs, *kernel, seed=2)
-    weight = noise(outputs, inputs, *kernel).double().requires_grad_()
-    g = noise(2, *F.conv2d(x.double(), weight, None, stride, padding).shape[1:], seed=3)
+    g = noise(2, *F.conv2d(x, error, None, stride, padding).shape[1:], seed=3)
     rounds = outputs * kernel[0] >= 48 and "avx512_bf16" in describe_machine()["instructions"]  # type: ignore[operator]
     a, b = (values.bfloat16() if rounds else values for values in (x, g))
-    expected = []
-    for image in range(2):
-        output = F.conv2d(a[image : image + 1].double(), weight, None, stride, padding)
-        (gradient,) = torch.autograd.grad(output, weight, b[image : image + 1].double())
-        expected.append(float((gradient * error.double()).square().sum()))
-    last, results = error.permute(0, 2, 3, 1).contiguous(), []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        found = squared_weight_changes(
-            LAYOUTS[layout](x), LAYOUTS[layout](g), last, stride, padding, torch.bfloat16
-        )
-        assert found is not None
-        assert found.tolist() == pytest.approx(expected, rel=1e-5)
-        results.append(found)
-    assert torch.equal(*results)
+    expected = weight_changes(a, b, error, stride, padding)
+    found = changes_of_kernel(
+        LAYOUTS[layout](x), LAYOUTS[layout](g), error, stride, padding, products=torch.bfloat16
+    )
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- SiLU
